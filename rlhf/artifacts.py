@@ -1,0 +1,150 @@
+"""What a finished run is on disk: its files, and the manifest that is written last and says what they are."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rlhf import __version__, storage
+from rlhf.errors import Problem, RlhfError
+
+FORMAT = 1
+MANIFEST, CONFIG, METRICS, LOG = "manifest.json", "config.yaml", "metrics.jsonl", "run.log"
+ADAPTER, HEAD, TOKENIZER, CHECKPOINTS, SAMPLES, PLOTS = (
+    "adapter", "head", "tokenizer", "checkpoints", "samples", "plots",
+)  # fmt: skip
+PREFERENCES, EXAMINATION = "preferences.jsonl", "eval.json"
+HASHED = (ADAPTER, HEAD, TOKENIZER, PREFERENCES, EXAMINATION)
+PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "safetensors")
+
+
+@dataclass(frozen=True)
+class BaseIdentity:
+    """The frozen model that an adapter belongs to."""
+
+    source: str
+    digest: str
+    dtype: str
+    revision: str | None = None
+    chat_template: str | None = None
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Proof of what a run directory holds.
+
+    Args:
+        kind: policy, reward, preferences or examination.
+        stage: the command that made it.
+        identity: every input by name (config keys, data and parent digests); equal identity, equal run.
+        base: the frozen model, for policies and rewards.
+        parents: role -> {"run_dir", "digest"} of the runs it was made from.
+        metrics: the figures measured at the end.
+        files: path inside the run -> {"sha256", "size"}.
+        details: what the kind needs beyond (selected step, head names, dropped rows).
+    """
+
+    kind: str
+    stage: str
+    seed: int
+    identity: dict[str, Any]
+    metrics: dict[str, Any]
+    seconds: float
+    base: BaseIdentity | None = None
+    parents: dict[str, dict[str, str]] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    created: str = ""
+    format: int = FORMAT
+
+    @property
+    def digest(self) -> str:
+        """Identity of the artifact: its kind, base and file contents, not when or where it was made."""
+        contents = {path: entry["sha256"] for path, entry in self.files.items()}
+        base = self.base.digest if self.base else None
+        return storage.sha256_json({"kind": self.kind, "base": base, "files": contents})
+
+
+def write(run_dir: Path, manifest: Manifest) -> Manifest:
+    """Hash the artifact's files and write ``manifest.json``, the last file of a run."""
+    complete = Manifest(
+        **{name: getattr(manifest, name) for name in _names() if name not in ("files", "versions", "created")},
+        files=file_table(run_dir),
+        versions={"rlhf": __version__, **{name: metadata.version(name) for name in PACKAGES}},
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    storage.write_json(run_dir / MANIFEST, asdict(complete))
+    return complete
+
+
+def file_table(run_dir: Path) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every file that makes up the artifact."""
+    paths = [path for name in HASHED if (top := run_dir / name).exists() for path in (sorted(top.rglob("*")) or [top])]
+    return {
+        path.relative_to(run_dir).as_posix(): {"sha256": storage.sha256(path), "size": path.stat().st_size}
+        for path in paths
+        if path.is_file()
+    }
+
+
+def is_finished(run_dir: Path) -> bool:
+    return (run_dir / MANIFEST).is_file()
+
+
+def read(run_dir: str | Path, *kinds: str, where: str = "") -> Manifest:
+    """The manifest of a finished run of one of ``kinds`` (any, if none is named).
+
+    Raises:
+        RlhfError: CKP001 no such run, CKP002 unfinished, CKP003 unreadable or of another format, CKP004 wrong kind.
+    """
+    run_dir = Path(run_dir)
+    place = f"{where}: {run_dir}" if where else str(run_dir)
+    if not run_dir.is_dir():
+        raise RlhfError(Problem("CKP001", place, "no such run directory.", "run the stage that makes it first"))
+    if not is_finished(run_dir):
+        raise RlhfError(Problem("CKP002", place, f"unfinished: it has no {MANIFEST}.", "run its stage to the end"))
+    try:
+        value = json.loads((run_dir / MANIFEST).read_text("utf-8"))
+        if value["format"] != FORMAT:
+            what = f"manifest format {value['format']}, this version reads {FORMAT}."
+            raise RlhfError(Problem("CKP003", place, what, "use the rlhf version that wrote it"))
+        base = BaseIdentity(**value.pop("base")) if value.get("base") else value.pop("base", None)
+        manifest = Manifest(**value, base=base)
+    except (ValueError, KeyError, TypeError) as error:
+        raise RlhfError(Problem("CKP003", place, f"{MANIFEST} is not readable: {error}.", "make the run again")) from None
+    if kinds and manifest.kind not in kinds:
+        what = f"is a {manifest.kind} run (made by rlhf {manifest.stage}), needed: {' or '.join(kinds)}."
+        raise RlhfError(Problem("CKP004", place, what, "name another run"))
+    return manifest
+
+
+def verify(run_dir: Path, manifest: Manifest) -> None:
+    """Raise CKP005 naming every file that is missing or differs from the manifest."""
+    problems = []
+    for name, entry in manifest.files.items():
+        path = run_dir / name
+        if not path.is_file():
+            problems.append(Problem("CKP005", str(path), "missing, though the manifest lists it.", "make the run again"))
+        elif path.stat().st_size != entry["size"] or storage.sha256(path) != entry["sha256"]:
+            what = "differs from what the manifest says (size or SHA-256)."
+            problems.append(Problem("CKP005", str(path), what, "restore the file, or make the run again"))
+    if problems:
+        raise RlhfError(*problems)
+
+
+def model_digest(directory: Path) -> str:
+    """Digest of a model directory: its weights, config, tokenizer and chat template, by content."""
+    names = ("config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja")
+    files = [directory / name for name in names] + sorted(directory.glob("*.safetensors"))
+    return storage.sha256_json({path.name: storage.sha256(path) for path in files if path.is_file()})
+
+
+def _names() -> list[str]:
+    return [item.name for item in fields(Manifest)]

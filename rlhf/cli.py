@@ -1,0 +1,200 @@
+"""The command line: one command a stage, made from the registry, and the commands around them."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+from typer.core import TyperGroup
+
+from rlhf import __version__, errors, preflight, progress, runs
+from rlhf.config import load
+from rlhf.errors import Problem, RlhfError
+from rlhf.stages import inspection, pipeline
+from rlhf.stages.registry import STAGES, Stage
+
+log = logging.getLogger("rlhf")
+ANYWHERE = ("--debug", "--json-errors")
+
+ConfigFile = Annotated[Path | None, typer.Option("-c", "--config", help="Config file.", show_default=False)]
+Sets = Annotated[list[str] | None, typer.Option("--set", help="Override one key: a.b=c. Repeatable.")]
+Bare = Annotated[list[str] | None, typer.Argument(help="The same as --set: a.b=c.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print the outcome as JSON on standard output.")]
+
+
+class _Group(TyperGroup):
+    """Lets the flags of ``ANYWHERE`` stand behind a command as well as before it."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        hoisted = [arg for arg in args if arg in ANYWHERE]
+        return super().parse_args(ctx, hoisted + [arg for arg in args if arg not in ANYWHERE])
+
+
+app = typer.Typer(cls=_Group, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@app.callback()
+def _root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    json_errors: Annotated[bool, typer.Option("--json-errors", help="Print errors as JSON.")] = False,
+    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Classic RLHF on one machine: supervised fine-tuning, reward model, PPO."""
+    if version:
+        typer.echo(f"rlhf {__version__}")
+        raise typer.Exit
+
+
+def _add_stage(stage: Stage) -> None:
+    def command(
+        config: ConfigFile = None,
+        bare: Bare = None,
+        sets: Sets = None,
+        dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, count tokens, show the plan; run nothing.")] = False,
+        overwrite: Annotated[bool, typer.Option("--overwrite", help="Move what stands in run_dir aside.")] = False,
+        as_json: Json = False,
+    ) -> None:
+        _run_stage(stage, config, [*(sets or []), *(bare or [])], dry_run, overwrite, as_json)
+
+    app.command(stage.id, help=f"{stage.summary} Without -c, reads {stage.default_config}.")(command)
+
+
+def _run_stage(
+    stage: Stage, path: Path | None, overrides: list[str], dry_run: bool, overwrite: bool, as_json: bool
+) -> None:
+    config = load.load(stage.config_class, path or _default_config(stage.default_config), overrides)
+    needs = stage.needs(config)
+    plan = preflight.prepare(config, needs)
+    run_dir = Path(config.run_dir)
+    reasons = runs.status(run_dir, plan.identity)
+    if dry_run:
+        lines = importlib.import_module(stage.module).dry_run(config, plan)
+        lines += [f"run_dir {run_dir}: {'up to date' if reasons is None else '; '.join(reasons)}."]
+        typer.echo(json.dumps({"stage": stage.id, "plan": lines}) if as_json else "\n".join(lines))
+        return
+    if reasons is None:
+        runs.mark_current(run_dir)
+        log.info("%s is up to date.", run_dir)
+    else:
+        with runs.open_run(run_dir, plan.identity, load.dump(config), overwrite) as run:
+            importlib.import_module(stage.module).run(config, plan, run)
+    if as_json:
+        typer.echo(json.dumps(inspection.summary(run_dir)))
+
+
+def _default_config(name: str) -> Path:
+    if not Path(name).is_file():
+        fix = "name a config with -c, or run in a directory that has configs/"
+        raise RlhfError(Problem("CFG001", name, "no such file in the working directory.", fix))
+    return Path(name)
+
+
+for _stage in STAGES.values():
+    _add_stage(_stage)
+
+
+@app.command("generate")
+def _generate(
+    run: Annotated[str, typer.Argument(help="Run directory of a policy.")],
+    prompts: Annotated[str, typer.Option("--prompts", help="JSONL of prompts, a data set, or - for stdin.")] = "-",
+    out: Annotated[str, typer.Option("--out", help="JSONL file, or - for stdout.")] = "-",
+    samples: Annotated[int, typer.Option("-n", "--samples", min=1, help="Responses a prompt.")] = 1,
+    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 64,
+    top_p: Annotated[float, typer.Option("--top-p", min=0.0, max=1.0)] = 1.0,
+    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+) -> None:
+    """Sample responses from any finished policy run."""
+    module = importlib.import_module("rlhf.stages.generate")
+    module.generate(run, prompts, out, samples, temperature, max_new_tokens, top_p, seed)
+
+
+@app.command("score")
+def _score(
+    run: Annotated[str, typer.Argument(help="Run directory of a reward model.")],
+    data: Annotated[str, typer.Option("--in", help="JSONL of prompt and response, or - for stdin.")] = "-",
+    out: Annotated[str, typer.Option("--out", help="JSONL file, or - for stdout.")] = "-",
+    micro_batch_size: Annotated[int, typer.Option("--micro-batch-size", min=1)] = 32,
+) -> None:
+    """Score responses with any finished reward run."""
+    importlib.import_module("rlhf.stages.score").score(run, data, out, micro_batch_size)
+
+
+@app.command("pipeline")
+def _pipeline(config: ConfigFile = None, as_json: Json = False) -> None:
+    """Run stages in order, each in its own process; what is finished and unchanged is skipped."""
+    outcome = pipeline.run(config or _default_config("configs/pipeline.yaml"))
+    if as_json:
+        typer.echo(json.dumps(outcome))
+
+
+@app.command("check")
+def _check(
+    files: Annotated[list[Path] | None, typer.Argument(help="Config files; none: all of configs/.")] = None,
+    config: Annotated[list[Path] | None, typer.Option("-c", "--config", help="The same as FILES.")] = None,
+    stage: Annotated[str | None, typer.Option("--stage", help="Whose config it is, where the name does not say.")] = None,
+    sets: Sets = None,
+    as_json: Json = False,
+) -> None:
+    """Check configs, paths and every data row, without weights or tokenizer."""
+    results = inspection.check([*(files or []), *(config or [])], stage, sets or [])
+    typer.echo(json.dumps(results) if as_json else "\n".join(inspection.check_lines(results)))
+
+
+@app.command("show")
+def _show(run: Annotated[Path, typer.Argument(help="Run directory.")], as_json: Json = False) -> None:
+    """What a run is: kind, parents, metrics, lineage."""
+    typer.echo(json.dumps(inspection.summary(run)) if as_json else inspection.describe(run))
+
+
+@app.command("demo")
+def _demo(
+    out: Annotated[Path, typer.Option("--out", help="Directory to write to.")],
+    size: Annotated[int, typer.Option("--size", min=1, help="Rows of each data set.")] = 200,
+    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+) -> None:
+    """Write the embedded world's data sets as files to look at."""
+    for path, rows in inspection.write_demo(out, size, seed).items():
+        typer.echo(f"{path}: {rows} rows")
+
+
+def main() -> None:
+    """Entry point: every outcome is an exit code, every mistake one block of text."""
+    progress.log_to_console()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    flags: dict[str, Any] = {name: name in sys.argv[1:] for name in ANYWHERE}
+    try:
+        code = app(standalone_mode=False) or errors.EXIT_OK
+    except RlhfError as error:
+        code = _report(error.problems, error.exit_code, flags)
+    except click.ClickException as error:
+        where = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "rlhf"
+        code = _report((Problem("CFG000", where, error.format_message(), f"see {where} --help"),), 2, flags)
+    except (click.Abort, KeyboardInterrupt):
+        log.error("Interrupted; what was finished stays, the unfinished run has no manifest.")
+        code = errors.EXIT_INTERRUPT
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = errors.EXIT_OK
+    except Exception as error:
+        if flags["--debug"]:
+            raise
+        what = f"internal error, {type(error).__name__}: {error}"
+        code = _report((Problem("BUG001", "rlhf", what, "run again with --debug and report the traceback"),), 1, flags)
+    sys.exit(code)
+
+
+def _report(problems: tuple[Problem, ...], code: int, flags: dict[str, Any]) -> int:
+    if flags["--debug"] and sys.exc_info()[1]:
+        sys.excepthook(*sys.exc_info())
+    text = errors.render_json(problems, code) if flags["--json-errors"] else errors.render(problems)
+    log.error(text)
+    return code

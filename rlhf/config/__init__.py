@@ -1,0 +1,1 @@
+"""Typed configuration: sections, one class a stage, and the YAML reader."""

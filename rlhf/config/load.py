@@ -1,0 +1,184 @@
+"""From a YAML file and ``--set`` to a stage config: all problems together, each with its line and its fix."""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from rlhf.config import yaml_reader
+from rlhf.config.sections import Section
+from rlhf.errors import Problem, RlhfError
+
+Config = TypeVar("Config", bound=Section)
+Path_ = tuple[str | int, ...]
+
+HINTS = {
+    "lr": "optim.learning_rate", "beta": "kl.coef", "kl_coef": "kl.coef", "init_kl_coef": "kl.coef",
+    "output_dir": "run_dir", "num_train_epochs": "epochs", "max_steps": "steps", "save_steps": "save_every",
+    "per_device_train_batch_size": "batch.micro_batch_size", "gradient_accumulation_steps": "batch.batch_size",
+    "model_name_or_path": "model.path", "dataset_name": "data.path", "max_seq_length": "max_length",
+    "cliprange": "update.clip_range", "cliprange_value": "update.value_clip_range", "num_ppo_epochs": "update.epochs",
+    "response_length": "sampling.max_new_tokens", "max_new_tokens": "sampling.max_new_tokens",
+    "missing_eos_penalty": "missing_eos.penalty", "lora_r": "lora.r", "lora_alpha": "lora.alpha",
+    "lr_scheduler_type": "optim.schedule", "eval_steps": "evaluation.every", "torch_dtype": "model.dtype",
+}  # fmt: skip
+
+
+def load(config_class: type[Config], path: Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Read and validate a stage config; precedence is defaults, file, ``overrides`` ('a.b=c').
+
+    Raises:
+        RlhfError: with every problem, in the order of the file, then of the overrides.
+    """
+    value, places = yaml_reader.read_file(path) if path else ({}, {})
+    if not isinstance(value, dict):
+        what = f"expected a mapping at the top level, got {_kind(value)}."
+        raise RlhfError(Problem("CFG002", f"{path}:1", what, "write key: value"))
+    origins: dict[Path_, str] = {}
+    for item in overrides:
+        _override(value, item, origins)
+    try:
+        return config_class.model_validate(value)
+    except ValidationError as error:
+        found = [
+            _problem(entry, config_class, value, str(path) if path else "config", places, origins)
+            for entry in error.errors()
+        ]
+    raise RlhfError(*[problem for _, problem in sorted(dict.fromkeys(found), key=lambda item: item[0])])
+
+
+def dump(config: Section) -> str:
+    """The resolved config as YAML: every key, in the order of the class."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
+
+
+def flatten(config: Section) -> dict[str, Any]:
+    """Dotted key -> value, for comparing two configs key by key."""
+
+    def walk(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
+        if isinstance(value, dict) and value:
+            for key, item in value.items():
+                yield from walk(f"{prefix}.{key}" if prefix else key, item)
+        elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+            for index, item in enumerate(value):
+                yield from walk(f"{prefix}.{index}", item)
+        else:
+            yield prefix, value
+
+    return dict(walk("", config.model_dump(mode="json")))
+
+
+def _override(config: dict[str, Any], item: str, origins: dict[Path_, str]) -> None:
+    key, equals, text = item.partition("=")
+    where = f"--set {item}"
+    if not equals or not all(key.split(".")):
+        raise RlhfError(Problem("CFG005", where, "not of the form key.subkey=value.", "for instance --set steps=10"))
+    value, _ = yaml_reader.read_text(text, where)
+    path: Path_ = tuple(int(part) if part.isdigit() else part for part in key.split("."))
+    here: Any = config
+    for depth, part in enumerate(path):
+        last = depth == len(path) - 1
+        if isinstance(here, list) and isinstance(part, int):
+            if part >= len(here):
+                raise RlhfError(Problem("CFG005", where, f"the list has {len(here)} items, counted from 0."))
+        elif not isinstance(here, dict):
+            prefix = ".".join(map(str, path[:depth]))
+            raise RlhfError(Problem("CFG005", where, f"{prefix} is {_kind(here)}, which has no key {part}."))
+        if last:
+            here[part] = value
+        elif isinstance(here, dict) and not isinstance(here.get(part), dict | list):
+            here[part] = {}
+        here = here[part]
+    origins[path] = where
+
+
+def _problem(
+    entry: Any, config_class: type[Section], value: Any, name: str, places: yaml_reader.Places, origins: dict[Path_, str]
+) -> tuple[tuple[int, int, int], Problem]:
+    path = _existing(entry["loc"], value)
+    key = ".".join(map(str, path))
+    origin = next((text for set_path, text in origins.items() if path[: len(set_path)] == set_path and path), None)
+    line, column = places.get(path) or places.get(path[:-1]) or (1, 1)
+    where = f"{origin} ({key})" if origin else f"{name}:{line}:{column} {key}".rstrip()
+    order = (1, list(origins).index(next(p for p, t in origins.items() if t == origin)), 0) if origin else (0, line, column)
+    given = entry.get("input")
+    match entry["type"]:
+        case "extra_forbidden":
+            return order, Problem("CFG001", where, "unknown key.", _suggestion(path, config_class))
+        case "missing":
+            return order, Problem("CFG006", where, "required, and not set.", f"set {key}")
+        case "value_error":
+            return order, Problem("CFG007", where, f"{str(entry['ctx']['error'])}.")
+    message = entry["msg"].replace("Input should be", "must be")
+    return order, Problem("CFG003", where, f"{message}, got {_shown(given)}.", _fix(given, entry["type"]))
+
+
+def _existing(loc: Sequence[str | int], value: Any) -> Path_:
+    """The part of pydantic's location that names keys of the config (it adds names of union members)."""
+    path: list[str | int] = []
+    here = value
+    for index, part in enumerate(loc):
+        known = (isinstance(here, dict) and part in here) or (isinstance(here, list) and isinstance(part, int))
+        if not known and index < len(loc) - 1:
+            continue
+        if not known and isinstance(here, list):
+            continue
+        if not known and not isinstance(here, dict):
+            continue
+        path.append(part)
+        here = here[part] if known else None  # type: ignore[index]
+    return tuple(path)
+
+
+def _suggestion(path: Path_, config_class: type[Section]) -> str:
+    keys = list(_keys(config_class))
+    parent = ".".join(str(part) for part in path[:-1] if not isinstance(part, int))
+    leaf = str(path[-1])
+    siblings = {key.rpartition(".")[2]: key for key in keys if key.rpartition(".")[0] == parent}
+    if near := difflib.get_close_matches(leaf, siblings, n=1):
+        return f"did you mean '{siblings[near[0]]}'?"
+    elsewhere = [key for key in keys if key.rpartition(".")[2] == leaf]
+    if leaf in HINTS and HINTS[leaf] in keys:
+        elsewhere = [HINTS[leaf]]
+    if elsewhere:
+        return f"did you mean '{elsewhere[0]}'?"
+    return f"known keys here: {', '.join(sorted(siblings))}" if siblings else ""
+
+
+def _keys(config_class: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in config_class.model_fields.items():
+        yield prefix + name
+        for inner in _sections(field.annotation):
+            yield from _keys(inner, f"{prefix}{name}.")
+
+
+def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    elif typing.get_origin(annotation) in (typing.Union, types.UnionType, list, typing.Annotated):
+        for inner in typing.get_args(annotation):
+            yield from _sections(inner)
+
+
+def _fix(given: Any, kind: str) -> str:
+    if isinstance(given, str) and given.lower() in ("yes", "no", "on", "off") and "bool" in kind:
+        return "write true or false"
+    if isinstance(given, str) and kind in ("int_type", "float_type"):
+        return "write a plain number"
+    return ""
+
+
+def _kind(value: Any) -> str:
+    return {list: "a list", dict: "a mapping", str: "text", type(None): "nothing"}.get(type(value), f"{value!r}")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,83 @@
+"""The sections that stage configs are made of; a default stands here and nowhere else."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+Text = Annotated[str, StringConstraints(min_length=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+LearningRate = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+
+class Section(BaseModel):
+    """A closed, immutable, strictly typed group of settings. Validators reject; they never repair."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ModelSection(Section):
+    path: Text = Field("demo:base", description="directory, hub id, or demo:base")
+    revision: str | None = Field(None, description="hub revision (branch, tag or commit)")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the frozen base; adapters stay float32")
+    chat_template: Literal["chatml", "plain"] | None = Field(
+        None, description="named template for a base whose tokenizer has none; recorded in the artifact"
+    )
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] | None = Field(
+        None, description="null: what transformers chooses"
+    )
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the model; needs revision")
+
+
+class LoraSection(Section):
+    r: Count = Field(16, description="rank")
+    alpha: Positive = Field(32.0, description="the update is scaled by alpha / r")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="on the adapter's input")
+    target_modules: Literal["all-linear"] | list[Text] = Field("all-linear", description="layers that get an adapter")
+    train_tokens: list[Text] = Field(
+        default_factory=list, description="tokens whose embedding rows are trained too, such as an untrained end token"
+    )
+
+
+class DataSection(Section):
+    path: Text = Field(description="JSONL (also .gz), parquet, a directory, a hub id, or demo:NAME?size=N&seed=S")
+    name: str | None = Field(None, description="subset of a hub data set")
+    split: str | None = Field(None, description="split of a hub data set or saved directory")
+    revision: str | None = Field(None, description="hub revision")
+    columns: dict[str, str] = Field(default_factory=dict, description="our field name -> the name in the data")
+    limit: Count | None = Field(None, description="read only the first N rows, for a trial")
+    drop_equal: bool = Field(False, description="drop and count pairs of equal texts instead of refusing them")
+    max_dropped_fraction: Fraction = Field(0.05, description="more dropped rows than this is an error")
+
+
+class OptimSection(Section):
+    learning_rate: LearningRate = Field(description="peak learning rate of AdamW")
+    weight_decay: NonNegative = Field(0.0, description="decoupled, on every trained parameter")
+    warmup_ratio: Fraction = Field(0.0, description="share of the optimizer steps with a linearly rising rate")
+    schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="after the warm-up")
+    max_grad_norm: Positive = Field(1.0, description="gradient norm is clipped to this, per role")
+
+
+class SamplingSection(Section):
+    max_new_tokens: Count = Field(64, description="longest response, in tokens")
+    temperature: Positive = Field(1.0, description="sampling temperature; logprobs and KL are of the tempered policy")
+    concurrency: Count = Field(64, description="responses sampled at a time")
+
+
+class RuntimeSection(Section):
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
+    threads: Count | None = Field(None, description="CPU threads; null: one for a base below 10 M parameters, else all")
+    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass to save memory")
+
+
+class BatchSection(Section):
+    """Counted in responses (PPO), demonstrations (SFT) or prompts with all their responses (reward modelling)."""
+
+    batch_size: Count = Field(16, description="rows an optimizer step")
+    micro_batch_size: Count = Field(16, description="rows a forward pass; never changes a gradient")

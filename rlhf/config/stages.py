@@ -1,0 +1,261 @@
+"""One config class a stage: everything that a run depends on, and nothing else."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from rlhf.config.sections import (
+    BatchSection,
+    Count,
+    DataSection,
+    Finite,
+    Fraction,
+    LearningRate,
+    LoraSection,
+    ModelSection,
+    NonNegative,
+    OptimSection,
+    Positive,
+    RuntimeSection,
+    SamplingSection,
+    Section,
+    Seed,
+    Text,
+)
+
+
+class StageConfig(Section):
+    run_dir: Text = Field(description="where the run is written")
+    seed: Seed = Field(0, description="everything random comes from it")
+    runtime: RuntimeSection = Field(default_factory=RuntimeSection)
+
+
+class TrainedForAWhile(Section):
+    """Length of a training stage: passes over the data, or optimizer steps; exactly one of the two."""
+
+    epochs: Positive | None = Field(None, description="passes over the training data; instead of steps")
+    steps: Count | None = Field(None, description="optimizer steps; instead of epochs")
+    save_every: Count | None = Field(None, description="steps between checkpoints; null: none before the end")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainedForAWhile:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give exactly one of epochs and steps")
+        return self
+
+
+class LongRows(Section):
+    """What happens to rows beyond ``max_length``."""
+
+    max_length: Annotated[int, Field(ge=8)] = Field(512, description="prompt and response together, in tokens")
+    too_long: Literal["drop", "truncate"] = Field(
+        "drop", description="drop and count such rows, or cut the response's end (and its end token) and count them"
+    )
+    holdout_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.05, description="share of the prompts kept out of training to measure on"
+    )
+
+
+class SftConfig(StageConfig, TrainedForAWhile, LongRows):
+    """Supervised fine-tuning on demonstrations."""
+
+    run_dir: Text = "runs/sft"
+    model: ModelSection = Field(default_factory=ModelSection)
+    data: DataSection = Field(description="demonstrations")
+    loss_on: Literal["all_turns", "last_turn"] = Field("all_turns", description="assistant turns that carry loss")
+    packing: bool = Field(False, description="several rows in one sequence, without padding between them")
+    lora: LoraSection = Field(default_factory=LoraSection)
+    optim: OptimSection = Field(default_factory=lambda: OptimSection(learning_rate=2e-4))
+    batch: BatchSection = Field(default_factory=BatchSection)
+    sampling: SamplingSection = Field(
+        default_factory=SamplingSection, description="how responses are sampled to measure the end-token rate"
+    )
+    end_token_samples: Count = Field(128, description="held-out prompts sampled to measure the end-token rate")
+    min_end_token_rate: Fraction = Field(0.9, description="fewer responses that end by themselves is an error")
+    report_to: Literal["none", "tensorboard"] = "none"
+
+
+class RewardConfig(StageConfig, TrainedForAWhile, LongRows):
+    """Bradley-Terry reward model on comparisons."""
+
+    run_dir: Text = "runs/train-rm"
+    policy: Text = Field("runs/sft", description="SFT run: gives the base, the tokenizer and the adapter to start from")
+    data: DataSection = Field(description="comparisons")
+    lora_r: Count | None = Field(None, description="rank; null: the SFT adapter's, which a larger one contains")
+    use_margins: bool = Field(False, description="subtract a comparison's margin from its score difference")
+    centering_coef: NonNegative = Field(0.001, description="weight of the mean squared score, which keeps scores near 0")
+    optim: OptimSection = Field(default_factory=lambda: OptimSection(learning_rate=2e-4))
+    batch: BatchSection = Field(default_factory=BatchSection, description="counted in prompts, each with its responses")
+    sampling: SamplingSection = Field(
+        default_factory=SamplingSection, description="how the SFT policy is sampled to standardise the scores"
+    )
+    standardise_samples: Count = Field(256, description="SFT samples that set the scores' shift and scale")
+    report_to: Literal["none", "tensorboard"] = "none"
+
+
+class RewardSource(Section):
+    """One term of the reward: exactly one of a reward run and a Python function."""
+
+    run: Text | None = Field(None, description="a finished reward run on the policy's base")
+    function: Text | None = Field(None, description="module:function (prompts, responses -> floats)")
+    weight: Finite = Field(1.0, description="factor of this term in the sum")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> RewardSource:
+        if (self.run is None) == (self.function is None):
+            raise ValueError("give exactly one of run and function")
+        return self
+
+
+class CollectConfig(StageConfig):
+    """Preferences on a policy's own samples, ranked by a labeller."""
+
+    run_dir: Text = "runs/collect"
+    policy: Text = Field("runs/sft", description="run whose policy is sampled")
+    prompts: DataSection = Field(description="prompts to answer")
+    samples_per_prompt: Annotated[int, Field(ge=2)] = Field(4, description="responses a prompt")
+    sampling: SamplingSection = Field(default_factory=SamplingSection)
+    labeller: RewardSource = Field(
+        default_factory=lambda: RewardSource(function="rlhf.demo.gold:noisy_reward"),
+        description="what ranks the responses: the higher its number, the better; equal numbers are ties",
+    )
+
+
+class PromptsSection(DataSection):
+    max_tokens: Count = Field(512, description="longer prompts are dropped and counted")
+
+
+class MissingEosSection(Section):
+    """The rule for a response that was cut off without its end token."""
+
+    mode: Literal["replace", "subtract"] = Field("replace", description="replace the score, or subtract a penalty")
+    score: Finite = Field(-1.0, description="the score of a cut-off response, in mode replace")
+    penalty: NonNegative = Field(1.0, description="what is subtracted from its score, in mode subtract")
+
+
+class PpoBatchSection(Section):
+    """Counted in responses."""
+
+    batch_size: Count = Field(64, description="responses a step")
+    minibatch_size: Count = Field(16, description="responses an optimizer step; divides batch_size")
+    micro_batch_size: Count = Field(16, description="responses a forward pass; never changes a gradient")
+
+    @model_validator(mode="after")
+    def _divides(self) -> PpoBatchSection:
+        if self.batch_size % self.minibatch_size:
+            raise ValueError(f"minibatch_size {self.minibatch_size} does not divide batch_size {self.batch_size}")
+        return self
+
+
+class KlSection(Section):
+    """The KL penalty against the SFT reference."""
+
+    coef: NonNegative = Field(0.05, description="weight of the KL, in score units a nat")
+    place: Literal["reward", "loss"] = Field("reward", description="in the per-token reward, or as k2 in the loss")
+    estimator: Literal["k1", "exact"] = Field("k1", description="in the reward: sampled, or over the full vocabulary")
+    target: Positive | None = Field(None, description="nats a response that an adaptive coefficient steers to")
+    horizon: Count = Field(10_000, description="responses over which the adaptive coefficient adjusts")
+
+    @model_validator(mode="after")
+    def _loss_takes_k2(self) -> KlSection:
+        if self.place == "loss" and self.estimator == "exact":
+            raise ValueError("estimator exact works in the reward only; the loss takes the k2 form")
+        return self
+
+
+class UpdateSection(Section):
+    """The clipped update on one batch of rollouts."""
+
+    epochs: Count = Field(2, description="passes over a batch")
+    clip_range: Annotated[float, Field(gt=0, lt=1)] = Field(0.2, description="of the probability ratio")
+    value_clip_range: Positive | None = Field(0.2, description="of the value's change; null: unclipped")
+    gamma: Fraction = Field(1.0, description="discount a token")
+    lam: Fraction = Field(0.95, description="lambda of the policy's advantages")
+    value_lam: Fraction | None = Field(None, description="lambda of the value's targets; null: lam")
+    normalise_advantages: bool = Field(True, description="over the whole batch; false with kl.place: loss centres only")
+    entropy_coef: NonNegative = Field(0.0, description="weight of an entropy bonus")
+    target_kl: Positive | None = Field(None, description="nats a token of update KL that end a batch's epochs early")
+
+
+class PpoOptimSection(OptimSection):
+    learning_rate: LearningRate = Field(1e-5, description="of the policy")
+    value_learning_rate: LearningRate = Field(1e-5, description="of the value role")
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after the warm-up, over steps")
+
+
+class ValueSection(Section):
+    """How the value role starts."""
+
+    start: Literal["reward", "zero"] = Field(
+        "reward", description="a copy of the reward adapter and head, or the SFT adapter with a head of zeros"
+    )
+    pretrain_steps: Annotated[int, Field(ge=0)] = Field(10, description="at most so many batches before the policy moves")
+    min_explained_variance: Annotated[float, Field(le=1)] = Field(0.3, description="ends the value pretraining")
+
+
+class EvaluationSection(Section):
+    """Measuring on held-out prompts during PPO."""
+
+    every: Count = Field(10, description="steps between evaluations; the start and the end are always measured")
+    data: DataSection | None = Field(None, description="prompts; null: a share of the training prompts, kept out")
+    holdout_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(0.1, description="that share")
+    num_prompts: Count = Field(64, description="at most so many prompts")
+
+
+class PpoConfig(StageConfig):
+    """PPO with a per-token KL penalty against the SFT reference."""
+
+    run_dir: Text = "runs/ppo"
+    policy: Text = Field("runs/sft", description="SFT run: the policy's start and the KL reference")
+    rewards: Annotated[list[RewardSource], Field(min_length=1)] = Field(
+        default_factory=lambda: [RewardSource(run="runs/train-rm")], description="weighted sum of reward terms"
+    )
+    prompts: PromptsSection = Field(description="prompts to answer")
+    samples_per_prompt: Count = Field(1, description="responses a prompt in each batch; divides batch.batch_size")
+    sampling: SamplingSection = Field(default_factory=SamplingSection)
+    missing_eos: MissingEosSection = Field(default_factory=MissingEosSection)
+    batch: PpoBatchSection = Field(default_factory=PpoBatchSection)
+    kl: KlSection = Field(default_factory=KlSection)
+    update: UpdateSection = Field(default_factory=UpdateSection)
+    optim: PpoOptimSection = Field(default_factory=PpoOptimSection)
+    value: ValueSection = Field(default_factory=ValueSection)
+    evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
+    steps: Count = Field(200, description="rollouts, each with its update")
+    save_every: Count | None = Field(None, description="steps between checkpoints; null: only best and last")
+    use: Literal["best", "last"] = Field("best", description="the step that downstream commands get")
+    report_to: Literal["none", "tensorboard"] = "tensorboard"
+
+    @model_validator(mode="after")
+    def _groups_fill_batches(self) -> PpoConfig:
+        if self.batch.batch_size % self.samples_per_prompt:
+            raise ValueError(
+                f"samples_per_prompt {self.samples_per_prompt} does not divide batch.batch_size {self.batch.batch_size}"
+            )
+        if self.kl.place == "loss" and self.update.normalise_advantages:
+            raise ValueError("kl.place: loss needs update.normalise_advantages: false, or it misses its optimum")
+        return self
+
+
+class EvalRmConfig(StageConfig):
+    """Examination of a reward model."""
+
+    run_dir: Text = "runs/eval-rm"
+    reward: Text = Field("runs/train-rm", description="the reward run to examine")
+    data: DataSection = Field(description="comparisons that the reward model has not seen")
+    max_length: Annotated[int, Field(ge=8)] = Field(512, description="longer rows are dropped and counted")
+    micro_batch_size: Count = Field(32, description="responses a forward pass")
+    num_bins: Annotated[int, Field(ge=2)] = Field(10, description="bins of the reliability plot, of equal mass")
+    num_resamples: Annotated[int, Field(ge=100)] = Field(2000, description="bootstrap resamples of the prompts")
+
+
+class PipelineStep(Section):
+    stage: Text = Field(description="stage to run: sft, train-rm, collect, ppo or eval-rm")
+    config: Text = Field(description="its config file")
+
+
+class PipelineConfig(Section):
+    """Stages in order, each in its own process."""
+
+    stages: Annotated[list[PipelineStep], Field(min_length=1)]

@@ -1,0 +1,138 @@
+"""YAML as people mean it: 1e-5 is a number, a key counts once, and every value knows its line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlhf.errors import Problem, RlhfError
+
+MAX_BYTES, MAX_DEPTH, MAX_ALIASES = 1 << 20, 32, 100
+Place = tuple[int, int]
+Places = dict[tuple[str | int, ...], Place]
+
+_INT = re.compile(r"[-+]?(0|[1-9][0-9]*)$")
+_FLOAT = re.compile(r"[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?$")
+_SPECIAL = {
+    "": None, "~": None, "null": None, "true": True, "false": False,
+    ".inf": float("inf"), "-.inf": float("-inf"), ".nan": float("nan"),
+}  # fmt: skip
+_PLAIN_TAGS = ("tag:yaml.org,2002:", "!")
+
+
+def read_file(path: Path) -> tuple[Any, Places]:
+    """The value in a YAML file, and the line and column (from 1) of every key and item by its path.
+
+    Raises:
+        RlhfError: CFG for what cannot be read or parsed, SEC for tags, too many aliases, too deep or too large.
+    """
+    if not path.exists():
+        raise RlhfError(Problem("CFG001", str(path), "no such file.", "name a config file with -c"))
+    if path.is_dir():
+        raise RlhfError(Problem("CFG001", str(path), "is a directory, need a YAML file."))
+    data = path.read_bytes()
+    if len(data) > MAX_BYTES:
+        what = f"{len(data) / MAX_BYTES:.1f} MiB, more than the limit of 1 MiB."
+        raise RlhfError(Problem("SEC001", str(path), what))
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        what = f"byte 0x{data[error.start]:02x} is not UTF-8."
+        raise RlhfError(Problem("CFG001", f"{path}:{line}", what, "save the file as UTF-8")) from None
+    value, places = read_text(text, str(path))
+    if value is None:
+        raise RlhfError(Problem("CFG001", str(path), "empty."))
+    return value, places
+
+
+def read_text(text: str, name: str) -> tuple[Any, Places]:
+    """As ``read_file``, for text; ``name`` stands in the messages."""
+    try:
+        _check_limits(text, name)
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
+        what, fix = (error.problem or str(error)).replace("'\\t'", "a tab"), ""
+        if "\\t" in repr(error.problem):
+            fix = "indent with spaces"
+        raise RlhfError(Problem("CFG002", where, f"not valid YAML: {what}.", fix)) from None
+    except yaml.YAMLError as error:
+        raise RlhfError(Problem("CFG002", name, f"not valid YAML: {' '.join(str(error).split())}.")) from None
+    places: Places = {}
+    problems: list[Problem] = []
+    value = _value(node, (), name, places, problems) if node is not None else None
+    if problems:
+        raise RlhfError(*problems)
+    return value, places
+
+
+def _check_limits(text: str, name: str) -> None:
+    depth = aliases = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        where = f"{name}:{event.start_mark.line + 1}"
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        elif isinstance(event, yaml.AliasEvent):
+            aliases += 1
+        tag = getattr(event, "tag", None)
+        if tag not in (None, "!"):
+            raise RlhfError(Problem("SEC002", where, f"tag {tag} refused.", "write plain values"))
+        if depth > MAX_DEPTH:
+            raise RlhfError(Problem("SEC003", where, f"nested deeper than {MAX_DEPTH} levels."))
+        if aliases > MAX_ALIASES:
+            raise RlhfError(Problem("SEC003", where, f"more than {MAX_ALIASES} aliases."))
+
+
+def _value(node: yaml.Node, path: tuple[str | int, ...], name: str, places: Places, problems: list[Problem]) -> Any:
+    places.setdefault(path, _place(node))
+    if len(path) > MAX_DEPTH:
+        raise RlhfError(Problem("SEC003", name, f"nested deeper than {MAX_DEPTH} levels."))
+    if len(places) > 10_000:
+        raise RlhfError(Problem("SEC003", name, "aliases expand to more than 10,000 values."))
+    if isinstance(node, yaml.ScalarNode):
+        return scalar(node.value) if node.style is None else node.value
+    if isinstance(node, yaml.SequenceNode):
+        return [_value(item, (*path, index), name, places, problems) for index, item in enumerate(node.value)]
+    return dict(_pairs(node, path, name, places, problems))
+
+
+def _pairs(
+    node: yaml.MappingNode, path: tuple[str | int, ...], name: str, places: Places, problems: list[Problem]
+) -> Iterator[tuple[str, Any]]:
+    first_line: dict[str, int] = {}
+    for key_node, value_node in node.value:
+        line, column = _place(key_node)
+        key = str(key_node.value)
+        if not isinstance(key_node, yaml.ScalarNode):
+            problems.append(Problem("CFG002", f"{name}:{line}:{column}", "a key must be a word."))
+            continue
+        if key in first_line:
+            what = f"already set at line {first_line[key]}."
+            problems.append(Problem("CFG004", f"{name}:{line}:{column} {key}", what, "keep one"))
+            continue
+        first_line[key] = line
+        places[(*path, key)] = (line, column)
+        yield key, _value(value_node, (*path, key), name, places, problems)
+
+
+def scalar(text: str) -> Any:
+    """A plain scalar: null, true, false, an integer, a number, else the text as it stands (also yes, no and 010)."""
+    if (word := text.lower()) in _SPECIAL:
+        return _SPECIAL[word]
+    if _INT.match(text):
+        return int(text)
+    if _FLOAT.match(text):
+        return float(text)
+    return text
+
+
+def _place(node: yaml.Node) -> Place:
+    return node.start_mark.line + 1, node.start_mark.column + 1

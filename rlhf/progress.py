@@ -1,0 +1,53 @@
+"""What a person sees while a stage works: log lines as sentences, and a bar with the remaining time."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+Item = TypeVar("Item")
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+class _ConsoleHandler(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        style = "yellow" if record.levelno >= logging.WARNING else None
+        console.print(self.format(record), style=style, markup=False)
+
+
+def log_to_console(quiet: bool = False) -> None:
+    """Send the package's log to standard error, once."""
+    logger = logging.getLogger("rlhf")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    for handler in [handler for handler in logger.handlers if isinstance(handler, _ConsoleHandler)]:
+        logger.removeHandler(handler)
+    handler = _ConsoleHandler(logging.WARNING if quiet else logging.INFO)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.addHandler(handler)
+
+
+@contextmanager
+def bar(title: str, total: int) -> Iterator[Progress]:
+    """A progress bar with elapsed and remaining time on a terminal, nothing elsewhere."""
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("left"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as progress:
+        progress.add_task(title, total=total)
+        yield progress
+
+
+def track(items: Iterable[Item], title: str, total: int) -> Iterator[Item]:
+    """Yield ``items`` under a progress bar."""
+    with bar(title, total) as progress:
+        for item in items:
+            yield item
+            progress.advance(progress.task_ids[0])

@@ -1,0 +1,75 @@
+"""The machine under a run: device, threads, determinism, and how much memory was used at the peak."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import random
+import resource
+import sys
+
+import numpy
+import torch
+from torch import nn
+
+from rlhf.config.sections import RuntimeSection
+from rlhf.errors import Problem, RlhfError
+
+log = logging.getLogger("rlhf")
+SMALL_MODEL = 10_000_000
+
+
+def choose_device(section: RuntimeSection) -> torch.device:
+    """The device that the config names; ``auto`` takes cuda where there is one.
+
+    Raises:
+        RlhfError: RES001 where cuda is asked for and absent.
+    """
+    if section.device == "cuda" and not torch.cuda.is_available():
+        raise RlhfError(Problem("RES001", "runtime.device", "cuda is not available here.", "runtime.device: cpu"))
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if section.device == "auto" else section.device
+    return torch.device(name)
+
+
+def set_up(section: RuntimeSection, seed: int) -> torch.device:
+    """Seed every generator, flush denormals, ask for deterministic kernels; returns the device.
+
+    Gradients of a head that reads one token are denormal nearly everywhere else; flushing them makes reward training
+    about three times as fast on a CPU and changes no digit that matters.
+    """
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
+    torch.set_flush_denormal(True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    return choose_device(section)
+
+
+def set_threads(section: RuntimeSection, model: nn.Module, device: torch.device) -> None:
+    """CPU threads: what the config says, or one for a model too small for a second thread to pay."""
+    if device.type != "cpu":
+        return
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    threads = section.threads or (1 if num_parameters < SMALL_MODEL else torch.get_num_threads())
+    torch.set_num_threads(threads)
+    log.info("Running on the CPU with %d thread%s.", threads, "" if threads == 1 else "s")
+
+
+def derived_seed(seed: int, *names: str | int) -> int:
+    """A seed below 2**31 for one purpose, from the config's seed and the purpose's name."""
+    text = "/".join(map(str, (seed, *names)))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
+
+
+def peak_rss_mb() -> float:
+    """Largest resident set of this process so far, in MB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1 << 20) if sys.platform == "darwin" else peak / 1024
+
+
+def peak_memory() -> dict[str, float]:
+    """Peak memory as metrics, on the host and, where there is one, on the GPU."""
+    figures = {"memory/peak_rss_mb": peak_rss_mb()}
+    if torch.cuda.is_available():
+        figures["memory/peak_cuda_mb"] = torch.cuda.max_memory_allocated() / (1 << 20)
+    return figures

@@ -1,0 +1,1 @@
+"""One recipe a stage, each read from top to bottom."""

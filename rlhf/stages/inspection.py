@@ -1,0 +1,125 @@
+"""Looking without running: ``check``, ``show`` and ``demo``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rlhf import artifacts, preflight, storage
+from rlhf.artifacts import Manifest
+from rlhf.config import load
+from rlhf.config.stages import PipelineConfig
+from rlhf.demo import registry as demo
+from rlhf.errors import Problem, RlhfError
+from rlhf.stages.registry import STAGES
+
+
+def check(files: Sequence[Path], stage: str | None, overrides: Sequence[str]) -> list[dict[str, Any]]:
+    """Check configs; parents that have not run yet are noted, not refused. All problems are raised together."""
+    paths = list(files) or [path for path in sorted(Path("configs").glob("*.yaml")) if _known(path.stem)]
+    if not paths:
+        raise RlhfError(Problem("CFG001", "configs/", "no stage config here.", "name a file"))
+    results, problems = [], []
+    for path in paths:
+        try:
+            results.append(_check_file(path, stage or path.stem, overrides))
+        except RlhfError as error:
+            problems += error.problems
+    if problems:
+        raise RlhfError(*problems)
+    return results
+
+
+def _check_file(path: Path, stage_id: str, overrides: Sequence[str]) -> dict[str, Any]:
+    if not _known(stage_id):
+        known = ", ".join([*STAGES, "pipeline"])
+        raise RlhfError(Problem("CFG008", str(path), f"no stage is called '{stage_id}'.", f"--stage with one of {known}"))
+    if stage_id == "pipeline":
+        steps = load.load(PipelineConfig, path, overrides).stages
+        return {"config": str(path), "stage": stage_id, "steps": [step.model_dump() for step in steps]}
+    stage = STAGES[stage_id]
+    config = load.load(stage.config_class, path, overrides)
+    plan = preflight.prepare(config, stage.needs(config), parents_may_be_missing=True)
+    data = {
+        key: {"rows": len(loaded.records), "dropped": loaded.num_dropped, "warnings": list(loaded.warnings)}
+        for key, loaded in plan.data.items()
+    }
+    return {"config": str(path), "stage": stage_id, "data": data, "not_checked": list(plan.unchecked)}
+
+
+def _known(stage_id: str) -> bool:
+    return stage_id in STAGES or stage_id == "pipeline"
+
+
+def check_lines(results: Sequence[dict[str, Any]]) -> Iterator[str]:
+    for result in results:
+        yield f"{result['config']}: a sound {result['stage']} config."
+        for key, entry in result.get("data", {}).items():
+            dropped = f", dropped {entry['dropped']}" if entry["dropped"] else ""
+            yield f"  {key}: {entry['rows']} rows{dropped}."
+            yield from (f"  {key}: {warning}" for warning in entry["warnings"])
+        yield from (f"  not checked: {note}." for note in result.get("not_checked", []))
+
+
+def summary(run_dir: Path) -> dict[str, Any]:
+    """The manifest with the artifact's digest and its lineage, as JSON values."""
+    manifest = artifacts.read(run_dir)
+    lineage = [{"run_dir": name, "stage": parent.stage, "digest": parent.digest} for name, parent in _lineage(manifest)]
+    return {"run_dir": str(run_dir), "digest": manifest.digest, **asdict(manifest), "lineage": lineage}
+
+
+def describe(run_dir: Path) -> str:
+    """The same for a person."""
+    manifest = artifacts.read(run_dir)
+    lines = [
+        f"{run_dir}: a {manifest.kind} run, made by rlhf {manifest.stage} on {manifest.created} "
+        f"in {manifest.seconds:.0f} s (seed {manifest.seed}).",
+        f"  digest    {manifest.digest[:16]}",
+    ]
+    if manifest.base:
+        lines.append(f"  base      {manifest.base.source} ({manifest.base.dtype}, {manifest.base.digest[:16]})")
+    for key, parent in manifest.parents.items():
+        lines.append(f"  parent    {key}: {parent['run_dir']} ({_state(parent)})")
+    lines += [f"  ancestor  {name}: rlhf {parent.stage}" for name, parent in _lineage(manifest)[len(manifest.parents) :]]
+    lines += [f"  metric    {key} = {_number(value)}" for key, value in manifest.metrics.items()]
+    lines += [f"  detail    {key} = {json.dumps(value)}" for key, value in manifest.details.items()]
+    lines += [f"  file      {name} ({entry['size']:,} bytes)" for name, entry in manifest.files.items()]
+    return "\n".join(lines)
+
+
+def _lineage(manifest: Manifest) -> list[tuple[str, Manifest]]:
+    """The runs that this one was made from, nearest first, as far as their directories still stand."""
+    found: list[tuple[str, Manifest]] = []
+    waiting = [manifest]
+    while waiting:
+        for parent in waiting.pop(0).parents.values():
+            name = parent["run_dir"]
+            if artifacts.is_finished(Path(name)) and name not in [known for known, _ in found]:
+                found.append((name, artifacts.read(name)))
+                waiting.append(found[-1][1])
+    return found
+
+
+def _state(parent: dict[str, str]) -> str:
+    if not artifacts.is_finished(Path(parent["run_dir"])):
+        return "gone"
+    return "unchanged" if artifacts.read(parent["run_dir"]).digest == parent["digest"] else "changed since"
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else json.dumps(value)
+
+
+def write_demo(out: Path, size: int, seed: int) -> dict[str, int]:
+    """Each data set of the embedded world as ``out/NAME.jsonl``; returns path -> rows."""
+    out.mkdir(parents=True, exist_ok=True)
+    counts = {}
+    for name in demo.DATASETS:
+        rows = list(demo.rows(f"demo:{name}?size={size}&seed={seed}"))
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        storage.write_text(out / f"{name}.jsonl", text)
+        counts[str(out / f"{name}.jsonl")] = len(rows)
+    return counts

@@ -1,0 +1,86 @@
+"""The stages: what each is called, reads, makes, and where its recipe lives. CLI, pipeline and check derive from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf.config import stages as configs
+from rlhf.config.stages import RewardSource, StageConfig
+from rlhf.data import sources
+from rlhf.preflight import Input, Needs, Parent
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage. ``id`` is its command, its config file's name and its default run directory's name.
+
+    The module ``rlhf.stages.<module>`` has ``run(config, plan, run) -> Manifest`` and
+    ``dry_run(config, plan) -> list[str]`` and is imported only when the stage starts.
+    """
+
+    id: str
+    config_class: type[StageConfig]
+    makes: str
+    needs: Callable[[Any], Needs]
+    summary: str
+
+    @property
+    def module(self) -> str:
+        return f"rlhf.stages.{self.id.replace('-', '_')}"
+
+    @property
+    def default_config(self) -> str:
+        return f"configs/{self.id}.yaml"
+
+
+def _sft(config: configs.SftConfig) -> Needs:
+    return Needs(inputs=(Input("data", config.data, sources.load_demonstrations),), model=config.model)
+
+
+def _train_rm(config: configs.RewardConfig) -> Needs:
+    return Needs(
+        parents=(Parent("policy", config.policy, ("policy",)),),
+        inputs=(Input("data", config.data, sources.load_comparisons),),
+    )
+
+
+def _collect(config: configs.CollectConfig) -> Needs:
+    return Needs(
+        parents=(Parent("policy", config.policy, ("policy",)), *_reward_runs("labeller", config.labeller)),
+        inputs=(Input("prompts", config.prompts, sources.load_prompts),),
+    )
+
+
+def _ppo(config: configs.PpoConfig) -> Needs:
+    rewards = [
+        parent for index, source in enumerate(config.rewards) for parent in _reward_runs(f"rewards.{index}", source)
+    ]
+    inputs = [Input("prompts", config.prompts, sources.load_prompts)]
+    if config.evaluation.data:
+        inputs.append(Input("evaluation.data", config.evaluation.data, sources.load_prompts))
+    return Needs(parents=(Parent("policy", config.policy, ("policy",)), *rewards), inputs=tuple(inputs))
+
+
+def _eval_rm(config: configs.EvalRmConfig) -> Needs:
+    return Needs(
+        parents=(Parent("reward", config.reward, ("reward",)),),
+        inputs=(Input("data", config.data, sources.load_comparisons),),
+    )
+
+
+def _reward_runs(key: str, source: RewardSource) -> tuple[Parent, ...]:
+    return (Parent(key, source.run, ("reward",)),) if source.run else ()
+
+
+STAGES: dict[str, Stage] = {
+    stage.id: stage
+    for stage in (
+        Stage("sft", configs.SftConfig, "policy", _sft, "Supervised fine-tuning on demonstrations."),
+        Stage("collect", configs.CollectConfig, "preferences", _collect, "Rank a policy's own samples."),
+        Stage("train-rm", configs.RewardConfig, "reward", _train_rm, "Train a reward model on comparisons."),
+        Stage("ppo", configs.PpoConfig, "policy", _ppo, "PPO with a KL penalty against the SFT reference."),
+        Stage("eval-rm", configs.EvalRmConfig, "examination", _eval_rm, "Examine a reward model."),
+    )
+}

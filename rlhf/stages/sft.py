@@ -1,0 +1,196 @@
+"""Supervised fine-tuning: LoRA on the frozen base with TRL's SFTTrainer, loss on the responses only."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from typing import Any
+
+from datasets import Dataset
+from peft import PeftModel, get_peft_model
+from peft.utils.other import TrainableTokensWrapper
+from transformers import TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from rlhf import artifacts, runtime
+from rlhf.artifacts import Manifest
+from rlhf.config.stages import SftConfig
+from rlhf.data import tokenised
+from rlhf.data.records import Prompt, split_by_prompt
+from rlhf.data.tokenised import Dialogue
+from rlhf.errors import Problem, RlhfError
+from rlhf.evaluation import policy as measure
+from rlhf.models import adapters, opening
+from rlhf.models.base import Base
+from rlhf.models.roles import SharedBase
+from rlhf.preflight import Plan
+from rlhf.progress import bar
+from rlhf.runs import Run
+from rlhf.stages.registry import STAGES
+from rlhf.tracking import Tracker
+
+log = logging.getLogger("rlhf")
+
+
+def run(config: SftConfig, plan: Plan, run: Run) -> Manifest:
+    """Train the adapter, measure what was written, and refuse a model that does not learn to stop."""
+    started = time.perf_counter()
+    device = runtime.set_up(config.runtime, config.seed)
+    base = opening.open_base(config.model, device)
+    runtime.set_threads(config.runtime, base.model, device)
+    train, held_out = split_by_prompt(plan.data["data"].records, config.holdout_fraction, config.seed)
+    rows, report = _tokenise(config, train, base.chat)
+    log.info(report.sentence("Training data"))
+
+    model = get_peft_model(base.model, adapters.fresh_lora(config.lora, base.model, base.tokenizer))
+    trainer = _trainer(config, model, base, rows, run)
+    with bar("SFT", trainer.args.max_steps) as progress:
+        trainer.add_callback(_Advance(progress))
+        trainer.train()
+    adapters.save(model, "default", run.path / artifacts.ADAPTER)
+    base.tokenizer.save_pretrained(run.path / artifacts.TOKENIZER)
+    train_seconds = time.perf_counter() - started
+    del trainer, model
+
+    # The rest measures the artifact as every later stage will load it, on a base that TRL has not touched.
+    base = opening.open_base(config.model, device)
+    roles = SharedBase(base)
+    roles.add("base")
+    roles.add("policy", adapter=run.path / artifacts.ADAPTER, trained=False)
+    metrics = _measure(config, base, roles, held_out, run)
+    metrics |= {"time/train_s": train_seconds, **runtime.peak_memory()}
+    run.write_metrics(config.steps or 0, metrics)
+    return run.finish(
+        Manifest(
+            kind="policy", stage="sft", seed=config.seed, identity=plan.identity, metrics=metrics,
+            seconds=time.perf_counter() - started, base=opening.identity_of(base, config.model),
+            parents=plan.parents_table(STAGES["sft"].needs(config)),
+            details={"rows": vars(report), "prompts_held_out": len(held_out)},
+        )
+    )  # fmt: skip
+
+
+def dry_run(config: SftConfig, plan: Plan) -> list[str]:
+    """Token counts and the number of steps, with the tokenizer but without weights."""
+    chat = opening.open_chat(config.model)
+    train, held_out = split_by_prompt(plan.data["data"].records, config.holdout_fraction, config.seed)
+    rows, report = _tokenise(config, train, chat)
+    steps = _num_steps(config, len(rows))
+    return [report.sentence("data"), f"held out: {len(held_out)} rows.", f"{steps} steps of {config.batch.batch_size}."]
+
+
+def _tokenise(config: SftConfig, records: Any, chat: Any) -> tuple[list[Dialogue], tokenised.LengthReport]:
+    return tokenised.dialogues(
+        records, chat, config.loss_on == "last_turn", config.max_length, config.too_long,
+        config.data.max_dropped_fraction, "data",
+    )  # fmt: skip
+
+
+def _num_steps(config: SftConfig, num_rows: int) -> int:
+    if config.steps:
+        return config.steps
+    return max(1, math.ceil(num_rows * (config.epochs or 0) / config.batch.batch_size))
+
+
+def _trainer(config: SftConfig, model: PeftModel, base: Base, rows: list[Dialogue], run: Run) -> SFTTrainer:
+    """TRL's trainer with every argument set that this stage relies upon."""
+    for module in model.modules():
+        if isinstance(module, TrainableTokensWrapper):
+            module.bias = None  # the fused LM head asks for it
+    dataset = Dataset.from_dict(
+        {
+            "input_ids": [row.ids for row in rows],
+            "labels": [[i if keep else -100 for i, keep in zip(row.ids, row.trained, strict=True)] for row in rows],
+        }
+    )
+    micro = min(config.batch.micro_batch_size, config.batch.batch_size)
+    if config.batch.batch_size % micro:
+        what = f"micro_batch_size {micro} does not divide batch_size {config.batch.batch_size}."
+        raise RlhfError(Problem("CFG007", "batch", what))
+    arguments = SFTConfig(
+        output_dir=str(run.path / artifacts.CHECKPOINTS), max_length=config.max_length, packing=config.packing,
+        per_device_train_batch_size=micro, gradient_accumulation_steps=config.batch.batch_size // micro,
+        max_steps=_num_steps(config, len(rows)), learning_rate=config.optim.learning_rate,
+        weight_decay=config.optim.weight_decay, warmup_steps=config.optim.warmup_ratio,
+        lr_scheduler_type=config.optim.schedule, max_grad_norm=config.optim.max_grad_norm,
+        seed=config.seed, data_seed=config.seed, bf16=False, fp16=False, use_cpu=base.device.type == "cpu",
+        gradient_checkpointing=config.runtime.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False}, pad_token=base.chat.pad_token,
+        logging_steps=1, logging_nan_inf_filter=False, save_strategy="no", report_to=[], disable_tqdm=True,
+        dataloader_pin_memory=False, remove_unused_columns=True, shuffle_dataset=False, loss_type="nll",
+    )  # fmt: skip
+    callback = _Record(run, Tracker(run.path, config.report_to), config.save_every, base)
+    trainer = SFTTrainer(
+        model=model, args=arguments, train_dataset=dataset, processing_class=base.tokenizer, callbacks=[callback]
+    )
+    for shown in list(trainer.callback_handler.callbacks):
+        if type(shown).__name__ in ("PrinterCallback", "ProgressCallback"):
+            trainer.remove_callback(shown)
+    return trainer
+
+
+class _Record(TrainerCallback):
+    """Metrics, checkpoints and the guard against a loss that is not finite."""
+
+    def __init__(self, run: Run, tracker: Tracker, save_every: int | None, base: Base) -> None:
+        self.run, self.tracker, self.save_every, self.base = run, tracker, save_every, base
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        known = {"loss": "train/loss", "grad_norm": "train/grad_norm", "learning_rate": "train/learning_rate"}
+        values = {ours: float(logs[theirs]) for theirs, ours in known.items() if logs and theirs in logs}
+        if not values:
+            return
+        self.run.write_metrics(state.global_step, values)
+        self.tracker.write(state.global_step, values)
+        for name in ("train/loss", "train/grad_norm"):
+            if not math.isfinite(values.get(name, 0.0)):
+                what = f"{name} is {values[name]}; nothing was written."
+                raise RlhfError(Problem("GRD001", f"sft step {state.global_step}", what, "a lower learning rate"))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        if self.save_every and state.global_step % self.save_every == 0:
+            where = self.run.path / artifacts.CHECKPOINTS / f"step-{state.global_step}" / artifacts.ADAPTER
+            adapters.save(model, "default", where)
+
+
+class _Advance(TrainerCallback):
+    def __init__(self, progress: Any) -> None:
+        self.progress = progress
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.progress.advance(self.progress.task_ids[0])
+
+
+def _measure(config: SftConfig, base: Base, roles: SharedBase, held_out: Any, run: Run) -> dict[str, float]:
+    """Held-out loss and perplexity of base and policy, and the policy's end-token rate."""
+    turns = tokenised.turns(held_out, base.chat, config.loss_on == "last_turn", config.max_length)
+    before = measure.response_loss(roles, "base", turns, base.chat.pad_id, config.batch.micro_batch_size)
+    after = measure.response_loss(roles, "policy", turns, base.chat.pad_id, config.batch.micro_batch_size)
+    prompts = [Prompt(record.messages[:-1], record.where) for record in held_out][: config.end_token_samples]
+    rows, _ = tokenised.prompt_rows(prompts, base.chat, config.max_length, 1.0, "data")
+    seed = runtime.derived_seed(config.seed, "sft", "end token")
+    samples = measure.sample(roles, "policy", rows, config.sampling, seed)
+    run.write_samples("held_out", measure.sample_rows(samples))
+    rate = sum(sample.finished for sample in samples) / len(samples)
+    log.info(
+        "Held out: loss %.3f -> %.3f a token, perplexity %.2f -> %.2f; %.0f %% of %d samples end by themselves.",
+        before, after, math.exp(before), math.exp(after), 100 * rate, len(samples),
+    )  # fmt: skip
+    if rate < config.min_end_token_rate:
+        _refuse(config, base, rate)
+    return {
+        "eval/base_loss": before, "eval/loss": after, "eval/perplexity": math.exp(after), "eval/end_token_rate": rate,
+    }  # fmt: skip
+
+
+def _refuse(config: SftConfig, base: Base, rate: float) -> None:
+    what = (
+        f"only {rate:.0%} of the sampled responses end with {base.chat.end_token!r} within "
+        f"{config.sampling.max_new_tokens} tokens, needed: {config.min_end_token_rate:.0%}."
+    )
+    fix = (
+        f"train the token (lora.train_tokens: [{base.chat.end_token!r}]), train longer, raise sampling.max_new_tokens, "
+        "or set min_end_token_rate openly"
+    )
+    raise RlhfError(Problem("GRD002", "sft", what, fix))
