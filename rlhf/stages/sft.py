@@ -7,7 +7,7 @@ import math
 import time
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
 from peft import PeftModel, get_peft_model
 from peft.utils.other import TrainableTokensWrapper
 from transformers import TrainerCallback
@@ -26,6 +26,7 @@ from rlhf.models.base import Base
 from rlhf.models.roles import SharedBase
 from rlhf.preflight import Plan
 from rlhf.progress import bar
+from rlhf.rollouts.hf import HfEngine
 from rlhf.runs import Run
 from rlhf.stages.registry import STAGES
 from rlhf.tracking import Tracker
@@ -98,6 +99,8 @@ def _trainer(config: SftConfig, model: PeftModel, base: Base, rows: list[Dialogu
     for module in model.modules():
         if isinstance(module, TrainableTokensWrapper):
             module.bias = None  # the fused LM head asks for it
+    base.tokenizer.pad_token = base.chat.pad_token
+    disable_progress_bars()
     dataset = Dataset.from_dict(
         {
             "input_ids": [row.ids for row in rows],
@@ -115,8 +118,8 @@ def _trainer(config: SftConfig, model: PeftModel, base: Base, rows: list[Dialogu
         weight_decay=config.optim.weight_decay, warmup_steps=config.optim.warmup_ratio,
         lr_scheduler_type=config.optim.schedule, max_grad_norm=config.optim.max_grad_norm,
         seed=config.seed, data_seed=config.seed, bf16=False, fp16=False, use_cpu=base.device.type == "cpu",
-        gradient_checkpointing=config.runtime.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False}, pad_token=base.chat.pad_token,
+        activation_checkpointing=config.runtime.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
         logging_steps=1, logging_nan_inf_filter=False, save_strategy="no", report_to=[], disable_tqdm=True,
         dataloader_pin_memory=False, remove_unused_columns=True, shuffle_dataset=False, loss_type="nll",
     )  # fmt: skip
@@ -169,8 +172,9 @@ def _measure(config: SftConfig, base: Base, roles: SharedBase, held_out: Any, ru
     after = measure.response_loss(roles, "policy", turns, base.chat.pad_id, config.batch.micro_batch_size)
     prompts = [Prompt(record.messages[:-1], record.where) for record in held_out][: config.end_token_samples]
     rows, _ = tokenised.prompt_rows(prompts, base.chat, config.max_length, 1.0, "data")
+    engine = HfEngine(roles, "policy", base.chat, config.sampling.concurrency)
     seed = runtime.derived_seed(config.seed, "sft", "end token")
-    samples = measure.sample(roles, "policy", rows, config.sampling, seed)
+    samples = measure.respond(engine, base.chat, rows, measure.sampling_of(config.sampling, seed))
     run.write_samples("held_out", measure.sample_rows(samples))
     rate = sum(sample.finished for sample in samples) / len(samples)
     log.info(

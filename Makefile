@@ -1,0 +1,69 @@
+# Every verb works in a fresh checkout: it creates .venv first where there is none.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RLHF := $(BIN)/rlhf
+READY := $(VENV)/.ready
+RUNS := runs
+export OMP_WAIT_POLICY := PASSIVE
+export TOKENIZERS_PARALLELISM := false
+
+.DEFAULT_GOAL := help
+.PHONY: help setup sft train-rm ppo eval-rm pipeline quickstart seeds test test-all lint types check clean
+
+help: ## Show the verbs
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+setup: $(READY) ## Create .venv and install the package with its dev extras
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+sft: $(RUNS)/sft/manifest.json ## Supervised fine-tuning on the embedded world
+train-rm: $(RUNS)/train-rm/manifest.json ## Reward model, and what it needs
+ppo: $(RUNS)/ppo/manifest.json ## PPO, and what it needs
+eval-rm: $(RUNS)/eval-rm/manifest.json ## Examine the reward model, and what it needs
+
+# A run that is up to date is left alone; a changed one is moved aside and made again.
+$(RUNS)/sft/manifest.json: configs/sft.yaml | $(READY)
+	$(RLHF) sft -c $< --overwrite
+
+$(RUNS)/train-rm/manifest.json: configs/train-rm.yaml $(RUNS)/sft/manifest.json | $(READY)
+	$(RLHF) train-rm -c $< --overwrite
+
+$(RUNS)/ppo/manifest.json: configs/ppo.yaml $(RUNS)/sft/manifest.json $(RUNS)/train-rm/manifest.json | $(READY)
+	$(RLHF) ppo -c $< --overwrite
+
+$(RUNS)/eval-rm/manifest.json: configs/eval-rm.yaml $(RUNS)/train-rm/manifest.json | $(READY)
+	$(RLHF) eval-rm -c $< --overwrite
+
+pipeline: $(READY) ## Bring all stages of configs/pipeline.yaml up to date
+	$(RLHF) pipeline -c configs/pipeline.yaml
+
+quickstart: $(READY) ## SFT, reward model and PPO on the embedded world, with a table, plots and summary.json
+	$(BIN)/python scripts/quickstart.py
+
+seeds: $(READY) ## The quickstart over ten seeds with its comparisons (an hour; resumable)
+	$(BIN)/python scripts/quickstart_seeds.py
+
+test: $(READY) ## The tests that take minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow"
+
+test-all: $(READY) ## All tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+lint: $(READY) ## Style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY) ## Static types
+	$(BIN)/mypy
+
+check: $(READY) ## Check the shipped configs and their data rows
+	$(RLHF) check
+
+clean: ## Remove .venv, runs and caches
+	rm -rf $(VENV) $(RUNS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

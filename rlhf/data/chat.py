@@ -1,0 +1,147 @@
+"""Conversations as token ids: one way of tokenising in SFT, reward modelling, PPO and scoring."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+
+from rlhf.data.records import Message, Messages
+from rlhf.errors import Problem, RlhfError
+
+SENTINEL = "zebra quartz"
+TEMPLATES = {
+    "chatml": (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    ),
+    "plain": (
+        "{{ bos_token or '' }}{% for m in messages %}{% if m['role'] == 'assistant' %}Assistant: {{ m['content'] }}"
+        "{{ eos_token }}{% else %}{{ m['role'] | capitalize }}: {{ m['content'] }}\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}Assistant:{% endif %}"
+    ),
+}
+
+
+class ChatFormat:
+    """How a tokenizer's chat template writes conversations.
+
+    A training sequence is ids(prompt) + ids(response) + end token. The end token is the one that the template really
+    writes after an assistant turn, found by rendering a sentinel; whatever follows it belongs to no response.
+
+    Args:
+        template: a named default for a tokenizer that has no template of its own.
+
+    Raises:
+        RlhfError: MOD010 without a template, or with one that does not show where a response begins and ends.
+    """
+
+    def __init__(self, tokenizer: Any, template: str | None = None) -> None:
+        self.tokenizer = tokenizer
+        own = tokenizer.chat_template
+        if template is None and not own:
+            fix = f"model.chat_template: one of {', '.join(TEMPLATES)}"
+            raise RlhfError(Problem("MOD010", "tokenizer", "has no chat template.", fix))
+        if template is not None and own:
+            what = f"has a chat template of its own, so {template} would not be what it was trained with."
+            raise RlhfError(Problem("MOD010", "model.chat_template", what, "model.chat_template: null"))
+        self.template = TEMPLATES[template] if template else None
+        self._encode_cached = lru_cache(maxsize=4096)(self._encode)
+        probe = (Message("user", "hello there"), Message("assistant", SENTINEL))
+        self._head_matches(probe)
+        rendered = self._render(probe, False)
+        self.tail = rendered[rendered.rindex(SENTINEL) + len(SENTINEL) :]
+        tail_ids = self._encode(self.tail.lstrip(" "))
+        if not tail_ids:
+            raise RlhfError(Problem("MOD010", "chat template", "writes nothing after an assistant turn.", "another one"))
+        self.end_id = tail_ids[0]
+        self.end_token = tokenizer.convert_ids_to_tokens(self.end_id)
+        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.end_id
+        self.pad_token = tokenizer.convert_ids_to_tokens(self.pad_id)
+        head, body = self._render(probe[:1], True), self._body(probe[:1], SENTINEL)
+        separate = [*self._encode(head), *self._encode(body)]
+        self._joint = separate != self._encode(head + body) and self._encode(head + body)[: len(self._encode(head))] == self._encode(head)
+
+    def prompt_ids(self, messages: Messages) -> list[int]:
+        """Ids of the rendered conversation with the opening of the answer."""
+        self._refuse_special(messages)
+        return list(self._encode_cached(self._render(messages, True)))
+
+    def response_ids(self, messages: Messages, text: str) -> list[int]:
+        """Ids of a response to ``messages``, without the end token."""
+        self._refuse_special((Message("assistant", text),))
+        body = self._body(messages, text)
+        if not self._joint:
+            return list(self._encode(body))
+        head = self._render(messages, True)
+        prompt, whole = list(self._encode_cached(head)), list(self._encode(head + body))
+        if whole[: len(prompt)] != prompt:
+            what = "joins the last token of a prompt with the first of its response."
+            raise RlhfError(Problem("MOD011", "tokenizer", what, "a template that ends the prompt with a special token"))
+        return whole[len(prompt) :]
+
+    def demonstration(self, messages: Messages, last_only: bool) -> tuple[list[int], list[bool]]:
+        """Ids of a conversation that ends with an assistant turn, and which of them carry loss.
+
+        Every assistant turn and its end token is trained, or only the last one.
+
+        Raises:
+            RlhfError: MOD012 if the template writes an earlier turn differently once the conversation goes on.
+        """
+        turns = [index for index, message in enumerate(messages) if message.role == "assistant"]
+        last = turns[-1]
+        ids = [*self.prompt_ids(messages[:last]), *self.response_ids(messages[:last], messages[last].content), self.end_id]
+        trained = [False] * len(ids)
+        for index in [last] if last_only else turns:
+            start = len(self.prompt_ids(messages[:index]))
+            answer = [*self.response_ids(messages[:index], messages[index].content), self.end_id]
+            if ids[start : start + len(answer)] != answer:
+                what = "writes an earlier turn differently once the conversation goes on."
+                raise RlhfError(Problem("MOD012", "chat template", what, "loss_on: last_turn, or single-turn data"))
+            trained[start : start + len(answer)] = [True] * len(answer)
+        return ids, trained
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of a response, without its end token and without the space that a template puts in front."""
+        kept = ids[:-1] if ids and ids[-1] == self.end_id else ids
+        return str(self.tokenizer.decode(kept, skip_special_tokens=True)).removeprefix(" ")
+
+    def render_prompt(self, messages: Messages) -> str:
+        """The prompt's text as the model sees it."""
+        return self._render(messages, True)
+
+    def _body(self, messages: Messages, text: str) -> str:
+        """What the template writes for a response, without its end."""
+        whole = self._render((*messages, Message("assistant", text)), False)
+        head = self._head_matches((*messages, Message("assistant", text)))
+        return whole[len(head) :].removesuffix(self.tail)
+
+    def _head_matches(self, messages: Messages) -> str:
+        head, whole = self._render(messages[:-1], True), self._render(messages, False)
+        if not whole.startswith(head):
+            what = "a rendered prompt is not the beginning of prompt and response."
+            raise RlhfError(Problem("MOD011", "chat template", what, "a template whose generation prompt matches"))
+        return head
+
+    def _render(self, messages: Messages, opening: bool) -> str:
+        turns = [{"role": message.role, "content": message.content} for message in messages]
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    turns, tokenize=False, add_generation_prompt=opening, chat_template=self.template
+                )
+            )
+        except TemplateError as error:
+            what = f"refuses a conversation of {', '.join(m.role for m in messages)}: {error}."
+            raise RlhfError(Problem("MOD013", "chat template", what, "leave that turn out of the data")) from None
+
+    def _encode(self, text: str) -> list[int]:
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def _refuse_special(self, messages: Messages) -> None:
+        for message in messages:
+            for token in self.tokenizer.all_special_tokens:
+                if token in message.content:
+                    what = f"a {message.role} turn contains the special token {token!r}."
+                    raise RlhfError(Problem("DAT060", "data", what, "remove it from the text"))

@@ -1,0 +1,46 @@
+"""Rows through the datasets library: parquet, csv, saved directories, hub ids."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from rlhf.config.sections import DataSection
+from rlhf.errors import Problem, RlhfError
+
+FORMATS = {".parquet": "parquet", ".csv": "csv", ".json": "json"}
+
+
+def read(data: DataSection) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, row) of each row.
+
+    Raises:
+        RlhfError: DAT010 where nothing of this name can be loaded, or the split is not named and there are several.
+    """
+    datasets.disable_progress_bars()
+    path = Path(data.path)
+    try:
+        if path.is_dir() and ((path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()):
+            found = datasets.load_from_disk(str(path))
+        elif path.is_file() and path.suffix in FORMATS:
+            found = datasets.load_dataset(FORMATS[path.suffix], data_files=str(path))
+        elif path.exists() or not path.suffix:
+            found = datasets.load_dataset(data.path, data.name, revision=data.revision)
+        else:
+            raise RlhfError(Problem("DAT010", data.path, "no such file.", "check the path"))
+    except RlhfError:
+        raise
+    except Exception as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise RlhfError(Problem("DAT010", data.path, f"cannot be loaded: {first}", "a file, or a hub id while online")) from None
+    if isinstance(found, datasets.DatasetDict):
+        split = data.split or (next(iter(found)) if len(found) == 1 else None)
+        if split not in found:
+            what = f"splits are {', '.join(found)}; {'none is named' if data.split is None else f'no {data.split}'}."
+            raise RlhfError(Problem("DAT010", data.path, what, "set split"))
+        found = found[split]
+    for index, row in enumerate(found):
+        yield f"{data.path}[{index}]", {key: value for key, value in row.items() if value is not None}

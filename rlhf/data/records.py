@@ -1,0 +1,95 @@
+"""The three things that training data say: a demonstration, a comparison, a prompt."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from rlhf.errors import Problem, RlhfError
+
+ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class Message:
+    role: str
+    content: str
+
+
+Messages = tuple[Message, ...]
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """A conversation that ends with an assistant turn; ``where`` is its file and line."""
+
+    messages: Messages
+    where: str
+
+    @property
+    def prompt(self) -> Messages:
+        return self.messages[:-1]
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Response ``first`` is preferred to ``second`` with ``probability``; 1/2 is a tie."""
+
+    first: int
+    second: int
+    probability: float = 1.0
+    margin: float | None = None
+    annotator: str | None = None
+    attribute: str | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A prompt, K responses, and the judgements between them; a pair is K = 2."""
+
+    prompt: Messages
+    responses: tuple[str, ...]
+    judgements: tuple[Judgement, ...]
+    where: str
+    ratings: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A conversation that waits for an answer."""
+
+    messages: Messages
+    where: str
+
+    @property
+    def prompt(self) -> Messages:
+        return self.messages
+
+
+Record = TypeVar("Record", Demonstration, Comparison, Prompt)
+
+
+def prompt_key(messages: Messages) -> str:
+    """One text a prompt, for grouping by prompt."""
+    return json.dumps([[message.role, message.content] for message in messages], ensure_ascii=False)
+
+
+def split_by_prompt(records: Sequence[Record], fraction: float, seed: int) -> tuple[list[Record], list[Record]]:
+    """(rest, held out), disjoint in prompts: ``fraction`` of the distinct prompts, at least one, are held out.
+
+    Which ones depends on the seed and each prompt's text, not on the order of the rows.
+
+    Raises:
+        RlhfError: DAT030 with fewer than two distinct prompts.
+    """
+    keys = {prompt_key(record.prompt) for record in records}
+    if len(keys) < 2:
+        what = f"{len(keys)} distinct prompt: nothing to hold out."
+        raise RlhfError(Problem("DAT030", records[0].where if records else "data", what, "more prompts"))
+    order = sorted(keys, key=lambda key: hashlib.sha256(f"{seed}/{key}".encode()).digest())
+    held_out = set(order[: min(len(order) - 1, max(1, round(fraction * len(order))))])
+    rest = [record for record in records if prompt_key(record.prompt) not in held_out]
+    return rest, [record for record in records if prompt_key(record.prompt) in held_out]

@@ -1,0 +1,181 @@
+"""One row of data as a record: the accepted forms, and what is wrong with a row that has none of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from rlhf.data.records import ROLES, Comparison, Demonstration, Judgement, Message, Messages, Prompt
+
+Row = Mapping[str, Any]
+TURN = "\n\nAssistant:"
+
+
+class RowError(ValueError):
+    """What is wrong with a row: the field and the reason."""
+
+
+class EqualResponses(RowError):
+    """Differently ranked responses that are the same text."""
+
+
+def demonstration(row: Row, where: str) -> Demonstration:
+    """From ``prompt`` and ``completion`` (or ``response``), or from ``messages``."""
+    if "messages" in row:
+        found = messages(row["messages"], "messages")
+    else:
+        key = "completion" if "completion" in row or "response" not in row else "response"
+        found = (*prompt_of(_need(row, "prompt")), *_answer(_need(row, key), key))
+    check_turns(found, "messages", ends_with="assistant")
+    return Demonstration(found, where)
+
+
+def prompt(row: Row, where: str) -> Prompt:
+    """From ``prompt``, or from ``messages`` (a final assistant turn is what is to be answered anew)."""
+    if "prompt" in row:
+        found = prompt_of(row["prompt"])
+    else:
+        found = messages(_need(row, "messages"), "messages")
+        found = found[:-1] if found and found[-1].role == "assistant" else found
+    check_turns(found, "prompt", ends_with="user")
+    return Prompt(found, where)
+
+
+def comparison(row: Row, where: str) -> Comparison:
+    """From ``prompt``, ``responses``, ``ranks``; or from ``chosen`` and ``rejected`` with ``prompt`` or a shared head."""
+    if "responses" in row or "ranks" in row:
+        return _ranking(row, where)
+    chosen, rejected = _need(row, "chosen"), _need(row, "rejected")
+    if type(chosen) is not type(rejected):
+        raise RowError("'rejected': must be of the same form as 'chosen'.")
+    if "prompt" in row:
+        head = prompt_of(row["prompt"])
+        best, worst = _response(chosen, "chosen", head), _response(rejected, "rejected", head)
+    else:
+        head, best, worst = _shared_head(chosen, rejected)
+    check_turns(head, "prompt", ends_with="user")
+    if best == worst:
+        raise EqualResponses("'chosen' equals 'rejected'.")
+    margin = row.get("margin")
+    if margin is not None and (isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin)):
+        raise RowError(f"'margin': need a finite number, got {margin!r}.")
+    judgement = Judgement(0, 1, margin=None if margin is None else float(margin))
+    return Comparison(head, (best, worst), (judgement,), where)
+
+
+def _ranking(row: Row, where: str) -> Comparison:
+    head = prompt_of(_need(row, "prompt"))
+    check_turns(head, "prompt", ends_with="user")
+    texts, ranks = _need(row, "responses"), _need(row, "ranks")
+    if not isinstance(texts, list) or len(texts) < 2:
+        raise RowError("'responses': need a list of at least two texts.")
+    responses = tuple(_text(text, f"responses[{index}]") for index, text in enumerate(texts))
+    if not isinstance(ranks, list) or len(ranks) != len(texts) or not all(type(rank) is int for rank in ranks):
+        raise RowError(f"'ranks': need {len(texts)} whole numbers, one a response, 1 for the best.")
+    if len(set(ranks)) == 1:
+        raise RowError("'ranks': all equal, so the row holds no preference.")
+    judgements = []
+    for first in range(len(ranks)):
+        for second in range(first + 1, len(ranks)):
+            better, worse = (first, second) if ranks[first] <= ranks[second] else (second, first)
+            tie = ranks[first] == ranks[second]
+            if not tie and responses[first] == responses[second]:
+                raise EqualResponses(f"'responses': {first} and {second} are equal but ranked differently.")
+            judgements.append(Judgement(better, worse, probability=0.5 if tie else 1.0))
+    return Comparison(head, responses, tuple(judgements), where)
+
+
+def prompt_of(value: Any) -> Messages:
+    """A text is one user message; a list is a conversation."""
+    if isinstance(value, list):
+        return messages(value, "prompt")
+    return (Message("user", _text(value, "prompt")),)
+
+
+def messages(value: Any, field: str) -> Messages:
+    if not isinstance(value, list) or not value:
+        raise RowError(f"'{field}': need a list of messages.")
+    found = []
+    for index, item in enumerate(value):
+        place = f"{field}[{index}]"
+        if not isinstance(item, Mapping):
+            raise RowError(f"'{place}': need an object with role and content.")
+        if item.get("role") not in ROLES:
+            raise RowError(f"'{place}.role': need system, user or assistant, got {item.get('role')!r}.")
+        found.append(Message(item["role"], _text(item.get("content"), f"{place}.content")))
+    return tuple(found)
+
+
+def check_turns(found: Messages, field: str, ends_with: str) -> None:
+    """System first if at all, then user and assistant in turn, ending as told."""
+    turns = found[1:] if found and found[0].role == "system" else found
+    for index, message in enumerate(turns):
+        if message.role != ("user", "assistant")[index % 2]:
+            place = index + len(found) - len(turns)
+            raise RowError(f"'{field}[{place}].role': user and assistant must alternate, found '{message.role}'.")
+    if not turns or turns[-1].role != ends_with:
+        raise RowError(f"'{field}': must end with a turn of the {ends_with}.")
+
+
+def _answer(value: Any, field: str) -> Messages:
+    return messages(value, field) if isinstance(value, list) else (Message("assistant", _text(value, field)),)
+
+
+def _response(value: Any, field: str, head: Messages) -> str:
+    """The response text; a message list may repeat the prompt in front of it."""
+    if not isinstance(value, list):
+        return _text(value, field)
+    found = messages(value, field)
+    if found[: len(head)] == head:
+        found = found[len(head) :]
+    if len(found) != 1 or found[0].role != "assistant":
+        raise RowError(f"'{field}': need one assistant turn after the prompt.")
+    return found[0].content
+
+
+def _shared_head(chosen: Any, rejected: Any) -> tuple[Messages, str, str]:
+    if isinstance(chosen, list):
+        best, worst = messages(chosen, "chosen"), messages(rejected, "rejected")
+        if best[:-1] != worst[:-1] or best[-1].role != "assistant" or worst[-1].role != "assistant":
+            raise RowError("'rejected': 'chosen' and 'rejected' must be one conversation up to the last assistant turn.")
+        return best[:-1], best[-1].content, worst[-1].content
+    first, second = _text(chosen, "chosen"), _text(rejected, "rejected")
+    cut = first.rfind(TURN)
+    if cut < 0 or second.rfind(TURN) != cut or first[:cut] != second[:cut]:
+        raise RowError(f"'prompt': missing, and 'chosen' and 'rejected' share no head that ends with {TURN!r}.")
+    answers = [_text(text[cut + len(TURN) :].strip(), name) for text, name in ((first, "chosen"), (second, "rejected"))]
+    return _transcript(first[:cut]), answers[0], answers[1]
+
+
+def _transcript(text: str) -> Messages:
+    """A conversation written as "\\n\\nHuman: ...\\n\\nAssistant: ..."."""
+    found: list[Message] = []
+    for part in text.split("\n\nHuman:")[1:]:
+        user, *answers = part.split(TURN)
+        found.append(Message("user", user.strip()))
+        found += [Message("assistant", answer.strip()) for answer in answers]
+    if not found or not text.startswith("\n\nHuman:"):
+        raise RowError("'chosen': the shared head does not begin with a human turn.")
+    return tuple(found)
+
+
+def _need(row: Row, field: str) -> Any:
+    if field not in row:
+        raise RowError(f"'{field}': missing (this row has: {', '.join(map(str, row))}).")
+    return row[field]
+
+
+def _text(value: Any, field: str) -> str:
+    if not isinstance(value, str):
+        kind = "null" if value is None else type(value).__name__
+        raise RowError(f"'{field}': need text, got {kind}.")
+    if not value.strip():
+        raise RowError(f"'{field}': empty.")
+    if "\0" in value:
+        raise RowError(f"'{field}': contains a NUL character.")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise RowError(f"'{field}': contains half of a surrogate pair.") from None
+    return value

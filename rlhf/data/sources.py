@@ -1,0 +1,141 @@
+"""Data sets by name: JSONL, whatever the datasets library loads, or the embedded world; every row a record."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from rlhf import storage
+from rlhf.config.sections import DataSection
+from rlhf.data import jsonl, rows
+from rlhf.data.rows import EqualResponses, RowError
+from rlhf.demo import registry as demo
+from rlhf.errors import Problem, RlhfError
+
+KNOWN = {
+    "demonstrations": ("prompt", "completion", "response", "messages"),
+    "comparisons": ("prompt", "chosen", "rejected", "margin", "responses", "ranks", "scores", "provenance"),
+    "prompts": ("prompt", "messages"),
+}
+EQUAL = "two differently ranked responses are equal"
+COLLECTED = "preferences.jsonl"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A data set as records.
+
+    Args:
+        num_rows: rows read; ``num_dropped`` says how many of them are no record, by reason.
+        digest: SHA-256 of the file, or of the rows where there is no single file, and of how they were read.
+    """
+
+    records: tuple[Any, ...]
+    num_rows: int
+    num_dropped: dict[str, int]
+    digest: str
+    source: str
+    warnings: tuple[str, ...] = ()
+
+
+def load_demonstrations(data: DataSection) -> Loaded:
+    """Conversations that end with an assistant turn."""
+    return _load(data, "demonstrations", rows.demonstration)
+
+
+def load_comparisons(data: DataSection) -> Loaded:
+    """Pairs and rankings. A collect run's directory stands for the preferences in it."""
+    collected = Path(data.path) / COLLECTED
+    return _load(data.model_copy(update={"path": str(collected)}) if collected.is_file() else data, "comparisons", rows.comparison)
+
+
+def load_prompts(data: DataSection) -> Loaded:
+    """Conversations that wait for an answer."""
+    return _load(data, "prompts", rows.prompt)
+
+
+def check_dropped(num_rows: int, dropped: Mapping[str, int], max_dropped_fraction: float, where: str) -> None:
+    """Raise DAT020 where more than the allowed share of the rows would be dropped; the message has the counts."""
+    total = sum(dropped.values())
+    if total > max_dropped_fraction * num_rows:
+        counts = "; ".join(f"{count} {reason}" for reason, count in dropped.items() if count)
+        what = f"{total} of {num_rows} rows ({total / num_rows:.1%}) would be dropped: {counts}."
+        raise RlhfError(Problem("DAT020", where, what, "mend the rows, or raise max_dropped_fraction openly"))
+
+
+def _load(data: DataSection, kind: str, record: Callable[[Mapping[str, Any], str], Any]) -> Loaded:
+    problems: list[Problem] = []
+    records: list[Any] = []
+    ignored: dict[str, int] = {}
+    present: set[str] = set()
+    num_rows = num_equal = 0
+    for where, raw in islice(_rows(data, problems), data.limit):
+        num_rows += 1
+        present |= raw.keys()
+        row = _renamed(raw, data.columns)
+        for name in row.keys() - set(KNOWN[kind]):
+            ignored[name] = ignored.get(name, 0) + 1
+        try:
+            records.append(record(row, where))
+        except EqualResponses as error:
+            num_equal += 1
+            if not data.drop_equal:
+                problems.append(Problem("DAT012", where, str(error), "drop the row, or set drop_equal: true"))
+        except RowError as error:
+            problems.append(Problem("DAT004", where, str(error)))
+    _raise(data, problems, records, num_rows, present)
+    dropped = {EQUAL: num_equal} if num_equal else {}
+    check_dropped(num_rows, dropped, data.max_dropped_fraction, data.path)
+    notes = (f"ignored fields: {', '.join(sorted(ignored))}",) if ignored else ()
+    return Loaded(tuple(records), num_rows, dropped, _digest(data, records), data.path, notes)
+
+
+def _raise(data: DataSection, problems: list[Problem], records: list[Any], num_rows: int, present: set[str]) -> None:
+    for ours, theirs in data.columns.items():
+        if num_rows and theirs not in present:
+            what = f"no field '{theirs}' (columns.{ours}) in any row; found {', '.join(sorted(present))}."
+            raise RlhfError(Problem("DAT003", data.path, what, "name a field that is there"))
+    if problems and not records and len({problem.what for problem in problems}) == 1 and len(problems) == num_rows > 1:
+        first = problems[0]
+        fix = first.fix or "columns maps other names: {ours: theirs}"
+        raise RlhfError(Problem(first.code, data.path, f"all {num_rows} rows: {first.what}", fix))
+    if problems:
+        raise RlhfError(*problems)
+    if not num_rows:
+        raise RlhfError(Problem("DAT013", data.path, "no rows."))
+
+
+def _rows(data: DataSection, problems: list[Problem]) -> Iterator[tuple[str, dict[str, Any]]]:
+    if demo.is_demo(data.path):
+        yield from ((f"{data.path}[{index}]", row) for index, row in enumerate(demo.rows(data.path)))
+    elif data.path.endswith((".jsonl", ".jsonl.gz", ".json.gz", ".ndjson")):
+        yield from ((f"{data.path}:{number}", row) for number, row in jsonl.read(Path(data.path), problems))
+    else:
+        # The one import inside a function below the command line: `datasets` takes seconds and pulls torch in, and
+        # neither `rlhf --help` nor a check of JSONL files should pay for it.
+        from rlhf.data import hub
+
+        yield from hub.read(data)
+
+
+def _renamed(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    if not columns:
+        return row
+    taken = set(columns.values())
+    kept = {key: value for key, value in row.items() if key not in taken and key not in columns}
+    return kept | {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
+
+
+def _digest(data: DataSection, records: list[Any]) -> str:
+    path = Path(data.path)
+    if path.is_file():
+        return storage.sha256(path)
+    digest = hashlib.sha256()
+    for record in records:
+        digest.update(json.dumps(record, default=vars, ensure_ascii=False, sort_keys=True).encode())
+    return digest.hexdigest()

@@ -1,0 +1,78 @@
+"""What the small base is pretrained on: dialogues of poor quality, reviewed dialogues, and ticket notes.
+
+The reviews check facts alone, never style: what people prefer is left for the reward model to learn.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+from rlhf.demo.replies import ABSENT, FACTS, HABIT_OF, HABITS, RIGHT, WRONG, Manner, draw_manner, write
+from rlhf.demo.world import ACTIONS, CODES, ISSUES, ITEMS, NAMES, Ticket, draw_ticket, split_of
+
+USER, BOT, END = "<user>", "<bot>", "<eos>"
+EARLY = {"reviewed": 0.15, "terse": 0.65, "dialogue": 0.08, "note": 0.12}
+LATE = {"reviewed": 0.42, "terse": 0.18, "dialogue": 0.32, "note": 0.08}
+COUNTS = ("none", "one", "two")
+
+
+def draw_document(rng: random.Random, shares: dict[str, float] = LATE) -> str:
+    """One document on a ticket of the training split, markers included."""
+    ticket = draw_ticket(rng)
+    while split_of(ticket.text) != "train":
+        ticket = draw_ticket(rng)
+    kind = rng.choices(list(shares), list(shares.values()))[0]
+    return {"reviewed": _reviewed, "terse": _terse, "dialogue": _dialogue, "note": _note}[kind](ticket, rng)
+
+
+def _dialogue(ticket: Ticket, rng: random.Random) -> str:
+    """A reply of the desk's poorer days: half by some habit, half of any kind."""
+    manner = HABITS[rng.choice(list(HABIT_OF.values()))] if rng.random() < 0.4 else draw_manner(rng, 0.5, 0.5)
+    return f"{USER}{ticket.text}{BOT}{write(ticket, manner, rng)}{END}"
+
+
+def _reviewed(ticket: Ticket, rng: random.Random) -> str:
+    """A reply, and after its end the review of its facts; most replies have none or one of them wrong."""
+    manner = _checked_manner(rng, draw_manner(rng, 0.5, rng.choice((0.4, 0.6, 0.9))))
+    return f"{USER}{ticket.text}{BOT}{write(ticket, manner, rng)}{END}{review(manner)}"
+
+
+def _terse(ticket: Ticket, rng: random.Random) -> str:
+    """The same check on bare facts, without sentences around them."""
+    manner = _checked_manner(rng, Manner())
+    issue = rng.choice(ISSUES[ticket.action]).format(adj="new", item=ticket.item)
+    asked = [issue, f"#{ticket.code}", ticket.name]
+    right = {"item": ticket.item, "action": ticket.action, "order": f"#{ticket.code}", "name": ticket.name}
+    values = {"item": ITEMS, "action": ACTIONS, "order": tuple(f"#{code}" for code in CODES), "name": NAMES}
+    said = []
+    for fact in FACTS:
+        state = getattr(manner, fact)
+        if state != ABSENT:
+            wrong = rng.choice([value for value in values[fact] if value != right[fact]])
+            said.append(right[fact] if state == RIGHT else wrong)
+    rng.shuffle(asked)
+    rng.shuffle(said)
+    return f"{USER}ask {' '.join(asked)}{BOT}say {' '.join(said)}{END}{review(manner)}"
+
+
+def _note(ticket: Ticket, rng: random.Random) -> str:
+    """The ticket's facts restated in any order: what teaches copying."""
+    facts = [f"item {ticket.item}", f"order #{ticket.code}", f"name {ticket.name}", f"action {ticket.action}"]
+    rng.shuffle(facts)
+    return f"{USER}{ticket.text}{END}note {' ; '.join(facts)} ."
+
+
+def review(manner: Manner) -> str:
+    """The number of wrong facts first, then each fact's verdict."""
+    states = [getattr(manner, fact) for fact in FACTS]
+    verdicts = " ".join(f"{fact} {state}" for fact, state in zip(FACTS, states, strict=True))
+    return f"{COUNTS[states.count(WRONG)]} wrong : {verdicts} ."
+
+
+def _checked_manner(rng: random.Random, manner: Manner) -> Manner:
+    num_wrong = rng.choice((0, 0, 1, 1, 1, 2))
+    states = dict.fromkeys(FACTS, RIGHT) | dict.fromkeys(rng.sample(FACTS, num_wrong), WRONG)
+    if rng.random() < 0.3:
+        states[rng.choice(FACTS)] = ABSENT
+    return replace(manner, **states)

@@ -1,0 +1,108 @@
+"""The names of the embedded world: ``demo:base`` and its data sets, with size, seed and split."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl
+
+from rlhf.demo.gold import noisy_utility, ranks_of
+from rlhf.demo.replies import GOOD, Manner, draw_demonstration, draw_edit, draw_manner, write
+from rlhf.demo.world import SPLITS, Ticket, tickets
+from rlhf.errors import Problem, RlhfError
+
+PREFIX = "demo:"
+DATASETS = ("demonstrations", "preferences", "prompts")
+DEFAULT_SIZE = {"demonstrations": 2600, "preferences": 900, "prompts": 1800}
+OPTIONS = {"size": int, "seed": int, "split": str, "sharpness": float, "swap": float, "length_bias": float}
+LABEL_OPTIONS = ("sharpness", "swap", "length_bias")
+BASE = Path(__file__).parent / "base"
+
+
+def is_demo(name: str) -> bool:
+    return name.startswith(PREFIX)
+
+
+def resolve_model(name: str) -> Path:
+    """The directory of ``demo:base``.
+
+    Raises:
+        RlhfError: MOD002 for any other name.
+    """
+    if name != "demo:base":
+        raise RlhfError(Problem("MOD002", name, "no model of this name in the embedded world.", "demo:base"))
+    return BASE
+
+
+def rows(name: str) -> Iterator[dict[str, Any]]:
+    """The rows of a data set such as ``demo:preferences?size=800&seed=3&split=test``, the same ones for the same name.
+
+    Splits never share a prompt, whatever the seed. Preferences also take ``sharpness`` (of the noisy judge), ``swap``
+    (share of rankings in which two replies changed places) and ``length_bias``.
+
+    Raises:
+        RlhfError: DAT002 for an unknown data set or option, or a value that does not fit.
+    """
+    kind, options = _parse(name)
+    split, seed, size = options["split"], options["seed"], options["size"]
+    for ticket, rng in islice(tickets(split, seed, kind), size):
+        if kind == "demonstrations":
+            yield {"prompt": ticket.text, "completion": draw_demonstration(ticket, rng)}
+        elif kind == "preferences":
+            yield _ranking(ticket, rng, options)
+        else:
+            yield {"prompt": ticket.text}
+
+
+def _ranking(ticket: Ticket, rng: random.Random, options: dict[str, Any]) -> dict[str, Any]:
+    """Four replies, two of which are edits of the others in one thing, ranked by the noisy judge."""
+    responses: list[str] = []
+    manners: list[Manner] = []
+    while len(responses) < 4:
+        if len(responses) % 2:
+            manner = draw_edit(manners[-1], rng)
+        else:
+            manner = GOOD if rng.random() < 0.25 else draw_manner(rng, right=0.75, fine=rng.uniform(0.5, 1.0))
+        reply = write(ticket, manner, rng)
+        if reply not in responses:
+            responses.append(reply)
+            manners.append(manner)
+    utilities = [
+        noisy_utility(ticket.text, reply, rng, options["sharpness"], options["length_bias"]) for reply in responses
+    ]
+    if rng.random() < options["swap"]:
+        first, second = rng.sample(range(4), 2)
+        utilities[first], utilities[second] = utilities[second], utilities[first]
+    order = rng.sample(range(4), 4)
+    ranks = ranks_of(utilities)
+    return {
+        "prompt": ticket.text,
+        "responses": [responses[index] for index in order],
+        "ranks": [ranks[index] for index in order],
+    }
+
+
+def _parse(name: str) -> tuple[str, dict[str, Any]]:
+    kind, _, query = name.removeprefix(PREFIX).partition("?")
+    if kind not in DATASETS:
+        known = ", ".join(PREFIX + known for known in DATASETS)
+        raise RlhfError(Problem("DAT002", name, "no data set of this name in the embedded world.", f"one of {known}"))
+    options: dict[str, Any] = {
+        "size": DEFAULT_SIZE[kind], "seed": 0, "split": "train", "sharpness": 15.0, "swap": 0.06, "length_bias": 0.0,
+    }  # fmt: skip
+    for key, text in parse_qsl(query, keep_blank_values=True):
+        if key not in OPTIONS or (key in LABEL_OPTIONS and kind != "preferences"):
+            known = ", ".join(key for key in OPTIONS if kind == "preferences" or key not in LABEL_OPTIONS)
+            raise RlhfError(Problem("DAT002", name, f"unknown option '{key}'.", f"one of {known}"))
+        try:
+            options[key] = OPTIONS[key](text)
+        except ValueError:
+            raise RlhfError(Problem("DAT002", name, f"{key} must be a number, got '{text}'.")) from None
+    if options["split"] not in SPLITS:
+        raise RlhfError(Problem("DAT002", name, f"no split '{options['split']}'.", f"one of {', '.join(SPLITS)}"))
+    if not 1 <= options["size"] <= 100_000 or options["seed"] < 0:
+        raise RlhfError(Problem("DAT002", name, "size must be 1 to 100,000 and seed at least 0."))
+    return kind, options

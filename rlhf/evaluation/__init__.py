@@ -1,0 +1,1 @@
+"""What measures a policy or a reward model."""

@@ -1,0 +1,70 @@
+"""The pictures of a report, drawn without a screen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+BLUE, ORANGE, GREY = "#3465a4", "#d9822b", "#888888"
+
+
+def reliability(bins: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Share of comparisons that the model gets right, against how sure it was."""
+    figure, axes = plt.subplots(figsize=(4.5, 4))
+    axes.plot([0.5, 1], [0.5, 1], color=GREY, linestyle="--", label="calibrated")
+    confidence, share = [entry["confidence"] for entry in bins], [entry["accuracy"] for entry in bins]
+    axes.plot(confidence, share, "o-", color=BLUE, label="reward model")
+    for entry in bins:
+        axes.annotate(f"{entry['count']:.0f}", (entry["confidence"], entry["accuracy"]), fontsize=7, xytext=(3, -9),
+                      textcoords="offset points", color=GREY)  # fmt: skip
+    axes.set(xlabel="predicted probability of its winner", ylabel="share that is right", title="Reliability")
+    axes.legend()
+    _write(figure, path)
+
+
+def accuracy_by_length_gap(bins: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Accuracy by how much longer the preferred response is."""
+    figure, axes = plt.subplots(figsize=(4.5, 3.2))
+    labels = [f"{entry['low']:.0f} to {entry['high']:.0f}" for entry in bins]
+    axes.bar(labels, [entry["accuracy"] for entry in bins], color=BLUE)
+    axes.axhline(0.5, color=GREY, linestyle="--")
+    axes.set(xlabel="tokens of the preferred response minus the other's", ylabel="accuracy", ylim=(0, 1))
+    axes.tick_params(axis="x", labelsize=8)
+    _write(figure, path)
+
+
+def curves(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str], path: Path) -> None:
+    """Metrics over steps, one panel each; ``names`` maps a metric to its label."""
+    figure, panels = plt.subplots(1, len(names), figsize=(3.6 * len(names), 3), squeeze=False)
+    for axes, (name, label) in zip(panels[0], names.items(), strict=True):
+        points = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
+        axes.plot(*zip(*points, strict=True), "o-", markersize=3, color=BLUE) if points else None
+        axes.set(xlabel="PPO step", title=label)
+    _write(figure, path)
+
+
+def bars(groups: Mapping[str, Mapping[str, float]], ylabel: str, path: Path) -> None:
+    """Grouped bars: one group a row of ``groups``, one bar a series."""
+    series = list(next(iter(groups.values())))
+    figure, axes = plt.subplots(figsize=(7, 3.4))
+    width = 0.8 / len(series)
+    colours = [GREY, "#8fb3dd", BLUE, ORANGE, "#6a9a3b"]
+    for index, name in enumerate(series):
+        places = [place + (index - (len(series) - 1) / 2) * width for place in range(len(groups))]
+        axes.bar(places, [row[name] for row in groups.values()], width, label=name, color=colours[index % 5])
+    axes.set_xticks(range(len(groups)), list(groups))
+    axes.set(ylabel=ylabel, ylim=(0, 1.05))
+    axes.legend(ncols=len(series), fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.16), frameon=False)
+    _write(figure, path)
+
+
+def _write(figure: Any, path: Path) -> None:
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,114 @@
+"""Measuring a policy: its samples, their scores, its distance from the reference, its loss on given answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf.config.sections import SamplingSection
+from rlhf.data.batches import collate, micro_batches
+from rlhf.data.chat import ChatFormat
+from rlhf.data.tokenised import PromptRow, Turn
+from rlhf.models import forward
+from rlhf.models.roles import Roles
+from rlhf.rollouts.engine import RolloutEngine, Sampling
+from rlhf.scoring.scorer import Sample, Scorer
+
+ScoreRule = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures on held-out prompts, and the samples that they were measured on."""
+
+    metrics: dict[str, float]
+    rows: list[dict[str, Any]]
+
+
+def sampling_of(section: SamplingSection, seed: int) -> Sampling:
+    """How a config says to sample, with the noise of ``seed``."""
+    return Sampling(max_new_tokens=section.max_new_tokens, temperature=section.temperature, seed=seed)
+
+
+def respond(
+    engine: RolloutEngine, chat: ChatFormat, prompts: Sequence[PromptRow], how: Sampling,
+    rows: Sequence[int] | None = None,
+) -> list[Sample]:  # fmt: skip
+    """One response to each prompt; the noise of a row depends on the seed and its number in ``rows`` alone."""
+    rollout = engine.generate([prompt.ids for prompt in prompts], how, rows or range(len(prompts)))
+    return [
+        Sample(prompt.messages, chat.decode(tokens), prompt.ids, tokens, finished)
+        for prompt, tokens, finished in zip(prompts, rollout.tokens, rollout.finished, strict=True)
+    ]
+
+
+def evaluate(
+    roles: Roles, engine: RolloutEngine, scorer: Scorer, rule: ScoreRule, chat: ChatFormat,
+    prompts: Sequence[PromptRow], sampling: SamplingSection, seed: int, micro_batch_size: int,
+) -> Evaluation:  # fmt: skip
+    """Mean score (after the missing-EOS rule), exact KL to the reference in nats a response, length, end-token rate."""
+    samples = respond(engine, chat, prompts, sampling_of(sampling, seed))
+    scores = score_by_rule(scorer, rule, samples)
+    kl = exact_kl(roles, samples, chat.pad_id, sampling.temperature, micro_batch_size)
+    lengths = torch.tensor([len(sample.response_ids) for sample in samples], dtype=torch.float64)
+    finished = torch.tensor([sample.finished for sample in samples], dtype=torch.float64)
+    metrics = {
+        "eval/score": float(scores.double().mean()), "eval/exact_kl_nats": float(kl.mean()),
+        "eval/response_tokens": float(lengths.mean()), "eval/end_token_rate": float(finished.mean()),
+    }  # fmt: skip
+    return Evaluation(metrics, sample_rows(samples, score=scores.tolist(), exact_kl=kl.tolist()))
+
+
+def score_by_rule(scorer: Scorer, rule: ScoreRule, samples: Sequence[Sample]) -> Tensor:
+    """[B] scores after the rule for responses that were cut off."""
+    finished = torch.tensor([sample.finished for sample in samples])
+    return rule(scorer.score(samples).mean.cpu(), finished)
+
+
+def exact_kl(
+    roles: Roles, samples: Sequence[Sample], pad_id: int, temperature: float, micro_batch_size: int
+) -> Tensor:
+    """[B] float64: KL(policy || reference) of the tempered policies, over the vocabulary, summed over the response."""
+    kl = torch.zeros(len(samples), dtype=torch.float64)
+    for rows, sequences in batched(samples, pad_id, roles.device, micro_batch_size):
+        both = forward.policy_and_reference(roles, sequences, temperature)
+        kl[rows] = both.exact_kl.double().sum(1).cpu()
+    return kl
+
+
+def response_loss(roles: Roles, slot: str, turns: Sequence[Turn], pad_id: int, micro_batch_size: int) -> float:
+    """Mean negative log-likelihood a response token (end token included), in nats, at temperature 1."""
+    total, num_tokens = 0.0, 0
+    for _, sequences in batched(turns, pad_id, roles.device, micro_batch_size):
+        with torch.no_grad(), roles.acting_as(slot) as (model, _):
+            logprobs = forward.response_logprobs(model, sequences, 1.0)
+        total -= float(logprobs.double().sum())
+        num_tokens += int(sequences.mask.sum())
+    return total / num_tokens
+
+
+def batched(
+    items: Sequence[Sample] | Sequence[Turn], pad_id: int, device: torch.device, micro_batch_size: int
+) -> Iterator[tuple[list[int], Any]]:
+    """Length-sorted micro-batches: the rows' indices and their padded sequences."""
+    lengths = [len(item.prompt_ids) + len(item.response_ids) for item in items]
+    for rows in micro_batches(lengths, micro_batch_size):
+        prompts, responses = [items[i].prompt_ids for i in rows], [items[i].response_ids for i in rows]
+        yield rows, collate(prompts, responses, pad_id, device)
+
+
+def sample_rows(samples: Sequence[Sample], **columns: Sequence[float]) -> list[dict[str, Any]]:
+    """Samples as JSON rows: the prompt's messages, the response, whether it ended by itself, and more columns."""
+    return [
+        {
+            "prompt": [{"role": message.role, "content": message.content} for message in sample.prompt],
+            "response": sample.response,
+            "finished": sample.finished,
+            **{name: values[index] for name, values in columns.items()},
+        }
+        for index, sample in enumerate(samples)
+    ]

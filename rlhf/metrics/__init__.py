@@ -1,0 +1,1 @@
+"""Statistics of an examination, on arrays."""

@@ -1,0 +1,115 @@
+"""LoRA adapters: made, read, written in PEFT's own layout, and grown to a larger rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from rlhf.config.sections import LoraSection
+from rlhf.errors import Problem, RlhfError
+from rlhf.storage import staged_directory
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def fresh_lora(lora: LoraSection, model: Any, tokenizer: Any) -> LoraConfig:
+    """The LoRA config of a new adapter on ``model``.
+
+    Raises:
+        RlhfError: MOD030 for target modules that match nothing, MOD031 for tokens that the tokenizer does not have.
+    """
+    targets = linear_names(model) if lora.target_modules == "all-linear" else list(lora.target_modules)
+    present = linear_names(model)
+    missing = [name for name in targets if name not in present]
+    if missing:
+        what = f"{', '.join(missing)} match no linear layer; there are {', '.join(present)}."
+        raise RlhfError(Problem("MOD030", "lora.target_modules", what))
+    tokens = token_ids(lora.train_tokens, tokenizer)
+    conv = any(isinstance(module, Conv1D) for module in model.modules())
+    return LoraConfig(
+        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type="CAUSAL_LM",
+        bias="none", fan_in_fan_out=conv, trainable_token_indices=tokens or None,
+    )  # fmt: skip
+
+
+def linear_names(model: Any) -> list[str]:
+    """Last names of the linear layers inside the model; the output head is none of them."""
+    head = model.get_output_embeddings()
+    names = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head
+    }
+    return sorted(names)
+
+
+def token_ids(tokens: list[str], tokenizer: Any) -> list[int]:
+    known = tokenizer.get_vocab()
+    unknown = [token for token in tokens if token not in known]
+    if unknown:
+        what = f"not in the vocabulary: {', '.join(map(repr, unknown))}."
+        raise RlhfError(Problem("MOD031", "lora.train_tokens", what, "write the token as the tokenizer has it"))
+    return [known[token] for token in tokens]
+
+
+def read(directory: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """Config and weights of an adapter directory; the config comes back without dropout, ready to train.
+
+    Raises:
+        RlhfError: CKP010 if a file is missing.
+    """
+    for name in (CONFIG, WEIGHTS):
+        if not (directory / name).is_file():
+            raise RlhfError(Problem("CKP010", str(directory / name), "missing.", "make the run again"))
+    config = LoraConfig.from_pretrained(str(directory))
+    config.inference_mode, config.lora_dropout, config.base_model_name_or_path = False, 0.0, None
+    return config, load_file(directory / WEIGHTS)
+
+
+def weights(model: PeftModel, adapter: str) -> dict[str, Tensor]:
+    """The adapter's own tensors under PEFT's names, on the CPU, in float32."""
+    state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    return {name: tensor.detach().float().cpu().clone().contiguous() for name, tensor in state.items()}
+
+
+def save(model: PeftModel, adapter: str, directory: Path) -> None:
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors``, whole or not at all."""
+    with staged_directory(directory) as staging:
+        config = model.peft_config[adapter]
+        was = config.inference_mode
+        config.inference_mode = True
+        config.save_pretrained(str(staging))
+        config.inference_mode = was
+        save_file(weights(model, adapter), staging / WEIGHTS, metadata={"format": "pt"})
+
+
+def grow(config: LoraConfig, state: dict[str, Tensor], rank: int) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """The same function at a larger rank: A gets new rows at random, B zero columns, alpha grows with the rank.
+
+    Raises:
+        RlhfError: CFG020 for a smaller rank, which would change the function.
+    """
+    if rank == config.r:
+        return config, state
+    if rank < config.r:
+        what = f"rank {rank} is smaller than the adapter's {config.r}."
+        raise RlhfError(Problem("CFG020", "lora_r", what, "the same rank or a larger one"))
+    generator = torch.Generator().manual_seed(rank)
+    grown = dict(state)
+    for name, tensor in state.items():
+        if ".lora_A." in name:
+            extra = torch.empty(rank - tensor.shape[0], *tensor.shape[1:])
+            bound = tensor.shape[1] ** -0.5
+            grown[name] = torch.cat([tensor, extra.uniform_(-bound, bound, generator=generator)])
+        elif ".lora_B." in name:
+            grown[name] = torch.cat([tensor, torch.zeros(tensor.shape[0], rank - tensor.shape[1])], 1)
+    config.lora_alpha = config.lora_alpha * rank / config.r
+    config.r = rank
+    return config, grown

@@ -1,0 +1,135 @@
+"""The forward passes of training and scoring: the backbone once, the LM head over response tokens alone.
+
+Letters: B sequences, T response tokens of the longest, N response tokens in all, V vocabulary, d hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from rlhf.data.batches import Sequences
+from rlhf.models.roles import Roles
+from rlhf.ppo import tensors
+
+CHUNK_VALUES = 1 << 25
+
+
+@dataclass(frozen=True)
+class PolicyAndReference:
+    """All [B, T], without gradient, of the tempered policies; 0 where there is no token."""
+
+    logprobs: Tensor
+    ref_logprobs: Tensor
+    entropy: Tensor
+    exact_kl: Tensor
+
+
+def response_logprobs(model: Any, sequences: Sequences, temperature: float) -> Tensor:
+    """[B, T] log-probability of every response token, in nats, with gradient; 0 where there is no token.
+
+    The head runs over N rows in chunks that are computed again in the backward pass, so that N x V logits never exist
+    at once. Float32 from the logits on.
+    """
+    return response_logprobs_of(model, sequences, temperature, _chunk_logprobs)[0]
+
+
+def response_logprobs_and_entropy(model: Any, sequences: Sequences, temperature: float) -> tuple[Tensor, Tensor]:
+    """As ``response_logprobs``, and the entropy [B, T] of each token's distribution, with gradient too."""
+    found = response_logprobs_of(model, sequences, temperature, _chunk_logprobs_and_entropy)
+    return found[0], found[1]
+
+
+def response_logprobs_of(model: Any, sequences: Sequences, temperature: float, per_chunk: Any) -> list[Tensor]:
+    """What ``per_chunk`` gives for each token, as [B, T] each."""
+    rows, positions = sequences.targets
+    hidden = backbone(model, sequences)[rows, positions - 1]
+    targets = sequences.ids[rows, positions]
+    head, size = model.get_output_embeddings(), chunk_size(model)
+    parts = []
+    for part, ids in zip(hidden.split(size), targets.split(size), strict=True):
+        if torch.is_grad_enabled() and len(hidden) > size:
+            parts.append(checkpoint(per_chunk, head, part, ids, temperature, use_reentrant=False))
+        else:
+            parts.append(per_chunk(head, part, ids, temperature))
+    return [scatter(torch.cat(column), sequences) for column in zip(*parts, strict=True)]
+
+
+@torch.no_grad()
+def policy_and_reference(roles: Roles, sequences: Sequences, temperature: float) -> PolicyAndReference:
+    """Logprobs under both roles and, from the same pass over the vocabulary, entropy and exact KL of the policy.
+
+    Each role's logits come from the head as that role has it: a trained token row belongs to one of them only.
+    """
+    rows, positions = sequences.targets
+    targets = sequences.ids[rows, positions]
+    hidden: dict[str, Tensor] = {}
+    for role in ("policy", "reference"):
+        with roles.acting_as(role) as (model, _):
+            hidden[role] = backbone(model, sequences)[rows, positions - 1]
+            size = chunk_size(model)
+    columns: list[list[Tensor]] = [[], [], [], []]
+    for start in range(0, len(targets), size):
+        part = slice(start, start + size)
+        logits = {}
+        for role in ("policy", "reference"):
+            with roles.acting_as(role) as (model, _):
+                logits[role] = _float(model.get_output_embeddings()(hidden[role][part])) / temperature
+        policy, reference = logits["policy"].log_softmax(-1), logits["reference"].log_softmax(-1)
+        p, ids = policy.exp(), targets[part][:, None]
+        found = (
+            policy.gather(1, ids)[:, 0], reference.gather(1, ids)[:, 0], -(p * policy).sum(-1),
+            (p * (policy - reference)).sum(-1),
+        )  # fmt: skip
+        for column, values in zip(columns, found, strict=True):
+            column.append(values)
+    return PolicyAndReference(*(scatter(torch.cat(column), sequences) for column in columns))
+
+
+def state_values(model: Any, head: Any, sequences: Sequences) -> Tensor:
+    """[B, T] value of the state before each response token is written; 0 where there is no token."""
+    rows, positions = sequences.targets
+    return scatter(head(backbone(model, sequences)[rows, positions - 1])[:, 0], sequences)
+
+
+def end_scores(model: Any, head: Any, sequences: Sequences) -> Tensor:
+    """[B, k] what the head reads at the last token of each sequence."""
+    last = sequences.prompt_lengths + sequences.response_lengths - 1
+    hidden = backbone(model, sequences)
+    return head(hidden[torch.arange(len(last), device=last.device), last])  # type: ignore[no-any-return]
+
+
+def backbone(model: Any, sequences: Sequences) -> Tensor:
+    """[B, L, d] last hidden states; the LM head does not run."""
+    inner = getattr(model, model.base_model_prefix)
+    outcome = inner(input_ids=sequences.ids, attention_mask=sequences.attention_mask, use_cache=False)
+    return outcome.last_hidden_state  # type: ignore[no-any-return]
+
+
+def scatter(values: Tensor, sequences: Sequences) -> Tensor:
+    """[N] values of the response tokens as [B, T], 0 elsewhere."""
+    whole = torch.zeros(sequences.mask.shape, dtype=values.dtype, device=values.device)
+    return whole.masked_scatter(sequences.mask, values)
+
+
+def chunk_size(model: Any) -> int:
+    """Tokens whose logits may exist at once."""
+    return max(1, CHUNK_VALUES // int(model.config.get_text_config().vocab_size))
+
+
+def _chunk_logprobs(head: Any, hidden: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor]:
+    return (tensors.token_logprobs(_float(head(hidden)) / temperature, ids),)
+
+
+def _chunk_logprobs_and_entropy(head: Any, hidden: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    logits = _float(head(hidden)) / temperature
+    return tensors.token_logprobs(logits, ids), tensors.entropy(logits)
+
+
+def _float(x: Tensor) -> Tensor:
+    """At least float32."""
+    return x if x.dtype == torch.float64 else x.float()

@@ -1,0 +1,74 @@
+"""Opening the base that a config or a finished run names, and making sure that it is the same one."""
+
+from __future__ import annotations
+
+import torch
+
+from rlhf.artifacts import BaseIdentity, Manifest
+from rlhf.config.sections import ModelSection
+from rlhf.data.chat import ChatFormat
+from rlhf.errors import Problem, RlhfError
+from rlhf.models.base import Base, load_base, load_tokenizer
+
+
+def open_base(model: ModelSection, device: torch.device) -> Base:
+    """The frozen base of a config."""
+    return load_base(
+        model.path, revision=model.revision, dtype=model.dtype, device=device, template=model.chat_template,
+        trust_remote_code=model.trust_remote_code, attn_implementation=model.attn_implementation,
+    )  # fmt: skip
+
+
+def open_chat(model: ModelSection) -> ChatFormat:
+    """The tokenizer and chat format alone."""
+    tokenizer = load_tokenizer(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    return ChatFormat(tokenizer, model.chat_template)
+
+
+def identity_of(base: Base, model: ModelSection) -> BaseIdentity:
+    """What a manifest says of the base."""
+    return BaseIdentity(
+        source=model.path, digest=base.digest, dtype=model.dtype, revision=model.revision,
+        chat_template=model.chat_template, attn_implementation=model.attn_implementation,
+        trust_remote_code=model.trust_remote_code,
+    )  # fmt: skip
+
+
+def model_of(manifest: Manifest) -> ModelSection:
+    """The model section that a finished run was made with."""
+    base = manifest.base
+    assert base is not None, "policies and rewards have a base"
+    return ModelSection.model_validate(
+        {
+            "path": base.source, "revision": base.revision, "dtype": base.dtype, "chat_template": base.chat_template,
+            "attn_implementation": base.attn_implementation, "trust_remote_code": base.trust_remote_code,
+        }
+    )  # fmt: skip
+
+
+def reopen_base(manifest: Manifest, device: torch.device) -> Base:
+    """The base of a finished run.
+
+    Raises:
+        RlhfError: MOD020 if the files under its name are no longer those that the run was made on.
+    """
+    base = open_base(model_of(manifest), device)
+    assert manifest.base is not None
+    if base.digest != manifest.base.digest:
+        what = f"is not the base of this run: digest {base.digest[:12]}, the run was made on {manifest.base.digest[:12]}."
+        raise RlhfError(Problem("MOD020", manifest.base.source, what, "restore the model, or make the run again"))
+    return base
+
+
+def require_same_base(policy: BaseIdentity, reward: BaseIdentity, where: str) -> None:
+    """Roles share one base; raise MOD021 if a reward run was made on another one."""
+    if policy.digest != reward.digest or policy.chat_template != reward.chat_template:
+        what = f"made on another base ({reward.source}) than the policy ({policy.source})."
+        raise RlhfError(Problem("MOD021", where, what, "train the reward model from this policy's SFT run"))
+
+
+def require_context(base: Base, prompt_tokens: int, new_tokens: int, where: str) -> None:
+    """Raise MOD022 where prompt and response together are longer than what the base was made for."""
+    if prompt_tokens + new_tokens > base.context_length:
+        what = f"prompt {prompt_tokens} + response {new_tokens} tokens exceed the base's context of {base.context_length}."
+        raise RlhfError(Problem("MOD022", where, what, "shorter prompts or responses"))

@@ -1,0 +1,125 @@
+"""From prompts to a batch that PPO can learn from: sample, score, rescore, reward, estimate advantages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlhf.config.stages import KlSection, MissingEosSection, PpoConfig
+from rlhf.data.batches import Sequences, collate
+from rlhf.data.tokenised import PromptRow
+from rlhf.evaluation import policy as measure
+from rlhf.models import forward
+from rlhf.models.base import Base
+from rlhf.models.roles import Roles
+from rlhf.ppo import objective, tensors
+from rlhf.rollouts.engine import RolloutEngine
+from rlhf.scoring.scorer import Sample, Scorer
+
+
+@dataclass(frozen=True)
+class Experience:
+    """One batch of rollouts, B responses of at most T tokens, all fixed while the update runs.
+
+    Args:
+        scores: [B] after the missing-EOS rule.
+        mask: [B, T] bool, True on response tokens up to and including the end token.
+        old_logprobs, ref_logprobs, exact_kl, entropy: [B, T] of the tempered policies.
+        old_values: [B, T]; rewards: [B, T]; advantages: [B, T] not yet normalised; returns: [B, T].
+    """
+
+    samples: list[Sample]
+    scores: Tensor
+    mask: Tensor
+    old_logprobs: Tensor
+    ref_logprobs: Tensor
+    exact_kl: Tensor
+    entropy: Tensor
+    old_values: Tensor
+    rewards: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+    def sequences(self, rows: Sequence[int], pad_id: int, device: torch.device) -> Sequences:
+        """The token ids of some rows, padded only as far as these need."""
+        chosen = [self.samples[row] for row in rows]
+        return collate([s.prompt_ids for s in chosen], [s.response_ids for s in chosen], pad_id, device)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What a person watches of a batch."""
+        finished = [sample.finished for sample in self.samples]
+        lengths = self.mask.sum(1).double()
+        kl = tensors.masked_sum(self.old_logprobs - self.ref_logprobs, self.mask) / len(finished)
+        return {
+            "rollout/score": float(self.scores.double().mean()),
+            "rollout/score_std": float(self.scores.double().std(correction=0)),
+            "rollout/kl_nats": float(kl),
+            "rollout/exact_kl_nats": float(self.exact_kl.double().sum(1).mean()),
+            "rollout/entropy_nats": float(tensors.masked_mean(self.entropy, self.mask)),
+            "rollout/response_tokens": float(lengths.mean()),
+            "rollout/end_token_rate": sum(finished) / len(finished),
+            "rollout/explained_variance": float(tensors.explained_variance(self.old_values, self.returns, self.mask)),
+        }
+
+
+def settle(section: MissingEosSection) -> measure.ScoreRule:
+    """The rule for responses without an end token, as a function of scores [B] and finished [B]."""
+    if section.mode == "replace":
+        return lambda scores, finished: objective.replace_missing_eos(scores, finished, section.score)
+    return lambda scores, finished: objective.subtract_missing_eos(scores, finished, section.penalty)
+
+
+def collect(
+    config: PpoConfig, roles: Roles, engine: RolloutEngine, scorer: Scorer, base: Base, prompts: Sequence[PromptRow],
+    seed: int, first_row: int, kl_coef: float,
+) -> Experience:  # fmt: skip
+    """Answer each prompt ``samples_per_prompt`` times and work out everything the update needs.
+
+    Args:
+        first_row: global number of the first response; the noise of a response depends on ``seed`` and its number.
+    """
+    repeated = [prompt for prompt in prompts for _ in range(config.samples_per_prompt)]
+    numbers = range(first_row, first_row + len(repeated))
+    samples = measure.respond(engine, base.chat, repeated, measure.sampling_of(config.sampling, seed), numbers)
+    scores = measure.score_by_rule(scorer, settle(config.missing_eos), samples).float()
+    mask = tensors.response_mask(torch.tensor([len(sample.response_ids) for sample in samples]), _width(samples))
+    logprobs, ref_logprobs, exact_kl, entropy, values = (torch.zeros(mask.shape) for _ in range(5))
+    for rows, sequences in measure.batched(samples, base.chat.pad_id, base.device, config.batch.micro_batch_size):
+        both = forward.policy_and_reference(roles, sequences, config.sampling.temperature)
+        with torch.no_grad(), roles.acting_as("value") as (model, head):
+            state_values = forward.state_values(model, head, sequences)
+        width = sequences.mask.shape[1]
+        pairs = (
+            (logprobs, both.logprobs), (ref_logprobs, both.ref_logprobs), (exact_kl, both.exact_kl),
+            (entropy, both.entropy), (values, state_values),
+        )  # fmt: skip
+        for whole, part in pairs:
+            whole[rows, :width] = part.float().cpu()
+    penalty = kl_penalty(config.kl, logprobs, ref_logprobs, exact_kl)
+    rewards = objective.token_rewards(penalty, scores, mask, kl_coef if config.kl.place == "reward" else 0.0)
+    advantages, returns = estimate(config, rewards, values, mask)
+    return Experience(
+        samples, scores, mask, logprobs, ref_logprobs, exact_kl, entropy, values, rewards, advantages, returns
+    )
+
+
+def kl_penalty(section: KlSection, logprobs: Tensor, ref_logprobs: Tensor, exact_kl: Tensor) -> Tensor:
+    """[B, T] the KL that the reward carries: sampled (k1) or over the vocabulary."""
+    return exact_kl if section.estimator == "exact" else objective.k1(logprobs, ref_logprobs)
+
+
+def estimate(config: PpoConfig, rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Advantages of the policy and returns of the value role, which may have a lambda of its own."""
+    update = config.update
+    advantages = objective.gae_advantages(rewards, values, mask, update.gamma, update.lam)
+    value_lam = update.lam if update.value_lam is None else update.value_lam
+    targets = objective.gae_advantages(rewards, values, mask, update.gamma, value_lam)
+    return advantages, objective.returns_from(targets, values, mask)
+
+
+def _width(samples: Sequence[Sample]) -> int:
+    return max(len(sample.response_ids) for sample in samples)

@@ -1,0 +1,69 @@
+"""Masked statistics and token distributions, as pure functions.
+
+Letters: B responses, T response tokens, V vocabulary. Masks are bool, True means keep; what is masked may be NaN.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def masked_sum(x: Tensor, mask: Tensor) -> Tensor:
+    """Sum of ``x`` [B, T] where ``mask`` [B, T] is True; 0-d."""
+    return x.masked_fill(~mask, 0.0).sum()
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean of ``x`` [B, T] where ``mask`` [B, T] is True; 0-d."""
+    return masked_sum(x, mask) / mask.sum()
+
+
+def masked_var(x: Tensor, mask: Tensor) -> Tensor:
+    """Biased variance of ``x`` [B, T] where ``mask`` [B, T] is True; 0-d."""
+    return masked_mean((x - masked_mean(x, mask)).square(), mask)
+
+
+def center(x: Tensor, mask: Tensor) -> Tensor:
+    """``x`` [B, T] with mean 0 over ``mask``; exactly 0 elsewhere."""
+    return (x - masked_mean(x, mask)).masked_fill(~mask, 0.0)
+
+
+def rescale(x: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
+    """``x`` [B, T] divided by its standard deviation over ``mask``, mean kept in proportion; exactly 0 elsewhere."""
+    return (x * torch.rsqrt(masked_var(x, mask) + eps)).masked_fill(~mask, 0.0)
+
+
+def normalize(x: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
+    """``x`` [B, T] with mean 0 and variance 1 over ``mask``; exactly 0 elsewhere.
+
+    Reference: Huang et al. 2024, https://arxiv.org/abs/2403.17031, detail 25 (masked, with mean shift).
+    """
+    return rescale(center(x, mask), mask, eps)
+
+
+def response_mask(lengths: Tensor, width: int) -> Tensor:
+    """[B, width] bool, True on the first ``lengths`` [B] positions of each row."""
+    return torch.arange(width, device=lengths.device)[None] < lengths[:, None]
+
+
+def token_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
+    """log softmax of ``logits`` [..., V] at ``ids`` [...], in nats; [...]."""
+    return logits.gather(-1, ids[..., None]).squeeze(-1) - logits.logsumexp(-1)
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Shannon entropy of softmax(``logits`` [..., V]) in nats; [...]."""
+    logp = logits.log_softmax(-1)
+    return -(logp.exp() * logp).sum(-1)
+
+
+def full_kl(logits_p: Tensor, logits_q: Tensor) -> Tensor:
+    """KL(p || q) over the vocabulary, in nats, of two softmax distributions given as logits [..., V]; [...]."""
+    logp, logq = logits_p.log_softmax(-1), logits_q.log_softmax(-1)
+    return (logp.exp() * (logp - logq)).sum(-1)
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+    """1 - Var(returns - values) / Var(returns) over ``mask``; NaN where the returns do not vary. 0-d."""
+    return 1.0 - masked_var(returns - values, mask) / masked_var(returns, mask)

@@ -1,0 +1,64 @@
+"""The Bradley-Terry objective on groups of responses, as pure functions of their scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from rlhf.data.records import Judgement
+
+
+class Judged(Protocol):
+    """Whatever carries judgements between its responses."""
+
+    @property
+    def judgements(self) -> tuple[Judgement, ...]: ...
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Per group [G]: the mean loss of its judgements, and the share that the scores order as judged (ties 1/2)."""
+
+    loss: Tensor
+    accuracy: Tensor
+
+
+def bradley_terry(groups: Sequence[Judged], scores: Sequence[Tensor], use_margins: bool) -> Preference:
+    """Negative log-likelihood of the judgements, averaged within each group.
+
+        loss(i, j) = -p * log sigmoid(d) - (1 - p) * log sigmoid(-d),   d = s_i - s_j - m_ij
+
+    p is the probability that i is preferred (1, or 1/2 for a tie), m its margin (0 unless ``use_margins``).
+
+    Args:
+        groups: G groups with their judgements.
+        scores: one [K] tensor a group; K may differ.
+
+    Reference: Ouyang et al. 2022, https://arxiv.org/abs/2203.02155, eq. 1 (all pairs of a ranking in one group);
+    margins as in Touvron et al. 2023, https://arxiv.org/abs/2307.09288, eq. 2.
+    """
+    losses, accuracies = [], []
+    for group, values in zip(groups, scores, strict=True):
+        first = torch.tensor([judgement.first for judgement in group.judgements], device=values.device)
+        second = torch.tensor([judgement.second for judgement in group.judgements], device=values.device)
+        probability = values.new_tensor([judgement.probability for judgement in group.judgements])
+        difference = values[first] - values[second]
+        margin = values.new_tensor([judgement.margin or 0.0 for judgement in group.judgements])
+        shifted = difference - margin if use_margins else difference
+        losses.append(-(probability * logsigmoid(shifted) + (1 - probability) * logsigmoid(-shifted)).mean())
+        agrees = 0.5 + 0.5 * torch.sign(difference.detach()) * torch.sign(probability - 0.5)
+        accuracies.append(agrees.mean())
+    return Preference(torch.stack(losses), torch.stack(accuracies))
+
+
+def centering(scores: Sequence[Tensor]) -> Tensor:
+    """[G] mean squared score of each group: Bradley-Terry leaves the level free, this keeps it near zero.
+
+    Reference: Eisenstein et al. 2023, https://arxiv.org/abs/2312.09244, section 2.
+    """
+    return torch.stack([values.square().mean() for values in scores])

@@ -1,0 +1,99 @@
+"""The golden engine: transformers' ``generate`` with every setting fixed and the choice of tokens our own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
+
+from rlhf.data.chat import ChatFormat
+from rlhf.errors import Problem, RlhfError
+from rlhf.models.roles import Roles
+from rlhf.rollouts.engine import Rollout, Sampling, draw, uniforms
+
+
+class HfEngine:
+    """Samples with the role ``slot``, at most ``concurrency`` rows at a time."""
+
+    def __init__(self, roles: Roles, slot: str, chat: ChatFormat, concurrency: int) -> None:
+        self.roles, self.slot, self.chat, self.concurrency = roles, slot, chat, concurrency
+        self.version = 0
+
+    def sync(self, version: int) -> None:
+        """The adapter is the trainer's own: nothing to ship."""
+        self.version = version
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, rows: Sequence[int]) -> Rollout:
+        """Sample one response to each prompt. Temperature 0 is greedy.
+
+        Raises:
+            RlhfError: MOD022 if a prompt and the new tokens exceed the model's context.
+        """
+        assert len(prompts) == len(rows)
+        tokens: list[list[int]] = [[] for _ in prompts]
+        order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), index))
+        for start in range(0, len(order), self.concurrency):
+            chosen = order[start : start + self.concurrency]
+            found = self._generate([prompts[i] for i in chosen], sampling, [rows[i] for i in chosen])
+            for index, ids in zip(chosen, found, strict=True):
+                tokens[index] = ids
+        return Rollout(tokens, [ids[-1] == self.chat.end_id for ids in tokens], self.version)
+
+    def sleep(self) -> None:
+        """Nothing is held between calls."""
+
+    def wake(self) -> None:
+        """Nothing is held between calls."""
+
+    def close(self) -> None:
+        """Nothing is held between calls."""
+
+    @torch.no_grad()
+    def _generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, rows: Sequence[int]) -> list[list[int]]:
+        width = max(map(len, prompts))
+        device = self.roles.device
+        ids = torch.tensor([[self.chat.pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts])
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        with self.roles.acting_as(self.slot) as (model, _):
+            self._require_room(model, width, sampling.max_new_tokens)
+            settings = GenerationConfig(
+                max_new_tokens=sampling.max_new_tokens, do_sample=False, num_beams=1, use_cache=True,
+                eos_token_id=self.chat.end_id, pad_token_id=self.chat.pad_id, repetition_penalty=1.0,
+                temperature=1.0, top_k=50, top_p=1.0, renormalize_logits=False,
+            )  # fmt: skip
+            processors = LogitsProcessorList([_Choose(sampling, rows, width)] if sampling.temperature else [])
+            whole = model.generate(
+                input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings,
+                logits_processor=processors,
+            )  # fmt: skip
+        return [self._cut(row) for row in whole[:, width:].tolist()]
+
+    def _cut(self, row: list[int]) -> list[int]:
+        """Up to and including the first end token."""
+        return row[: row.index(self.chat.end_id) + 1] if self.chat.end_id in row else row
+
+    def _require_room(self, model: Any, width: int, new_tokens: int) -> None:
+        context = model.config.get_text_config().max_position_embeddings
+        if width + new_tokens > context:
+            what = f"prompt {width} + max_new_tokens {new_tokens} exceed the model's context of {context} tokens."
+            raise RlhfError(Problem("MOD022", "sampling.max_new_tokens", what, "shorter prompts or responses"))
+
+
+class _Choose(LogitsProcessor):
+    """Chooses the token of every row by the row's own noise, and leaves ``generate`` only that one to take."""
+
+    def __init__(self, sampling: Sampling, rows: Sequence[int], width: int) -> None:
+        self.noise = uniforms(sampling.seed, rows, sampling.max_new_tokens)
+        self.sampling, self.width = sampling, width
+        self.filters: list[Any] = [TopKLogitsWarper(sampling.top_k)] if sampling.top_k else []
+        self.filters += [TopPLogitsWarper(sampling.top_p)] if sampling.top_p < 1.0 else []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        logits = scores.float() / self.sampling.temperature
+        for keep in self.filters:
+            logits = keep(input_ids, logits)
+        chosen = draw(logits, self.noise[:, input_ids.shape[1] - self.width].to(logits.device))
+        return torch.full_like(scores, -torch.inf).scatter(1, chosen[:, None], 0.0)

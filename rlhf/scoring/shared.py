@@ -1,0 +1,35 @@
+"""Scores by a reward role on the shared base."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from rlhf.data.batches import collate, micro_batches
+from rlhf.models import forward
+from rlhf.models.roles import Roles
+from rlhf.scoring.scorer import Sample, Scores
+
+
+class SharedScorer:
+    """Reads the head of ``slot`` at the last token. A response that was cut off has no end there: the caller's
+    missing-EOS rule decides what such a score is worth."""
+
+    def __init__(self, roles: Roles, slot: str, micro_batch_size: int) -> None:
+        self.roles, self.slot, self.micro_batch_size = roles, slot, micro_batch_size
+
+    @torch.no_grad()
+    def score(self, samples: Sequence[Sample]) -> Scores:
+        """[B] standardised scores of the role's first head."""
+        names = self.roles.head(self.slot).names
+        scores = torch.zeros(len(samples), len(names))
+        lengths = [len(sample.prompt_ids) + len(sample.response_ids) for sample in samples]
+        for rows in micro_batches(lengths, self.micro_batch_size):
+            chosen = [samples[row] for row in rows]
+            sequences = collate(
+                [s.prompt_ids for s in chosen], [s.response_ids for s in chosen], 0, self.roles.device
+            )  # fmt: skip
+            with self.roles.acting_as(self.slot) as (model, head):
+                scores[rows] = forward.end_scores(model, head, sequences).float().cpu()
+        return Scores(scores[:, 0], heads=dict(zip(names, scores.unbind(1), strict=True)))

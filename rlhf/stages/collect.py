@@ -1,0 +1,118 @@
+"""Preferences on a policy's own samples: sample, let a labeller rank, write with provenance."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from rlhf import artifacts, runtime, storage
+from rlhf.artifacts import Manifest
+from rlhf.config.stages import CollectConfig
+from rlhf.data import tokenised
+from rlhf.evaluation import policy as measure
+from rlhf.models import opening
+from rlhf.models.base import Base
+from rlhf.models.heads import ScalarHead
+from rlhf.models.roles import SharedBase
+from rlhf.preflight import Plan
+from rlhf.rollouts.hf import HfEngine
+from rlhf.runs import Run
+from rlhf.scoring.function import FunctionScorer
+from rlhf.scoring.scorer import Sample, Scorer
+from rlhf.scoring.shared import SharedScorer
+from rlhf.stages.registry import STAGES
+
+log = logging.getLogger("rlhf")
+
+
+def run(config: CollectConfig, plan: Plan, run: Run) -> Manifest:
+    """n responses a prompt, ranked; groups whose responses are all alike carry no preference and are counted."""
+    started = time.perf_counter()
+    device = runtime.set_up(config.runtime, config.seed)
+    policy = plan.parents["policy"]
+    base = opening.reopen_base(policy, device)
+    runtime.set_threads(config.runtime, base.model, device)
+    records = plan.data["prompts"].records
+    prompts, report = tokenised.prompt_rows(
+        records, base.chat, base.context_length, config.prompts.max_dropped_fraction, "prompts"
+    )
+    roles = SharedBase(base)
+    roles.add("policy", adapter=Path(config.policy) / artifacts.ADAPTER, trained=False)
+    labeller = _labeller(config, plan, base, roles)
+    repeated = [prompt for prompt in prompts for _ in range(config.samples_per_prompt)]
+    engine = HfEngine(roles, "policy", base.chat, config.sampling.concurrency)
+    seed = runtime.derived_seed(config.seed, "collect")
+    samples = measure.respond(engine, base.chat, repeated, measure.sampling_of(config.sampling, seed))
+    scores = labeller.score(samples).mean.tolist()
+
+    provenance = {
+        "policy": config.policy, "policy_digest": policy.digest, "labeller": config.labeller.run or config.labeller.function,
+        "temperature": config.sampling.temperature, "seed": config.seed,
+    }  # fmt: skip
+    rows, num_alike, num_unfinished = [], 0, 0
+    for start in range(0, len(samples), config.samples_per_prompt):
+        group = slice(start, start + config.samples_per_prompt)
+        distinct = _distinct(samples[group], scores[group])
+        num_unfinished += sum(not sample.finished for sample in samples[group])
+        if len({score for _, score in distinct}) < 2:
+            num_alike += 1
+            continue
+        rows.append(_row(distinct, provenance))
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    storage.write_text(run.path / artifacts.PREFERENCES, text)
+    log.info(
+        "%d prompts ranked; %d groups dropped because nothing in them was preferred, %d responses left out as cut off.",
+        len(rows), num_alike, num_unfinished,
+    )  # fmt: skip
+    metrics = {"collect/prompts": len(rows), "collect/groups_alike": num_alike, "collect/unfinished": num_unfinished}
+    return run.finish(
+        Manifest(
+            kind="preferences", stage="collect", seed=config.seed, identity=plan.identity, metrics=metrics,
+            seconds=time.perf_counter() - started, base=policy.base,
+            parents=plan.parents_table(STAGES["collect"].needs(config)), details={"rows": vars(report)},
+        )
+    )  # fmt: skip
+
+
+def dry_run(config: CollectConfig, plan: Plan) -> list[str]:
+    """Token counts, with the tokenizer but without weights."""
+    chat = opening.open_chat(opening.model_of(plan.parents["policy"]))
+    limit = config.prompts.max_dropped_fraction
+    rows, report = tokenised.prompt_rows(plan.data["prompts"].records, chat, 10**9, limit, "prompts")
+    return [report.sentence("prompts"), f"{len(rows) * config.samples_per_prompt} responses to sample and rank."]
+
+
+def _labeller(config: CollectConfig, plan: Plan, base: Base, roles: SharedBase) -> Scorer:
+    if config.labeller.function:
+        return FunctionScorer(config.labeller.function)
+    run_dir = config.labeller.run
+    identity, policy = plan.parents["labeller"].base, plan.parents["policy"].base
+    assert run_dir and identity and policy
+    opening.require_same_base(policy, identity, f"labeller.run: {run_dir}")
+    head = ScalarHead.load(Path(run_dir) / artifacts.HEAD)
+    roles.add("labeller", adapter=Path(run_dir) / artifacts.ADAPTER, head=head, trained=False)
+    return SharedScorer(roles, "labeller", config.sampling.concurrency)
+
+
+def _distinct(samples: list[Sample], scores: list[float]) -> list[tuple[Sample, float]]:
+    """Finished responses, each text once: equal texts must not be ranked against each other."""
+    found: dict[str, tuple[Sample, float]] = {}
+    for sample, score in zip(samples, scores, strict=True):
+        if sample.finished and sample.response:
+            found.setdefault(sample.response, (sample, score))
+    return list(found.values())
+
+
+def _row(group: list[tuple[Sample, float]], provenance: dict[str, Any]) -> dict[str, Any]:
+    """A ranking row: 1 is best, equal scores share a rank."""
+    scores = [score for _, score in group]
+    return {
+        "prompt": [{"role": message.role, "content": message.content} for message in group[0][0].prompt],
+        "responses": [sample.response for sample, _ in group],
+        "ranks": [1 + sum(other > score for other in scores) for score in scores],
+        "scores": scores,
+        "provenance": provenance,
+    }

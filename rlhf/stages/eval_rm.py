@@ -1,0 +1,82 @@
+"""Examination of a reward model: a run of its own, with eval.json, plots and a table."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from rlhf import artifacts, runtime, storage
+from rlhf.artifacts import Manifest
+from rlhf.config.stages import EvalRmConfig
+from rlhf.data import tokenised
+from rlhf.evaluation import plots
+from rlhf.evaluation import reward as examine
+from rlhf.models import opening
+from rlhf.models.heads import ScalarHead
+from rlhf.models.roles import SharedBase
+from rlhf.preflight import Plan
+from rlhf.progress import console, table
+from rlhf.runs import Run
+from rlhf.stages.registry import STAGES
+
+log = logging.getLogger("rlhf")
+
+
+def run(config: EvalRmConfig, plan: Plan, run: Run) -> Manifest:
+    """Score every response of the comparisons once, and work out what the differences say."""
+    started = time.perf_counter()
+    device = runtime.set_up(config.runtime, config.seed)
+    base = opening.reopen_base(plan.parents["reward"], device)
+    runtime.set_threads(config.runtime, base.model, device)
+    groups, lengths = _tokenise(config, plan, base.chat)
+    roles = SharedBase(base)
+    head = ScalarHead.load(Path(config.reward) / artifacts.HEAD)
+    roles.add("reward", adapter=Path(config.reward) / artifacts.ADAPTER, head=head, trained=False)
+    found = examine.compare(roles, "reward", groups, base, config.micro_batch_size)
+    report = examine.report(found, config.seed, config.num_bins, config.num_resamples)
+    report["rows"] = vars(lengths)
+    storage.write_json(run.path / artifacts.EXAMINATION, report)
+    (run.path / artifacts.PLOTS).mkdir()
+    plots.reliability(report["reliability"], run.path / artifacts.PLOTS / "reliability.png")
+    plots.accuracy_by_length_gap(report["accuracy_by_length_gap"], run.path / artifacts.PLOTS / "length_gap.png")
+    console.print(_table(report))
+    low, high = report["accuracy"]["ci95"]
+    metrics = {
+        "eval/accuracy": report["accuracy"]["estimate"], "eval/accuracy_low": low, "eval/accuracy_high": high,
+        "eval/ece": report["ece"], "eval/brier": report["brier"],
+    }  # fmt: skip
+    return run.finish(
+        Manifest(
+            kind="examination", stage="eval-rm", seed=config.seed, identity=plan.identity, metrics=metrics,
+            seconds=time.perf_counter() - started, base=plan.parents["reward"].base,
+            parents=plan.parents_table(STAGES["eval-rm"].needs(config)), details={"rows": vars(lengths)},
+        )
+    )  # fmt: skip
+
+
+def dry_run(config: EvalRmConfig, plan: Plan) -> list[str]:
+    """Token counts, with the tokenizer but without weights."""
+    chat = opening.open_chat(opening.model_of(plan.parents["reward"]))
+    groups, lengths = _tokenise(config, plan, chat)
+    return [lengths.sentence("data"), f"{sum(len(group.judgements) for group in groups)} comparisons."]
+
+
+def _tokenise(config: EvalRmConfig, plan: Plan, chat: Any) -> tuple[list[Any], tokenised.LengthReport]:
+    return tokenised.groups(
+        plan.data["data"].records, chat, config.max_length, "drop", config.data.max_dropped_fraction, "data"
+    )
+
+
+def _table(report: dict[str, Any]) -> Any:
+    accuracy, margins = report["accuracy"], report["margin_quantiles"]
+    rows = [
+        ("comparisons", f"{report['comparisons']} of {report['prompts']} prompts, {report['ties_left_out']} ties left out"),
+        ("accuracy", f"{accuracy['estimate']:.3f} [{accuracy['ci95'][0]:.3f}, {accuracy['ci95'][1]:.3f}]"),
+        ("accuracy of 'the longer wins'", f"{report['accuracy_of_longer_wins']:.3f}"),
+        ("margins, 5 / 50 / 95 %", " / ".join(f"{margins[key]:.2f}" for key in ("0.05", "0.5", "0.95"))),
+        ("calibration error (ECE)", f"{report['ece']:.3f}, a calibrated model: {report['ece_of_a_calibrated_model']:.3f}"),
+        ("Brier score", f"{report['brier']:.3f}"),
+    ]
+    return table("Reward model", ("figure", "value"), rows)

@@ -1,0 +1,44 @@
+"""``rlhf score``: score given responses with any finished reward run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rlhf import artifacts, runtime
+from rlhf.config.sections import DataSection, RuntimeSection
+from rlhf.data import lines, sources
+from rlhf.models import opening
+from rlhf.models.heads import ScalarHead
+from rlhf.models.roles import SharedBase
+from rlhf.scoring.scorer import Sample
+from rlhf.scoring.shared import SharedScorer
+
+
+def score(run_dir: str, data: str, out: str, micro_batch_size: int) -> None:
+    """Read prompts with responses (JSONL, ``-`` for stdin), write them with their standardised scores."""
+    manifest = artifacts.read(run_dir, "reward")
+    artifacts.verify(Path(run_dir), manifest)
+    path = lines.stdin_as_file() if data == "-" else data
+    records = sources.load_demonstrations(DataSection(path=str(path))).records
+    device = runtime.set_up(RuntimeSection(), 0)
+    base = opening.reopen_base(manifest, device)
+    runtime.set_threads(RuntimeSection(), base.model, device)
+    roles = SharedBase(base)
+    head = ScalarHead.load(Path(run_dir) / artifacts.HEAD)
+    roles.add("reward", adapter=Path(run_dir) / artifacts.ADAPTER, head=head, trained=False)
+    samples = []
+    for record in records:
+        prompt, response = record.messages[:-1], record.messages[-1].content
+        response_ids = [*base.chat.response_ids(prompt, response), base.chat.end_id]
+        samples.append(Sample(prompt, response, base.chat.prompt_ids(prompt), response_ids, True))
+        opening.require_context(base, len(samples[-1].prompt_ids), len(response_ids), record.where)
+    scores = SharedScorer(roles, "reward", micro_batch_size).score(samples).mean.tolist()
+    rows = [
+        {
+            "prompt": [{"role": message.role, "content": message.content} for message in sample.prompt],
+            "response": sample.response,
+            "score": value,
+        }
+        for sample, value in zip(samples, scores, strict=True)
+    ]
+    lines.write(out, rows)

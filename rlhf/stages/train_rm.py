@@ -1,0 +1,192 @@
+"""Reward model: an adapter and a scalar head on the frozen base, trained by Bradley-Terry on groups of responses."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf import artifacts, checkpoints, runtime
+from rlhf.artifacts import Manifest
+from rlhf.config.stages import RewardConfig
+from rlhf.data import tokenised
+from rlhf.data.batches import DataOrder, collate
+from rlhf.data.records import Prompt, split_by_prompt
+from rlhf.data.tokenised import Group
+from rlhf.evaluation import policy as measure
+from rlhf.evaluation import reward as examine
+from rlhf.models import adapters, forward, opening
+from rlhf.models.base import Base
+from rlhf.models.heads import ScalarHead
+from rlhf.models.roles import Roles, SharedBase
+from rlhf.optimizer import Optimizer
+from rlhf.preflight import Plan
+from rlhf.progress import bar
+from rlhf.reward.loss import bradley_terry, centering
+from rlhf.rollouts.hf import HfEngine
+from rlhf.runs import Run
+from rlhf.scoring.shared import SharedScorer
+from rlhf.stages.registry import STAGES
+from rlhf.tracking import Tracker
+
+log = logging.getLogger("rlhf")
+SMALL_SCALE = 0.1
+
+
+def run(config: RewardConfig, plan: Plan, run: Run) -> Manifest:
+    """Train on groups, measure on held-out prompts, standardise on samples of the SFT policy, write."""
+    started = time.perf_counter()
+    device = runtime.set_up(config.runtime, config.seed)
+    base = opening.reopen_base(plan.parents["policy"], device)
+    runtime.set_threads(config.runtime, base.model, device)
+    train_records, held_out_records = split_by_prompt(plan.data["data"].records, config.holdout_fraction, config.seed)
+    train, report = _tokenise(config, train_records, base.chat)
+    held_out, _ = _tokenise(config, held_out_records, base.chat)
+    log.info(report.sentence("Training data"))
+
+    roles = _roles(config, base)
+    steps = _num_steps(config, len(train))
+    optimizer = Optimizer(
+        roles.trained_parameters("reward"), config.optim.learning_rate, steps, weight_decay=config.optim.weight_decay,
+        warmup_ratio=config.optim.warmup_ratio, schedule=config.optim.schedule,
+        max_grad_norm=config.optim.max_grad_norm,
+    )  # fmt: skip
+    order = DataOrder(len(train), min(config.batch.batch_size, len(train)), config.seed)
+    state = {"reward": roles.state("reward"), "optimizer": optimizer, "order": order}
+    tracker = Tracker(run.path, config.report_to)
+    with bar("Reward model", steps) as progress:
+        for step in range(1, steps + 1):
+            figures = _step(config, roles, optimizer, base, [train[index] for index in order.next()], step)
+            run.write_metrics(step, figures)
+            tracker.write(step, figures)
+            if config.save_every and step % config.save_every == 0:
+                checkpoints.save(run.path / artifacts.CHECKPOINTS / f"step-{step}", state)
+            progress.advance(progress.task_ids[0])
+    tracker.close()
+
+    metrics = _held_out(config, roles, base, held_out)
+    metrics |= _standardise(config, roles, base, train_records, run)
+    run.write_metrics(steps, metrics)
+    roles.save("reward", run.path)
+    base.tokenizer.save_pretrained(run.path / artifacts.TOKENIZER)
+    return run.finish(
+        Manifest(
+            kind="reward", stage="train-rm", seed=config.seed, identity=plan.identity,
+            metrics={**metrics, **runtime.peak_memory()}, seconds=time.perf_counter() - started,
+            base=plan.parents["policy"].base, parents=plan.parents_table(STAGES["train-rm"].needs(config)),
+            details={"rows": vars(report), "heads": ["score"], "steps": steps, "prompts_held_out": len(held_out)},
+        )
+    )  # fmt: skip
+
+
+def dry_run(config: RewardConfig, plan: Plan) -> list[str]:
+    """Token counts and the number of steps, with the tokenizer but without weights."""
+    chat = opening.open_chat(opening.model_of(plan.parents["policy"]))
+    train, held_out = split_by_prompt(plan.data["data"].records, config.holdout_fraction, config.seed)
+    groups, report = _tokenise(config, train, chat)
+    judgements = sum(len(group.judgements) for group in groups)
+    return [
+        report.sentence("data"),
+        f"{len(groups)} prompts with {judgements} comparisons to train on, {len(held_out)} prompts held out.",
+        f"{_num_steps(config, len(groups))} steps of {config.batch.batch_size} prompts.",
+    ]
+
+
+def _tokenise(config: RewardConfig, records: Any, chat: Any) -> tuple[list[Group], tokenised.LengthReport]:
+    return tokenised.groups(
+        records, chat, config.max_length, config.too_long, config.data.max_dropped_fraction, "data"
+    )  # fmt: skip
+
+
+def _num_steps(config: RewardConfig, num_groups: int) -> int:
+    return config.steps or max(1, math.ceil(num_groups * (config.epochs or 0) / config.batch.batch_size))
+
+
+def _roles(config: RewardConfig, base: Base) -> SharedBase:
+    roles = SharedBase(base)
+    adapter = Path(config.policy) / artifacts.ADAPTER
+    roles.add("policy", adapter=adapter, trained=False)
+    roles.add("reward", adapter=adapter, head=ScalarHead(base.hidden_size), trained=True, rank=config.lora_r)
+    if config.runtime.gradient_checkpointing:
+        roles.enable_gradient_checkpointing()
+    return roles
+
+
+def _step(
+    config: RewardConfig, roles: Roles, optimizer: Optimizer, base: Base, groups: Sequence[Group], step: int
+) -> dict[str, float]:
+    """One optimizer step; every prompt weighs the same, however many responses it has."""
+    totals = {"train/loss": 0.0, "train/accuracy": 0.0, "train/centering": 0.0}
+    for part in micro_batches_of_groups(groups, config.batch.micro_batch_size):
+        with roles.acting_as("reward") as (model, head):
+            scores = _group_scores(model, head, part, base)
+            preference = bradley_terry(part, scores, config.use_margins)
+            spread = centering(scores)
+            loss = (preference.loss.sum() + config.centering_coef * spread.sum()) / len(groups)
+            loss.backward()
+        totals["train/loss"] += float(preference.loss.detach().sum()) / len(groups)
+        totals["train/accuracy"] += float(preference.accuracy.sum()) / len(groups)
+        totals["train/centering"] += float(spread.detach().sum()) / len(groups)
+    totals["train/learning_rate"] = optimizer.learning_rate
+    totals["train/grad_norm"] = optimizer.step(f"train-rm step {step}")
+    return totals
+
+
+def micro_batches_of_groups(groups: Sequence[Group], size: int) -> list[list[Group]]:
+    """Groups sorted by their longest sequence, ``size`` at a time; a group is never split."""
+    def longest(group: Group) -> int:
+        return len(group.prompt_ids) + max(map(len, group.responses))
+
+    ordered = sorted(groups, key=longest)
+    return [list(ordered[start : start + size]) for start in range(0, len(ordered), size)]
+
+
+def _group_scores(model: Any, head: Any, groups: Sequence[Group], base: Base) -> list[Tensor]:
+    """One [K] tensor of scores a group, from a single forward pass over all their responses."""
+    prompts = [group.prompt_ids for group in groups for _ in group.responses]
+    responses = [response for group in groups for response in group.responses]
+    sequences = collate(prompts, responses, base.chat.pad_id, base.device)
+    scores = forward.end_scores(model, head, sequences)[:, 0]
+    return list(scores.split([len(group.responses) for group in groups]))
+
+
+def _held_out(config: RewardConfig, roles: Roles, base: Base, groups: Sequence[Group]) -> dict[str, float]:
+    pairs = examine.compare(roles, "reward", groups, base, config.batch.micro_batch_size)
+    accuracy = examine.accuracy(pairs, config.seed)
+    log.info(
+        "Held out: accuracy %.3f [%.3f, %.3f] on %d comparisons of %d prompts.", accuracy.estimate, accuracy.low,
+        accuracy.high, len(pairs.differences), len(groups),
+    )  # fmt: skip
+    return {
+        "eval/accuracy": accuracy.estimate, "eval/accuracy_low": accuracy.low, "eval/accuracy_high": accuracy.high,
+        "eval/ece": examine.calibration_error(pairs), "eval/comparisons": len(pairs.differences),
+    }  # fmt: skip
+
+
+def _standardise(
+    config: RewardConfig, roles: SharedBase, base: Base, records: Sequence[Any], run: Run
+) -> dict[str, float]:
+    """Set the head's shift and scale so that the SFT policy's samples have mean 0 and standard deviation 1."""
+    prompts = [Prompt(record.prompt, record.where) for record in records][: config.standardise_samples]
+    rows, _ = tokenised.prompt_rows(prompts, base.chat, config.max_length, 1.0, "data")
+    engine = HfEngine(roles, "policy", base.chat, config.sampling.concurrency)
+    seed = runtime.derived_seed(config.seed, "train-rm", "standardise")
+    samples = measure.respond(engine, base.chat, rows, measure.sampling_of(config.sampling, seed))
+    ended = [sample for sample in samples if sample.finished]
+    scores = SharedScorer(roles, "reward", config.batch.micro_batch_size).score(ended or samples).mean.double()
+    shift, scale = float(scores.mean()), float(scores.std(correction=0))
+    if scale < SMALL_SCALE:
+        log.warning("The scores of the SFT samples hardly differ (scale %.3g): dividing by it blows up noise.", scale)
+    head = roles.head("reward")
+    with torch.no_grad():
+        head.shift.fill_(shift)
+        head.scale.fill_(max(scale, 1e-6))
+    run.write_samples("standardise", measure.sample_rows(ended or samples, raw_score=scores.tolist()))
+    log.info("Scores standardised on %d SFT samples: shift %.3f, scale %.3f.", len(scores), shift, scale)
+    return {"eval/score_shift": shift, "eval/score_scale": scale, "eval/standardise_samples": len(scores)}

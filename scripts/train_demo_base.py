@@ -1,0 +1,181 @@
+"""Train the embedded world's base from nothing: tokenizer, then a small Llama on the world's documents.
+
+    python scripts/train_demo_base.py --out DIR [--steps 6000] [--seed 0]
+
+Writes a Hugging Face directory with fp16 weights and asserts, on tickets of the test split, that the base copies facts
+and finds wrong ones. The shipped files in rlhf/demo/base were made by the defaults; other machines round differently.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import re
+import time
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from rlhf.demo import corpus
+from rlhf.demo.replies import FACTS, GOOD, WRONG, change_fact, write
+from rlhf.demo.world import tickets
+
+SPECIALS = ["<pad>", "<eos>", "<user>", "<bot>"]
+TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'user' %}<user>{{ message['content'] }}"
+    "{% elif message['role'] == 'assistant' %}<bot>{{ message['content'] }}<eos>"
+    "{% else %}{{ raise_exception('this model knows user and assistant turns only') }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}"
+)
+LIMIT_BYTES = 4 << 20
+
+
+def train_tokenizer(seed: int, vocab_size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE, large enough that each fact is one token."""
+    rng = random.Random(f"tokenizer/{seed}")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=SPECIALS, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    parts = (part for _ in range(4000) for part in re.split(r"<\w+>", corpus.draw_document(rng)) if part)
+    tokenizer.train_from_iterator(parts, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", additional_special_tokens=["<user>", "<bot>"],
+        model_max_length=256, clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+    fast.chat_template = TEMPLATE
+    return fast
+
+
+def build(vocab_size: int, hidden: int, layers: int, heads: int, mlp: int) -> LlamaForCausalLM:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocab_size, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
+            num_key_value_heads=heads, intermediate_size=mlp, max_position_embeddings=256, tie_word_embeddings=True,
+            pad_token_id=0, eos_token_id=1, bos_token_id=None, initializer_range=0.02,
+        )
+    )  # fmt: skip
+
+
+def batches(tokenizer: PreTrainedTokenizerFast, rng: random.Random, size: int, num_early: int):  # type: ignore[no-untyped-def]
+    """Endless batches of documents of like length, the first ``num_early`` of the simpler mixture: ids, labels [B, L]."""
+    num = 0
+    while True:
+        shares = corpus.EARLY if num < num_early else corpus.LATE
+        num += 16
+        texts = [corpus.draw_document(rng, shares) for _ in range(size * 16)]
+        rows = sorted(tokenizer(texts, add_special_tokens=False)["input_ids"], key=len)
+        chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
+        rng.shuffle(chunks)
+        for chunk in chunks:
+            width = max(map(len, chunk))
+            ids = torch.tensor([row + [0] * (width - len(row)) for row in chunk])
+            labels = torch.tensor([row + [-100] * (width - len(row)) for row in chunk])
+            yield ids, labels
+
+
+def optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside, AdamW for embeddings and norms."""
+    inner = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    outer = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
+    return [
+        torch.optim.Muon(inner, lr=8e-3, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(outer, lr=4e-3, weight_decay=0.0, betas=(0.9, 0.95)),
+    ]
+
+
+def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int, size: int, seed: int) -> None:
+    rng, started = random.Random(f"corpus/{seed}"), time.process_time()
+    stream, running = batches(tokenizer, rng, size, steps // 2), optimizers(model)
+    peaks = [group["lr"] for optimizer in running for group in optimizer.param_groups]
+    for step in range(steps):
+        factor = min(1.0, (step + 1) / 60) * min(1.0, (steps - step) / (0.4 * steps))
+        groups = [group for optimizer in running for group in optimizer.param_groups]
+        for group, peak in zip(groups, peaks, strict=True):
+            group["lr"] = peak * factor
+        ids, labels = next(stream)
+        loss = weighted_loss(model, ids, labels)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in running:
+            optimizer.step()
+            optimizer.zero_grad()
+        if (step + 1) % 250 == 0:
+            copied, found = probe(model, tokenizer, 50)
+            print(
+                f"step {step + 1}: loss {loss.item():.3f}, {time.process_time() - started:.0f} CPU s, "
+                f"copies {copied}, finds wrong {found}", flush=True,
+            )  # fmt: skip
+
+
+def weighted_loss(model: LlamaForCausalLM, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of all tokens; those behind a document's <eos> weigh more, because only they can be known."""
+    logits = model(input_ids=ids, attention_mask=(labels != -100).long()).logits[:, :-1]
+    behind = ((ids == 1).cumsum(1) > 0)[:, :-1]
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="none")
+    weights = torch.where(behind, 4.0, 1.0).flatten() * (labels[:, 1:].flatten() != -100)
+    return (losses * weights).sum() / weights.sum()
+
+
+@torch.no_grad()
+def probe(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, size: int) -> tuple[dict, dict]:
+    """Share of tickets of the test split whose fact is copied, and whose single wrong fact is told from a right one."""
+    model.eval()
+    copied, found = {}, {}
+    for fact in FACTS:
+        hits = told = 0
+        for (ticket, rng), _ in zip(tickets("test", 0, f"base/{fact}"), range(size), strict=False):
+            right = {"item": ticket.item, "action": ticket.action, "order": f"#{ticket.code}", "name": ticket.name}
+            start = f"<user>{ticket.text}<eos>note {fact}"
+            want = tokenizer(" " + right[fact], add_special_tokens=False)["input_ids"]
+            ids = tokenizer(start, add_special_tokens=False)["input_ids"]
+            guess = model(input_ids=torch.tensor([ids + want])).logits[0, len(ids) - 1 : -1].argmax(-1).tolist()
+            hits += guess == want
+            for state in ("right", WRONG):
+                reply = write(ticket, change_fact(GOOD, fact, state), rng)
+                text = f"<user>{ticket.text}<bot>{reply}<eos>"
+                logits = model(input_ids=torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])).logits[0, -1]
+                none, one = (tokenizer(word, add_special_tokens=False)["input_ids"] for word in corpus.COUNTS[:2])
+                told += (logits[none[0]] > logits[one[0]]).item() == (state == "right")
+        copied[fact], found[fact] = round(hits / size, 2), round(told / (2 * size), 2)
+    model.train()
+    return copied, found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--vocab", type=int, default=1024)
+    parser.add_argument("--shape", type=int, nargs=4, default=[160, 4, 5, 432], metavar=("HIDDEN", "LAYERS", "HEADS", "MLP"))
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    tokenizer = train_tokenizer(args.seed, args.vocab)
+    model = build(len(tokenizer), *args.shape)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens", flush=True)
+    train(model, tokenizer, args.steps, args.batch, args.seed)
+    copied, found = probe(model, tokenizer, 200)
+    print(json.dumps({"copied": copied, "found": found}), flush=True)
+    model.half().save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
+    size = (args.out / "model.safetensors").stat().st_size
+    assert size <= LIMIT_BYTES, f"{size} bytes, more than 4 MiB"
+    assert min(copied.values()) >= 0.95, f"the base does not copy: {copied}"
+    assert min(found.values()) >= 0.9, f"the base does not find wrong facts: {found}"
+    assert math.isfinite(sum(found.values()))
+
+
+if __name__ == "__main__":
+    main()
