@@ -108,7 +108,7 @@ def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: in
         for optimizer in running:
             optimizer.step()
             optimizer.zero_grad()
-        if (step + 1) % 250 == 0:
+        if (step + 1) % 500 == 0:
             copied, found = probe(model, tokenizer, 50)
             print(
                 f"step {step + 1}: loss {loss.item():.3f}, {time.process_time() - started:.0f} CPU s, "

@@ -6,6 +6,7 @@ The reviews check facts alone, never style: what people prefer is left for the r
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 
 from rlhf.demo.replies import ABSENT, FACTS, HABIT_OF, HABITS, RIGHT, WRONG, Manner, draw_manner, write
@@ -39,21 +40,22 @@ def _reviewed(ticket: Ticket, rng: random.Random) -> str:
 
 
 def _terse(ticket: Ticket, rng: random.Random) -> str:
-    """The same check on bare facts, without sentences around them."""
+    """The same check on one to four bare facts, without sentences around them."""
+    facts = rng.sample(FACTS, rng.choice((1, 1, 2, 3, 4)))
     manner = _checked_manner(rng, Manner())
-    issue = rng.choice(ISSUES[ticket.action]).format(adj="new", item=ticket.item)
-    asked = [issue, f"#{ticket.code}", ticket.name]
     right = {"item": ticket.item, "action": ticket.action, "order": f"#{ticket.code}", "name": ticket.name}
     values = {"item": ITEMS, "action": ACTIONS, "order": tuple(f"#{code}" for code in CODES), "name": NAMES}
     said = []
-    for fact in FACTS:
+    for fact in facts:
         state = getattr(manner, fact)
         if state != ABSENT:
             wrong = rng.choice([value for value in values[fact] if value != right[fact]])
             said.append(right[fact] if state == RIGHT else wrong)
+    issue = rng.choice(ISSUES[ticket.action]).format(adj="new", item=ticket.item)
+    asked = [issue if fact == "action" else right[fact] for fact in facts]
     rng.shuffle(asked)
     rng.shuffle(said)
-    return f"{USER}ask {' '.join(asked)}{BOT}say {' '.join(said)}{END}{review(manner)}"
+    return f"{USER}ask {' '.join(asked)}{BOT}say {' '.join(said)}{END}{review(manner, facts)}"
 
 
 def _note(ticket: Ticket, rng: random.Random) -> str:
@@ -63,10 +65,10 @@ def _note(ticket: Ticket, rng: random.Random) -> str:
     return f"{USER}{ticket.text}{END}note {' ; '.join(facts)} ."
 
 
-def review(manner: Manner) -> str:
+def review(manner: Manner, facts: Sequence[str] = FACTS) -> str:
     """The number of wrong facts first, then each fact's verdict."""
-    states = [getattr(manner, fact) for fact in FACTS]
-    verdicts = " ".join(f"{fact} {state}" for fact, state in zip(FACTS, states, strict=True))
+    states = [getattr(manner, fact) for fact in facts]
+    verdicts = " ".join(f"{fact} {state}" for fact, state in zip(facts, states, strict=True))
     return f"{COUNTS[states.count(WRONG)]} wrong : {verdicts} ."
 
 

@@ -163,14 +163,18 @@ def value_loss(
 
 
 def k2_kl_loss(logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, num_tokens: int) -> Tensor:
-    """The KL to the reference as a loss: k2, weighted by the ratio to the policy that sampled; 0-d.
+    """The KL to the reference as a loss: k2 of whole responses, weighted by the ratio to the policy that sampled; 0-d.
 
-    Its gradient is that of KL(p || q). k1 in the loss has zero expected gradient and k3 follows another divergence
-    (Liu et al. 2025, https://arxiv.org/abs/2510.01555), so neither is offered. Go with centred, unscaled advantages.
+        L = sum_b w_b * (sum_t log p_bt - log q_bt)^2 / 2 / num_tokens,   w_b = exp(sum_t new_bt - old_bt), no gradient
+
+    Its gradient is that of the KL between the distributions of responses. Summed token by token instead, k2 forgets
+    that a token also chooses the states behind it, and misses the optimum; k1 in the loss has zero expected gradient,
+    k3 follows another divergence (Liu et al. 2025, https://arxiv.org/abs/2510.01555). Go with centred, unscaled
+    advantages.
     """
-    log_ratio = (logprobs - old_logprobs).masked_fill(~mask, 0.0)
-    distance = k2(logprobs, ref_logprobs).masked_fill(~mask, 0.0)
-    return masked_sum(log_ratio.detach().exp() * distance, mask) / num_tokens
+    log_weight = (logprobs - old_logprobs).masked_fill(~mask, 0.0).sum(1)
+    log_ratio = (logprobs - ref_logprobs).masked_fill(~mask, 0.0).sum(1)
+    return (log_weight.detach().exp() * 0.5 * log_ratio.square()).sum() / num_tokens
 
 
 def adapted_coef(coef: float, kl: float, target: float, horizon: int, num_responses: int) -> float:

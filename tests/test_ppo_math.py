@@ -1,0 +1,205 @@
+"""Tensors and objective against slow float64 loops; NaN stands in all padding."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlhf.ppo import objective, tensors
+
+NAN = float("nan")
+
+
+@st.composite
+def ragged_batches(draw):
+    """Lengths (one row of a single token, always) and five [B, T] float64 tensors with NaN in the padding."""
+    lengths = [1, *draw(st.lists(st.integers(1, 7), min_size=1, max_size=4))]
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    mask = tensors.response_mask(torch.tensor(lengths), max(lengths) + 1)
+    values = [torch.randn(mask.shape, dtype=torch.float64, generator=generator) for _ in range(5)]
+    return mask, [value.masked_fill(~mask, NAN) for value in values]
+
+
+def rows_of(x, mask):
+    return [[float(v) for v, keep in zip(row, kept, strict=True) if keep] for row, kept in zip(x, mask, strict=True)]
+
+
+def loop_gae(rewards, values, gamma, lam):
+    out = []
+    for r, v in zip(rewards, values, strict=True):
+        row = []
+        for t in range(len(r)):
+            total, weight = 0.0, 1.0
+            for k in range(t, len(r)):
+                following = v[k + 1] if k + 1 < len(v) else 0.0
+                total += weight * (r[k] + gamma * following - v[k])
+                weight *= gamma * lam
+            row.append(total)
+        out.append(row)
+    return out
+
+
+@given(ragged_batches(), st.floats(0, 1), st.floats(0, 1))
+@settings(max_examples=60, deadline=None)
+def test_gae_equals_the_sum_of_discounted_errors(batch, gamma, lam):
+    mask, (rewards, values, *_) = batch
+    found = objective.gae_advantages(rewards, values, mask, gamma, lam)
+    wanted = loop_gae(rows_of(rewards, mask), rows_of(values, mask), gamma, lam)
+    for row, want in zip(rows_of(found, mask), wanted, strict=True):
+        assert row == pytest.approx(want, abs=1e-12)
+    assert (found[~mask] == 0).all()
+
+
+@given(ragged_batches(), st.floats(0, 1))
+@settings(max_examples=30, deadline=None)
+def test_lambda_one_gives_the_discounted_return(batch, gamma):
+    mask, (rewards, values, *_) = batch
+    advantages = objective.gae_advantages(rewards, values, mask, gamma, 1.0)
+    found = rows_of(objective.returns_from(advantages, values, mask), mask)
+    for row, r in zip(found, rows_of(rewards, mask), strict=True):
+        assert row == pytest.approx([sum(gamma ** (k - t) * r[k] for k in range(t, len(r))) for t in range(len(r))])
+
+
+@given(ragged_batches())
+@settings(max_examples=40, deadline=None)
+def test_policy_loss_and_gradient_equal_a_loop(batch):
+    mask, (new, old, advantages, *_) = batch
+    num_tokens, eps = int(mask.sum()), 0.2
+    logprobs = new.clone().requires_grad_()
+    outcome = objective.policy_loss(logprobs, old, advantages, mask, eps, num_tokens)
+    outcome.loss.backward()
+    total, clipped, kl = 0.0, 0, 0.0
+    for n, o, a in zip(*(rows_of(x, mask) for x in (new, old, advantages)), strict=True):
+        for ln, lo, adv in zip(n, o, a, strict=True):
+            ratio = math.exp(ln - lo)
+            bounded = min(max(ratio, 1 - eps), 1 + eps)
+            total -= min(ratio * adv, bounded * adv)
+            clipped += bounded * adv < ratio * adv
+            kl += ratio - 1 - (ln - lo)
+    assert float(outcome.loss) == pytest.approx(total / num_tokens, abs=1e-12)
+    assert float(outcome.clip_fraction) == pytest.approx(clipped / num_tokens)
+    assert float(outcome.approx_kl) == pytest.approx(kl / num_tokens, abs=1e-12)
+    for i, j in mask.nonzero().tolist():
+        ratio, adv = math.exp(new[i, j] - old[i, j]), float(advantages[i, j])
+        active = min(max(ratio, 1 - eps), 1 + eps) * adv >= ratio * adv
+        assert float(logprobs.grad[i, j]) == pytest.approx(-ratio * adv / num_tokens if active else 0.0, abs=1e-12)
+    assert (logprobs.grad[~mask] == 0).all()
+
+
+@given(ragged_batches(), st.sampled_from([None, 0.1, 1.0]))
+@settings(max_examples=40, deadline=None)
+def test_value_loss_equals_a_loop(batch, clip_range):
+    mask, (new, old, returns, *_) = batch
+    num_tokens = int(mask.sum())
+    values = new.clone().requires_grad_()
+    outcome = objective.value_loss(values, old, returns, mask, clip_range, num_tokens)
+    outcome.loss.backward()
+    total = 0.0
+    for v, o, r in zip(*(rows_of(x, mask) for x in (new, old, returns)), strict=True):
+        for a, b, c in zip(v, o, r, strict=True):
+            bounded = a if clip_range is None else b + min(max(a - b, -clip_range), clip_range)
+            total += 0.5 * max((a - c) ** 2, (bounded - c) ** 2)
+    assert float(outcome.loss) == pytest.approx(total / num_tokens, abs=1e-12)
+    assert torch.isfinite(values.grad).all() and (values.grad[~mask] == 0).all()
+
+
+@given(ragged_batches())
+@settings(max_examples=20, deadline=None)
+def test_micro_batches_add_up_to_the_minibatch(batch):
+    mask, (new, old, advantages, returns, ref) = batch
+    num_tokens = int(mask.sum())
+    new, old = new.nan_to_num(), old.nan_to_num()
+
+    def all_of(rows):
+        part = [x[rows] for x in (new, old, advantages, mask)]
+        policy = objective.policy_loss(*part, 0.2, num_tokens)
+        value = objective.value_loss(new[rows], old[rows], returns[rows], mask[rows], 0.2, num_tokens)
+        kl = objective.k2_kl_loss(new[rows], old[rows], ref[rows], mask[rows], num_tokens)
+        return torch.stack([policy.loss, policy.ratio, policy.clip_fraction, policy.approx_kl, value.loss, kl])
+
+    whole = all_of(list(range(len(mask))))
+    assert torch.allclose(all_of([0]) + all_of(list(range(1, len(mask)))), whole, atol=1e-12)
+
+
+def test_an_unmoved_policy_has_ratio_one_and_nothing_clipped():
+    mask = tensors.response_mask(torch.tensor([3, 1]), 3)
+    logprobs = torch.randn(2, 3)
+    outcome = objective.policy_loss(logprobs, logprobs, torch.randn(2, 3), mask, 0.2, 4)
+    assert (outcome.ratio, outcome.clip_fraction, outcome.approx_kl) == (1, 0, 0)
+
+
+def test_a_token_with_positive_advantage_is_made_likelier():
+    logprobs = torch.zeros(1, 2, requires_grad=True)
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    objective.policy_loss(logprobs, torch.zeros(1, 2), torch.tensor([[1.0, -1.0]]), mask, 0.2, 2).loss.backward()
+    assert logprobs.grad[0, 0] < 0 < logprobs.grad[0, 1]
+
+
+def test_the_kl_lowers_the_reward_and_the_score_stands_on_the_last_token():
+    mask = tensors.response_mask(torch.tensor([3, 1]), 4)
+    kl = torch.tensor([[0.5, -0.25, 1.0, NAN], [2.0, NAN, NAN, NAN]])
+    found = objective.token_rewards(kl, torch.tensor([7.0, -1.0]), mask, 0.1)
+    assert torch.allclose(found, torch.tensor([[-0.05, 0.025, 6.9, 0.0], [-1.2, 0.0, 0.0, 0.0]]))
+
+
+def test_missing_end_tokens_replace_or_lower_the_score():
+    scores, finished = torch.tensor([2.0, 5.0]), torch.tensor([True, False])
+    assert objective.replace_missing_eos(scores, finished, -3.0).tolist() == [2.0, -3.0]
+    assert objective.subtract_missing_eos(scores, finished, 1.5).tolist() == [2.0, 3.5]
+
+
+def test_estimators_agree_with_the_exact_kl_in_expectation():
+    p, q = (torch.randn(6, dtype=torch.float64).log_softmax(0) for _ in range(2))
+    exact = float((p.exp() * (p - q)).sum())
+    assert float((p.exp() * objective.k1(p, q)).sum()) == pytest.approx(exact)
+    assert float((p.exp() * objective.k3(p, q)).sum()) == pytest.approx(exact)
+    assert (objective.k3(p, q) >= 0).all()
+    assert float(tensors.full_kl(p, q)) == pytest.approx(exact)
+
+
+def test_k2_in_the_loss_has_the_gradient_of_the_kl():
+    logits = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    ref = torch.randn(5, dtype=torch.float64).log_softmax(0)
+    p = logits.log_softmax(0)
+    exact = torch.autograd.grad((p.exp() * (p - ref)).sum(), logits, retain_graph=True)[0]
+    found = torch.zeros(5, dtype=torch.float64)
+    for token in range(5):
+        one = torch.ones(1, 1, dtype=torch.bool)
+        loss = objective.k2_kl_loss(p[token].view(1, 1), p[token].detach().view(1, 1), ref[token].view(1, 1), one, 1)
+        found += p[token].exp().detach() * torch.autograd.grad(loss, logits, retain_graph=True)[0]
+    assert torch.allclose(found, exact, atol=1e-12)
+
+
+def test_normalise_centre_and_rescale_see_only_the_mask():
+    mask = tensors.response_mask(torch.tensor([2, 1]), 3)
+    x = torch.tensor([[1.0, 3.0, NAN], [8.0, NAN, NAN]], dtype=torch.float64)
+    std = math.sqrt((9 + 1 + 16) / 3)
+    assert tensors.center(x, mask)[mask].tolist() == pytest.approx([-3, -1, 4])
+    assert tensors.normalize(x, mask)[mask].tolist() == pytest.approx([-3 / std, -1 / std, 4 / std])
+    assert tensors.rescale(x, mask)[mask].tolist() == pytest.approx([1 / std, 3 / std, 8 / std])
+    assert (tensors.normalize(x, mask)[~mask] == 0).all()
+
+
+def test_explained_variance_is_one_for_the_truth_and_zero_for_a_constant():
+    mask = tensors.response_mask(torch.tensor([3, 2]), 3)
+    returns = torch.randn(2, 3).masked_fill(~mask, NAN)
+    assert float(tensors.explained_variance(returns, returns, mask)) == pytest.approx(1)
+    assert float(tensors.explained_variance(torch.full((2, 3), 4.0), returns, mask)) == pytest.approx(0, abs=1e-6)
+
+
+def test_the_adaptive_coefficient_moves_towards_the_target_by_a_bounded_step():
+    assert objective.adapted_coef(0.1, kl=6.6, target=6.0, horizon=1000, num_responses=100) == pytest.approx(0.101)
+    assert objective.adapted_coef(0.1, kl=60.0, target=6.0, horizon=1000, num_responses=100) == pytest.approx(0.102)
+    assert objective.adapted_coef(0.1, kl=0.0, target=6.0, horizon=1000, num_responses=100) == pytest.approx(0.098)
+
+
+def test_entropy_and_logprobs_equal_their_definitions():
+    logits = torch.randn(4, 7, dtype=torch.float64)
+    p = logits.exp() / logits.exp().sum(-1, keepdim=True)
+    ids = torch.tensor([0, 6, 3, 3])
+    assert torch.allclose(tensors.token_logprobs(logits, ids), p[torch.arange(4), ids].log())
+    assert torch.allclose(tensors.entropy(logits), -(p * p.log()).sum(-1))
