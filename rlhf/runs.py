@@ -86,14 +86,18 @@ class Run:
     def write_samples(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """samples/NAME.jsonl, whole."""
         (self.path / artifacts.SAMPLES).mkdir(exist_ok=True)
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        storage.write_text(self.path / artifacts.SAMPLES / f"{name}.jsonl", text)
+        write_samples(self.path / artifacts.SAMPLES / f"{name}.jsonl", rows)
 
     def finish(self, manifest: artifacts.Manifest) -> artifacts.Manifest:
         """Write the manifest, last."""
         complete = artifacts.write(self.path, manifest)
         log.info("Finished %s in %.0f s.", self.path, manifest.seconds)
         return complete
+
+
+def write_samples(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """JSON lines, the file whole."""
+    storage.write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:

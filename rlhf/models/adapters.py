@@ -40,13 +40,14 @@ def fresh_lora(lora: LoraSection, model: Any, tokenizer: Any) -> LoraConfig:
 
 
 def linear_names(model: Any) -> list[str]:
-    """Last names of the linear layers inside the model; the output head is none of them."""
+    """Last names of the linear layers inside the model, adapted or not; the output head is none of them."""
     head = model.get_output_embeddings()
     names = {
-        name.rpartition(".")[2]
+        name.removesuffix(".base_layer").rpartition(".")[2]
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D) and module is not head
-    }
+        and "lora_" not in name and "token_adapter" not in name
+    }  # fmt: skip
     return sorted(names)
 
 

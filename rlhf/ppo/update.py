@@ -106,7 +106,7 @@ def value_step(
                 num_tokens,
             )  # fmt: skip
             outcome.loss.backward()
-        totals["loss"] += float(outcome.loss)
+        totals["loss"] += float(outcome.loss.detach())
         totals["clip_fraction"] += float(outcome.clip_fraction)
     totals["grad_norm"] = optimizer.step(f"value, step {step}")
     return totals
@@ -136,7 +136,7 @@ def _policy_gradient(
             if config.update.entropy_coef:
                 loss = loss - config.update.entropy_coef * tensors.masked_sum(entropy, mask) / num_tokens
             loss.backward()
-        totals["loss"] += float(loss)
+        totals["loss"] += float(loss.detach())
         for name in ("clip_fraction", "approx_kl", "ratio"):
             totals[name] += float(getattr(outcome, name))
     return totals

@@ -1,0 +1,319 @@
+"""Base, adapters, heads and roles: every measured trap of role switching, on real architectures."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from tiny import ARCHITECTURES, base, build, lora, shake
+
+from rlhf.config.sections import LoraSection
+from rlhf.data.batches import collate
+from rlhf.errors import RlhfError
+from rlhf.models import adapters, forward
+from rlhf.models.base import load_base, weights_checksum
+from rlhf.models.heads import ScalarHead
+from rlhf.models.roles import SeparateModels, SharedBase
+
+CPU = torch.device("cpu")
+PROMPTS = [[70, 71, 72, 73, 74], [80, 81]]
+RESPONSES = [[90, 91, 2], [95, 2]]
+
+
+def two_roles(tmp_path, architecture="llama", double=True, **settings):
+    opened = base(tmp_path / "m", architecture, double)
+    roles = SharedBase(opened)
+    for seed, name in enumerate(("policy", "reference")):
+        roles.add(name, adapter=lora(opened, **settings), trained=name == "policy")
+        shake(roles, name, seed)
+    return opened, roles
+
+
+def naive_logprobs(model, prompts, responses, temperature):
+    """One sequence at a time, whole logits, float64."""
+    rows = []
+    for prompt, response in zip(prompts, responses, strict=True):
+        ids = torch.tensor([prompt + response])
+        logits = model(input_ids=ids).logits[0].double() / temperature
+        logp = logits.log_softmax(-1)
+        rows.append([logp[len(prompt) - 1 + t, token] for t, token in enumerate(response)])
+    return rows
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_logprobs_equal_whole_logits_one_row_at_a_time(tmp_path, monkeypatch, architecture, size):
+    monkeypatch.setattr(forward, "chunk_size", lambda model: size)
+    _, roles = two_roles(tmp_path, architecture)
+    with roles.acting_as("policy") as (model, _):
+        found = forward.response_logprobs(model, collate(PROMPTS, RESPONSES, 0, CPU), 0.7)
+        wanted = naive_logprobs(model, PROMPTS, RESPONSES, 0.7)
+    for row, want in zip(found, wanted, strict=True):
+        assert torch.allclose(row[: len(want)], torch.stack(want), atol=1e-10)
+        assert (row[len(want) :] == 0).all()
+
+
+def test_logprobs_do_not_depend_on_padding_or_company(tmp_path):
+    _, roles = two_roles(tmp_path)
+    with torch.no_grad(), roles.acting_as("policy") as (model, _):
+        together = forward.response_logprobs(model, collate(PROMPTS, RESPONSES, 0, CPU), 1.0)
+        for pad in (0, 2, 77):
+            alone = forward.response_logprobs(model, collate(PROMPTS[1:], RESPONSES[1:], pad, CPU), 1.0)
+            wide = forward.response_logprobs(
+                model, collate([PROMPTS[1], [5] * 60], [RESPONSES[1], [6] * 9], pad, CPU), 1.0
+            )
+            assert torch.allclose(alone[0, :2], together[1, :2], atol=1e-12)
+            assert torch.allclose(wide[0, :2], together[1, :2], atol=1e-12)
+
+
+def test_exact_kl_and_entropy_come_from_the_full_distributions(tmp_path):
+    _, roles = two_roles(tmp_path)
+    both = forward.policy_and_reference(roles, collate(PROMPTS, RESPONSES, 0, CPU), 0.7)
+    logits = {}
+    for role in ("policy", "reference"):
+        with torch.no_grad(), roles.acting_as(role) as (model, _):
+            logits[role] = model(input_ids=torch.tensor([PROMPTS[1] + RESPONSES[1]])).logits[0, 1:3] / 0.7
+    p, q = logits["policy"].softmax(-1), logits["reference"].softmax(-1)
+    assert torch.allclose(both.exact_kl[1, :2], (p * (p.log() - q.log())).sum(-1), atol=1e-10)
+    assert torch.allclose(both.entropy[1, :2], -(p * p.log()).sum(-1), atol=1e-10)
+    assert (both.exact_kl[1, 2:] == 0).all() and (both.exact_kl[both.exact_kl != 0] > 0).all()
+
+
+def gradients(roles, name="policy", checkpointing=False):
+    if checkpointing:
+        roles.enable_gradient_checkpointing()
+    with roles.acting_as(name) as (model, _):
+        forward.response_logprobs(model, collate(PROMPTS, RESPONSES, 0, CPU), 1.0).sum().backward()
+    found = [parameter.grad.clone() for parameter in roles.trained_parameters(name)]
+    for parameter in roles.trained_parameters(name):
+        parameter.grad = None
+    return found
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_checkpointing_changes_no_gradient_between_role_switches(tmp_path, architecture):
+    _, roles = two_roles(tmp_path, architecture)
+    plain = gradients(roles)
+    forward.policy_and_reference(roles, collate(PROMPTS, RESPONSES, 0, CPU), 1.0)
+    again = gradients(roles, checkpointing=True)
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(plain, again, strict=True))
+    assert sum(float(a.abs().sum()) for a in plain) > 0.1
+
+
+def test_a_backward_outside_its_role_would_be_wrong_so_the_block_must_hold_it(tmp_path):
+    _, roles = two_roles(tmp_path)
+    right = gradients(roles, checkpointing=True)
+    with roles.acting_as("policy") as (model, _):
+        loss = forward.response_logprobs(model, collate(PROMPTS, RESPONSES, 0, CPU), 1.0).sum()
+        with roles.acting_as("reference"):
+            try:
+                loss.backward()
+                wrong = [parameter.grad for parameter in roles.trained_parameters("policy")]
+                differs = any(w is None or not torch.allclose(w, r) for w, r in zip(wrong, right, strict=True))
+            except RuntimeError:
+                differs = True
+    assert differs
+
+
+def test_switching_never_touches_what_is_trained(tmp_path):
+    _, roles = two_roles(tmp_path)
+    before = {name: p.requires_grad for name, p in roles.peft("policy").named_parameters()}
+    assert [p.requires_grad for p in roles.trained_parameters("policy")] == [True] * len(
+        roles.trained_parameters("policy")
+    )
+    for name in ("reference", "policy", "reference"):
+        with roles.acting_as(name):
+            pass
+    assert before == {name: p.requires_grad for name, p in roles.peft("policy").named_parameters()}
+    assert all(flag == (".policy." in f"{name}.") for name, flag in before.items())
+
+
+def test_adapters_off_is_the_base_and_not_the_reference(tmp_path):
+    opened = base(tmp_path / "m", double=True)
+    sequences = collate(PROMPTS, RESPONSES, 0, CPU)
+    roles = SharedBase(opened)
+    roles.add("base")
+    with torch.no_grad(), roles.acting_as("base") as (model, _):
+        before = forward.response_logprobs(model, sequences, 1.0)
+    roles.add("reference", adapter=lora(opened))
+    shake(roles, "reference")
+    with torch.no_grad(), roles.acting_as("base") as (model, _):
+        after = forward.response_logprobs(model, sequences, 1.0)
+    with torch.no_grad(), roles.acting_as("reference") as (model, _):
+        reference = forward.response_logprobs(model, sequences, 1.0)
+    assert torch.equal(before, after) and not torch.allclose(before, reference)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_shared_and_separate_roles_give_the_same_numbers_and_gradients(tmp_path, architecture):
+    opened, shared = two_roles(tmp_path, architecture)
+    separate = SeparateModels(CPU)
+    for seed, name in enumerate(("policy", "reference")):
+        own = load_base(str(tmp_path / "m"))
+        own.model.double()
+        separate.add(name, own, adapter=lora(own), trained=name == "policy")
+        shake(separate, name, seed)
+    sequences = collate(PROMPTS, RESPONSES, 0, CPU)
+    ours, theirs = (forward.policy_and_reference(roles, sequences, 0.9) for roles in (shared, separate))
+    for name in vars(ours):
+        assert torch.allclose(getattr(ours, name), getattr(theirs, name), atol=1e-12)
+    for a, b in zip(gradients(shared), gradients(separate), strict=True):
+        assert torch.allclose(a, b, atol=1e-12)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_training_a_role_leaves_the_base_and_the_other_roles_alone(tmp_path, architecture):
+    opened, roles = two_roles(tmp_path, architecture, double=False)
+    checksum, reference = weights_checksum(opened.model), roles.state("reference").state_dict()["adapter"]
+    optimizer = torch.optim.AdamW(roles.trained_parameters("policy"), lr=0.1)
+    for _ in range(3):
+        gradients_before = roles.state("policy").state_dict()["adapter"]
+        with roles.acting_as("policy") as (model, _):
+            forward.response_logprobs(model, collate(PROMPTS, RESPONSES, 0, CPU), 1.0).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert weights_checksum(opened.model) == checksum
+    assert any(not torch.equal(gradients_before[k], v) for k, v in roles.state("policy").state_dict()["adapter"].items())
+    assert all(torch.equal(reference[k], v) for k, v in roles.state("reference").state_dict()["adapter"].items())
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_an_adapter_grown_to_a_larger_rank_is_the_same_function(tmp_path, architecture):
+    opened, roles = two_roles(tmp_path, architecture)
+    roles.save("policy", tmp_path / "run")
+    roles.add("larger", adapter=tmp_path / "run" / "adapter", trained=True, rank=7)
+    sequences = collate(PROMPTS, RESPONSES, 0, CPU)
+    found = []
+    for name in ("policy", "larger"):
+        with torch.no_grad(), roles.acting_as(name) as (model, _):
+            found.append(forward.response_logprobs(model, sequences, 1.0))
+    assert torch.allclose(found[0], found[1], atol=1e-6)
+    with pytest.raises(RlhfError, match="smaller"):
+        roles.add("less", adapter=tmp_path / "run" / "adapter", rank=2)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_trained_tokens_change_their_logit_under_their_own_role_only(tmp_path, architecture):
+    opened = base(tmp_path / "m", architecture, double=True)
+    sequences = collate(PROMPTS, RESPONSES, 0, CPU)
+    roles = SharedBase(opened)
+    roles.add("plain", adapter=lora(opened))
+    with torch.no_grad(), roles.acting_as("plain") as (model, _):
+        before = forward.response_logprobs(model, sequences, 1.0)
+    roles.add("policy", adapter=lora(opened, train_tokens=["<|im_end|>"]), trained=True)
+    for parameter in roles.trained_parameters("policy"):
+        if parameter.shape[0] == 1:
+            parameter.data += torch.randn(parameter.shape)
+    with torch.no_grad(), roles.acting_as("policy") as (model, _):
+        changed = forward.response_logprobs(model, sequences, 1.0)
+    with torch.no_grad(), roles.acting_as("plain") as (model, _):
+        after = forward.response_logprobs(model, sequences, 1.0)
+    assert torch.equal(before, after)
+    assert (changed - before).abs()[:, :2].max() > 0.01
+    roles.save("policy", tmp_path / "run")
+    roles.add("again", adapter=tmp_path / "run" / "adapter")
+    with torch.no_grad(), roles.acting_as("again") as (model, _):
+        assert torch.allclose(forward.response_logprobs(model, sequences, 1.0), changed, atol=1e-6)
+
+
+def test_values_stand_before_their_token_and_scores_at_the_end(tmp_path):
+    opened, roles = two_roles(tmp_path)
+    head = ScalarHead(32).double()
+    head.shift.fill_(0.5)
+    head.scale.fill_(2.0)
+    sequences = collate(PROMPTS, RESPONSES, 0, CPU)
+    with torch.no_grad(), roles.acting_as("policy") as (model, _):
+        values = forward.state_values(model, head, sequences)
+        scores = forward.end_scores(model, head, sequences)
+        for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
+            hidden = model.model(input_ids=torch.tensor([prompt + response])).last_hidden_state[0]
+            wanted = (head.linear(hidden)[:, 0] - 0.5) / 2
+            assert torch.allclose(values[row, : len(response)], wanted[len(prompt) - 1 : -1], atol=1e-10)
+            assert torch.allclose(scores[row, 0], wanted[-1], atol=1e-10)
+    assert (values[1, 2:] == 0).all()
+
+
+def test_a_folded_head_is_the_same_function_without_standardisation():
+    head = ScalarHead(8)
+    head.shift.fill_(1.5)
+    head.scale.fill_(0.25)
+    hidden = torch.randn(5, 8)
+    folded = head.folded()
+    assert torch.allclose(head(hidden), folded.raw(hidden), atol=1e-5)
+    assert float(folded.shift) == 0 and float(folded.scale) == 1
+    assert (head.zero_().raw(hidden) == 0).all()
+
+
+RELOAD = """
+import json, sys, torch
+from pathlib import Path
+from rlhf.data.batches import collate
+from rlhf.models import forward
+from rlhf.models.base import load_base
+from rlhf.models.heads import ScalarHead
+from rlhf.models.roles import SharedBase
+base = load_base(sys.argv[1])
+roles = SharedBase(base)
+run = Path(sys.argv[2])
+roles.add("reward", adapter=run / "adapter", head=ScalarHead.load(run / "head"))
+prompts, responses = json.loads(sys.argv[3])
+with torch.no_grad(), roles.acting_as("reward") as (model, head):
+    print(json.dumps(forward.end_scores(model, head, collate(prompts, responses, 0, torch.device("cpu"))).tolist()))
+"""
+
+
+def test_a_reward_role_saved_and_loaded_in_a_new_process_scores_the_same(tmp_path):
+    opened = base(tmp_path / "m")
+    roles = SharedBase(opened)
+    head = ScalarHead(32)
+    head.shift.fill_(0.3)
+    head.scale.fill_(1.7)
+    roles.add("reward", adapter=lora(opened), head=head, trained=True)
+    shake(roles, "reward")
+    with torch.no_grad(), roles.acting_as("reward") as (model, own):
+        wanted = forward.end_scores(model, own, collate(PROMPTS, RESPONSES, 0, CPU))
+    roles.save("reward", tmp_path / "run")
+    command = [sys.executable, "-c", RELOAD, str(tmp_path / "m"), str(tmp_path / "run"), json.dumps([PROMPTS, RESPONSES])]
+    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert torch.allclose(torch.tensor(found), wanted, atol=1e-6)
+
+
+def test_adapters_are_written_in_pefts_own_layout_without_pickle(tmp_path):
+    _, roles = two_roles(tmp_path)
+    roles.save("policy", tmp_path / "run")
+    names = sorted(path.name for path in (tmp_path / "run" / "adapter").iterdir())
+    assert names == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+def test_targets_that_match_nothing_and_unknown_tokens_are_refused(tmp_path):
+    opened = base(tmp_path / "m")
+    with pytest.raises(RlhfError, match="q_prj.*q_proj"):
+        adapters.fresh_lora(LoraSection(target_modules=["q_prj"]), opened.model, opened.tokenizer)
+    with pytest.raises(RlhfError, match="<nope>"):
+        adapters.fresh_lora(LoraSection(train_tokens=["<nope>"]), opened.model, opened.tokenizer)
+
+
+def test_pickle_weights_missing_paths_and_large_tokenizers_are_refused(tmp_path):
+    with pytest.raises(RlhfError, match="MOD001"):
+        load_base(str(tmp_path / "nothing"))
+    directory = build(tmp_path / "m")
+    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
+    with pytest.raises(RlhfError, match="SEC005"):
+        load_base(str(directory))
+    directory = build(tmp_path / "n")
+    from tiny import tokenizer
+
+    larger = tokenizer()
+    larger.add_tokens([f"word{i}" for i in range(9)])
+    larger.save_pretrained(directory)
+    with pytest.raises(RlhfError, match="MOD003"):
+        load_base(str(directory))
+
+
+def test_dropout_of_the_base_and_its_generation_settings_are_off(tmp_path):
+    opened = base(tmp_path / "m", "gpt2")
+    assert all(module.p == 0 for module in opened.model.modules() if isinstance(module, torch.nn.Dropout))
+    assert opened.model.generation_config.repetition_penalty in (None, 1.0)

@@ -1,0 +1,86 @@
+"""Tiny random models of real architectures, in Hugging Face directories."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from rlhf.config.sections import LoraSection
+from rlhf.models import adapters
+from rlhf.models.base import Base, load_base
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+ARCHITECTURES = ("llama", "qwen2", "gpt2")
+
+
+def tokenizer(template: str | None = CHATML, pad: str | None = "<|pad|>") -> PreTrainedTokenizerFast:
+    """Bytes only, and the marks of ChatML."""
+    specials = ["<|pad|>", "<|im_start|>", "<|im_end|>", "<|endoftext|>"]
+    vocabulary = {token: i for i, token in enumerate([*specials, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token=pad, eos_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>", "<|im_end|>"], model_max_length=128,
+    )  # fmt: skip
+    fast.chat_template = template
+    return fast
+
+
+def build(directory: Path, architecture: str = "llama", tie: bool = True, template: str | None = CHATML) -> Path:
+    """A two-layer model with random weights, and its tokenizer."""
+    torch.manual_seed(11)
+    own = tokenizer(template)
+    size = len(own)
+    if architecture == "gpt2":
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=size, n_embd=32, n_layer=2, n_head=4, n_positions=128))
+    else:
+        kinds = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}
+        config_class, model_class = kinds[architecture]
+        model = model_class(
+            config_class(
+                vocab_size=size, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                intermediate_size=48, max_position_embeddings=128, tie_word_embeddings=tie, initializer_range=0.2,
+            )
+        )  # fmt: skip
+    model.generation_config.repetition_penalty = 1.7
+    model.save_pretrained(directory)
+    own.save_pretrained(directory)
+    return directory
+
+
+def base(directory: Path, architecture: str = "llama", double: bool = False, **settings) -> Base:
+    """The same, opened; in float64 where numbers are compared closely."""
+    opened = load_base(str(build(directory, architecture, **settings)))
+    if double:
+        opened.model.double()
+    return opened
+
+
+def lora(opened: Base, **settings):
+    return adapters.fresh_lora(LoraSection(r=4, alpha=8.0, **settings), opened.model, opened.tokenizer)
+
+
+def shake(roles, name: str, seed: int = 0, size: float = 0.3) -> None:
+    """Give a slot's adapter weights that do something: fresh LoRA adds nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    slot = roles.slots[name]
+    for key, parameter in roles.peft(name).named_parameters():
+        if f".{slot.adapter}." in f"{key}." and ("lora_" in key or "trainable_tokens" in key):
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.data.copy_((size * noise).to(parameter))
