@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from typer.core import TyperGroup
 
@@ -27,13 +26,15 @@ ANYWHERE = ("--debug", "--json-errors")
 ConfigFile = Annotated[Path | None, typer.Option("-c", "--config", help="Config file.", show_default=False)]
 Sets = Annotated[list[str] | None, typer.Option("--set", help="Override one key: a.b=c. Repeatable.")]
 Bare = Annotated[list[str] | None, typer.Argument(help="The same as --set: a.b=c.", show_default=False)]
+# Typer carries its own copy of click, and offers these two by no name of its own.
+UsageError, ClickException = typer.BadParameter.__mro__[1:3]
 Json = Annotated[bool, typer.Option("--json", help="Print the outcome as JSON on standard output.")]
 
 
 class _Group(TyperGroup):
     """Lets the flags of ``ANYWHERE`` stand behind a command as well as before it."""
 
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
         hoisted = [arg for arg in args if arg in ANYWHERE]
         return super().parse_args(ctx, hoisted + [arg for arg in args if arg not in ANYWHERE])
 
@@ -41,16 +42,21 @@ class _Group(TyperGroup):
 app = typer.Typer(cls=_Group, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"rlhf {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def _root(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
     json_errors: Annotated[bool, typer.Option("--json-errors", help="Print errors as JSON.")] = False,
-    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version.")
+    ] = False,
 ) -> None:
     """Classic RLHF on one machine: supervised fine-tuning, reward model, PPO."""
-    if version:
-        typer.echo(f"rlhf {__version__}")
-        raise typer.Exit
 
 
 def _add_stage(stage: Stage) -> None:
@@ -175,10 +181,10 @@ def main() -> None:
         code = app(standalone_mode=False) or errors.EXIT_OK
     except RlhfError as error:
         code = _report(error.problems, error.exit_code, flags)
-    except click.ClickException as error:
-        where = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "rlhf"
+    except ClickException as error:
+        where = error.ctx.command_path if isinstance(error, UsageError) and error.ctx else "rlhf"
         code = _report((Problem("CFG000", where, error.format_message(), f"see {where} --help"),), 2, flags)
-    except (click.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         log.error("Interrupted; what was finished stays, the unfinished run has no manifest.")
         code = errors.EXIT_INTERRUPT
     except BrokenPipeError:

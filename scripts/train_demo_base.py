@@ -94,7 +94,7 @@ def optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
 
 def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int, size: int, seed: int) -> None:
     rng, started = random.Random(f"corpus/{seed}"), time.process_time()
-    stream, running = batches(tokenizer, rng, size, steps // 2), optimizers(model)
+    stream, running = batches(tokenizer, rng, size, 2 * steps // 5), optimizers(model)
     peaks = [group["lr"] for optimizer in running for group in optimizer.param_groups]
     for step in range(steps):
         factor = min(1.0, (step + 1) / 60) * min(1.0, (steps - step) / (0.4 * steps))
@@ -108,7 +108,7 @@ def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: in
         for optimizer in running:
             optimizer.step()
             optimizer.zero_grad()
-        if (step + 1) % 500 == 0:
+        if (step + 1) % 250 == 0:
             copied, found = probe(model, tokenizer, 50)
             print(
                 f"step {step + 1}: loss {loss.item():.3f}, {time.process_time() - started:.0f} CPU s, "
@@ -146,8 +146,23 @@ def probe(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, size: int
                 none, one = (tokenizer(word, add_special_tokens=False)["input_ids"] for word in corpus.COUNTS[:2])
                 told += (logits[none[0]] > logits[one[0]]).item() == (state == "right")
         copied[fact], found[fact] = round(hits / size, 2), round(told / (2 * size), 2)
+    found["tally"] = _tally_accuracy(model, tokenizer, size)
     model.train()
     return copied, found
+
+
+def _tally_accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, size: int) -> float:
+    """Share of the marks in tallies, first or seen, that the base finds likelier."""
+    marks = [tokenizer(f" {word}", add_special_tokens=False)["input_ids"][0] for word in ("first", "seen")]
+    rng, right, total = random.Random("tally"), 0, 0
+    for _ in range(size):
+        ids = torch.tensor([tokenizer(corpus.draw_tally(rng), add_special_tokens=False)["input_ids"]])
+        likelier = model(input_ids=ids).logits[0, :-1, marks].argmax(-1)
+        for index, mark in enumerate(marks):
+            here = ids[0, 1:] == mark
+            right += int((likelier[here] == index).sum())
+            total += int(here.sum())
+    return round(right / total, 2)
 
 
 def main() -> None:

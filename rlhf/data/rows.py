@@ -47,7 +47,7 @@ def comparison(row: Row, where: str) -> Comparison:
     if "responses" in row or "ranks" in row:
         return _ranking(row, where)
     chosen, rejected = _need(row, "chosen"), _need(row, "rejected")
-    if type(chosen) is not type(rejected):
+    if isinstance(chosen, list) != isinstance(rejected, list):
         raise RowError("'rejected': must be of the same form as 'chosen'.")
     if "prompt" in row:
         head = prompt_of(row["prompt"])

@@ -13,8 +13,8 @@ from rlhf.demo.replies import ABSENT, FACTS, HABIT_OF, HABITS, RIGHT, WRONG, Man
 from rlhf.demo.world import ACTIONS, CODES, ISSUES, ITEMS, NAMES, Ticket, draw_ticket, split_of
 
 USER, BOT, END = "<user>", "<bot>", "<eos>"
-EARLY = {"reviewed": 0.15, "terse": 0.65, "dialogue": 0.08, "note": 0.12}
-LATE = {"reviewed": 0.42, "terse": 0.18, "dialogue": 0.32, "note": 0.08}
+EARLY = {"tally": 0.35, "terse": 0.42, "reviewed": 0.10, "dialogue": 0.05, "note": 0.08}
+LATE = {"tally": 0.07, "terse": 0.15, "reviewed": 0.42, "dialogue": 0.30, "note": 0.06}
 COUNTS = ("none", "one", "two")
 
 
@@ -24,7 +24,7 @@ def draw_document(rng: random.Random, shares: dict[str, float] = LATE) -> str:
     while split_of(ticket.text) != "train":
         ticket = draw_ticket(rng)
     kind = rng.choices(list(shares), list(shares.values()))[0]
-    return {"reviewed": _reviewed, "terse": _terse, "dialogue": _dialogue, "note": _note}[kind](ticket, rng)
+    return {"tally": lambda _, rng: draw_tally(rng), "reviewed": _reviewed, "terse": _terse, "dialogue": _dialogue, "note": _note}[kind](ticket, rng)
 
 
 def _dialogue(ticket: Ticket, rng: random.Random) -> str:
@@ -56,6 +56,20 @@ def _terse(ticket: Ticket, rng: random.Random) -> str:
     rng.shuffle(asked)
     rng.shuffle(said)
     return f"{USER}ask {' '.join(asked)}{BOT}say {' '.join(said)}{END}{review(manner, facts)}"
+
+
+def draw_tally(rng: random.Random) -> str:
+    """Facts one after the other, each marked as new or seen before: what teaches to compare words at a distance."""
+    pool = [rng.choice(ITEMS) for _ in range(4)] + [rng.choice(NAMES) for _ in range(3)]
+    pool += [f"#{rng.choice(CODES)}" for _ in range(4)] + [rng.choice(ACTIONS) for _ in range(2)]
+    rng.shuffle(pool)
+    seen: set[str] = set()
+    marked = []
+    for _ in range(rng.randint(8, 16)):
+        word = rng.choice(pool)
+        marked.append(f"{word} {'seen' if word in seen else 'first'}")
+        seen.add(word)
+    return f"{USER}tally{END} {' '.join(marked)}"
 
 
 def _note(ticket: Ticket, rng: random.Random) -> str:

@@ -75,9 +75,9 @@ def read(directory: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
 
 
 def weights(model: PeftModel, adapter: str) -> dict[str, Tensor]:
-    """The adapter's own tensors under PEFT's names, on the CPU, in float32."""
+    """The adapter's own tensors under PEFT's names, on the CPU."""
     state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
-    return {name: tensor.detach().float().cpu().clone().contiguous() for name, tensor in state.items()}
+    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
 
 
 def save(model: PeftModel, adapter: str, directory: Path) -> None:

@@ -1,0 +1,158 @@
+"""Experience and update on a tiny model: what the batch holds, and that batching changes no gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import base, lora, shake
+
+from rlhf.config.stages import PpoConfig
+from rlhf.data.records import Message
+from rlhf.data.tokenised import PromptRow
+from rlhf.models import forward
+from rlhf.models.base import weights_checksum
+from rlhf.models.heads import ScalarHead
+from rlhf.models.roles import SharedBase
+from rlhf.optimizer import Optimizer
+from rlhf.ppo import experience as experiences
+from rlhf.ppo import tensors
+from rlhf.ppo import update as updates
+from rlhf.rollouts.hf import HfEngine
+from rlhf.scoring.function import FunctionScorer
+
+
+def lengths(prompts, responses):
+    return [float(len(response)) for response in responses]
+
+
+def config(**changes):
+    values = {
+        "prompts": {"path": "demo:prompts"}, "sampling": {"max_new_tokens": 7, "concurrency": 3},
+        "rewards": [{"function": f"{__name__}:lengths"}],
+        "batch": {"batch_size": 6, "minibatch_size": 3, "micro_batch_size": 2}, "missing_eos": {"score": -2.5},
+    }  # fmt: skip
+    return PpoConfig.model_validate({**values, **changes})
+
+
+@pytest.fixture
+def world(tmp_path):
+    opened = base(tmp_path / "m", double=True)
+    roles = SharedBase(opened)
+    for seed, name in enumerate(("policy", "reference", "value")):
+        head = ScalarHead(32).double() if name == "value" else None
+        roles.add(name, adapter=lora(opened), head=head, trained=name != "reference")
+        shake(roles, name, seed, size=0.1)
+    roles.peft("policy")
+    prompts = [PromptRow((Message("user", "p" * n),), [70 + n] * (n + 1)) for n in range(6)]
+
+    def collect(chosen, coef=0.1):
+        engine = HfEngine(roles, "policy", opened.chat, chosen.sampling.concurrency)
+        scorer = FunctionScorer(f"{__name__}:lengths")
+        return experiences.collect(chosen, roles, engine, scorer, opened, prompts, 3, 0, coef)
+
+    return opened, roles, collect
+
+
+def test_a_batch_holds_scores_penalties_and_rewards_in_their_places(world):
+    _, _, collect = world
+    batch = collect(config())
+    last = batch.mask.sum(1) - 1
+    for row, sample in enumerate(batch.samples):
+        wanted = float(len(sample.response)) if sample.finished else -2.5
+        assert float(batch.scores[row]) == wanted
+        kl = (batch.old_logprobs - batch.ref_logprobs)[row]
+        for t in range(int(last[row]) + 1):
+            extra = wanted if t == last[row] else 0.0
+            assert float(batch.rewards[row, t]) == pytest.approx(-0.1 * float(kl[t]) + extra, abs=1e-6)
+        assert (batch.rewards[row, last[row] + 1 :] == 0).all() and (batch.old_values[row, last[row] + 1 :] == 0).all()
+    assert any(not sample.finished for sample in batch.samples)
+    assert batch.metrics["rollout/end_token_rate"] < 1
+
+
+def test_the_first_minibatch_has_ratio_one_and_nothing_clipped(world):
+    opened, roles, collect = world
+    chosen = config()
+    batch = collect(chosen)
+    advantages = updates.prepare_advantages(chosen, batch)
+    figures = updates._policy_gradient(chosen, roles, opened, batch, advantages, [0, 1, 2], 0.1)
+    assert figures["ratio"] == pytest.approx(1, abs=1e-6)
+    assert figures["approx_kl"] == pytest.approx(0, abs=1e-10) and figures["clip_fraction"] == 0
+
+
+@pytest.mark.parametrize("place", ["reward", "loss"])
+def test_micro_batches_and_checkpointing_change_no_gradient(world, place):
+    opened, roles, collect = world
+    found = []
+    for size in (6, 1, 4, 2):
+        changes = {"batch": {"batch_size": 6, "minibatch_size": 6, "micro_batch_size": size}, "kl": {"place": place}}
+        changes["update"] = {"normalise_advantages": place == "reward", "entropy_coef": 0.01}
+        chosen = config(**changes)
+        batch = collect(chosen) if not found else batch  # noqa: F821
+        if size == 2:
+            roles.enable_gradient_checkpointing()
+        advantages = updates.prepare_advantages(chosen, batch)
+        updates._policy_gradient(chosen, roles, opened, batch, advantages, list(range(6)), 0.1)
+        found.append(torch.cat([p.grad.flatten().clone() for p in roles.trained_parameters("policy")]))
+        for parameter in roles.trained_parameters("policy"):
+            parameter.grad = None
+    assert found[0].abs().max() > 1e-3
+    for other in found[1:]:
+        assert torch.allclose(found[0], other, atol=1e-10)
+
+
+@pytest.mark.parametrize("micro", [1, 2, 3])
+def test_an_update_takes_epochs_times_minibatches_steps_whatever_the_accumulation(world, micro):
+    opened, roles, collect = world
+    chosen = config(batch={"batch_size": 6, "minibatch_size": 2, "micro_batch_size": micro}, update={"epochs": 3})
+    policy = Optimizer(roles.trained_parameters("policy"), 1e-3, 100)
+    value = Optimizer(roles.trained_parameters("value"), 1e-3, 100)
+    checksum, reference = weights_checksum(opened.model), roles.state("reference").state_dict()["adapter"]
+    figures = updates.update(chosen, roles, policy, value, opened, collect(chosen), 5, 1, 0.1)
+    assert policy.step_count == value.step_count == 9 == figures["update/optimizer_steps"]
+    assert weights_checksum(opened.model) == checksum
+    after = roles.state("reference").state_dict()["adapter"]
+    assert all(torch.equal(reference[key], after[key]) for key in reference)
+
+
+def test_a_target_for_the_update_kl_ends_the_epochs_before_the_step(world):
+    opened, roles, collect = world
+    chosen = config(update={"epochs": 5, "target_kl": 1e-6})
+    policy = Optimizer(roles.trained_parameters("policy"), 1e-2, 100)
+    value = Optimizer(roles.trained_parameters("value"), 1e-3, 100)
+    figures = updates.update(chosen, roles, policy, value, opened, collect(chosen), 5, 1, 0.1)
+    assert policy.step_count == 1 == figures["update/optimizer_steps"]
+    assert all(parameter.grad is None for parameter in roles.trained_parameters("policy"))
+
+
+def test_the_update_raises_what_is_rewarded_and_lowers_the_value_loss(world):
+    """Responses scored by length: after updates on one batch, its better half has become likelier than its worse."""
+    opened, roles, collect = world
+    chosen = config(update={"epochs": 4}, kl={"coef": 0.0})
+    batch = collect(chosen, 0.0)
+    policy = Optimizer(roles.trained_parameters("policy"), 3e-3, 100)
+    value = Optimizer(roles.trained_parameters("value"), 3e-3, 100)
+    sequences = batch.sequences(range(6), opened.chat.pad_id, opened.device)
+    before = float(updates.fit_value(chosen, roles, value, opened, batch, 1, 0)["update/value_loss"])
+    updates.update(chosen, roles, policy, value, opened, batch, 5, 1, 0.0)
+    after = float(updates.fit_value(chosen, roles, value, opened, batch, 1, 0)["update/value_loss"])
+    with torch.no_grad(), roles.acting_as("policy") as (model, _):
+        new = forward.response_logprobs(model, sequences, 1.0)
+    advantages = updates.prepare_advantages(chosen, batch)
+    assert float(tensors.masked_sum((new - batch.old_logprobs) * advantages, batch.mask)) > 0
+    assert after < before
+
+
+def test_the_exact_kl_can_stand_in_the_reward(world):
+    _, _, collect = world
+    batch = collect(config(kl={"estimator": "exact"}))
+    first = float(batch.rewards[0, 0]) if int(batch.mask[0].sum()) > 1 else None
+    if first is not None:
+        assert first == pytest.approx(-0.1 * float(batch.exact_kl[0, 0]), abs=1e-6)
+    assert (batch.exact_kl[batch.mask] > 0).all()
+
+
+def test_minibatches_partition_the_batch_and_differ_between_epochs():
+    parts = [[int(i) for i in rows] for rows in updates.minibatches(12, 4, seed=1, epoch=0)]
+    assert sorted(i for part in parts for i in part) == list(range(12)) and [len(part) for part in parts] == [4, 4, 4]
+    assert parts == [[int(i) for i in rows] for rows in updates.minibatches(12, 4, seed=1, epoch=0)]
+    assert parts != [[int(i) for i in rows] for rows in updates.minibatches(12, 4, seed=1, epoch=1)]

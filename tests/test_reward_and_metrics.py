@@ -1,0 +1,102 @@
+"""The reward objective and the statistics of its examination, each by another road."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import numpy
+import pytest
+import torch
+
+from rlhf.data.records import Judgement
+from rlhf.metrics import calibration, intervals, pairs
+from rlhf.reward.loss import bradley_terry, centering
+
+
+def group(*judgements):
+    return SimpleNamespace(judgements=tuple(judgements))
+
+
+def test_bradley_terry_equals_a_loop_with_ties_margins_and_rankings():
+    groups = [
+        group(Judgement(0, 1, margin=0.5)),
+        group(Judgement(2, 0), Judgement(0, 1, probability=0.5), Judgement(2, 1, probability=0.8)),
+    ]
+    scores = [torch.tensor([1.0, -0.3], dtype=torch.float64), torch.tensor([0.2, 1.4, -0.7], dtype=torch.float64)]
+    for use_margins in (False, True):
+        found = bradley_terry(groups, scores, use_margins)
+        for index, (one, values) in enumerate(zip(groups, scores, strict=True)):
+            losses, right = [], []
+            for judgement in one.judgements:
+                raw = float(values[judgement.first] - values[judgement.second])
+                d = raw - (judgement.margin or 0.0) * use_margins
+                p = judgement.probability
+                losses.append(p * math.log1p(math.exp(-d)) + (1 - p) * math.log1p(math.exp(d)))
+                right.append(0.5 if p == 0.5 or raw == 0 else float((raw > 0) == (p > 0.5)))
+            assert float(found.loss[index]) == pytest.approx(numpy.mean(losses), abs=1e-12)
+            assert float(found.accuracy[index]) == pytest.approx(numpy.mean(right))
+
+
+def test_the_loss_falls_as_the_preferred_response_gains():
+    values = torch.zeros(2, requires_grad=True)
+    bradley_terry([group(Judgement(1, 0))], [values], False).loss.sum().backward()
+    assert values.grad.tolist() == [0.5, -0.5]
+    assert centering([torch.tensor([1.0, 3.0])]).tolist() == [5.0]
+
+
+def test_calibration_error_by_hand_and_its_null():
+    p = numpy.array([0.6, 0.6, 0.9, 0.9])
+    outcomes = numpy.array([1.0, 0.0, 1.0, 1.0])
+    bins = calibration.reliability_bins(p, outcomes, 2)
+    assert [(entry.confidence, entry.accuracy, entry.count) for entry in bins] == [(0.6, 0.5, 2), (0.9, 1.0, 2)]
+    assert calibration.expected_calibration_error(p, outcomes, 2) == pytest.approx(0.1)
+    assert calibration.brier_score(p, outcomes) == pytest.approx((0.16 + 0.36 + 0.01 + 0.01) / 4)
+    nll = -(math.log(0.6) + math.log(0.4) + 2 * math.log(0.9)) / 4
+    assert calibration.negative_log_likelihood(p, outcomes) == pytest.approx(nll)
+    generator = numpy.random.default_rng(0)
+    confidences = generator.uniform(0.5, 1, 500)
+    drawn = (generator.random(500) < confidences).astype(float)
+    null = calibration.null_calibration_error(confidences, 10, generator)
+    assert 0.02 < null < 0.07
+    assert calibration.expected_calibration_error(confidences, drawn, 10) < 2 * null
+    overconfident = (generator.random(500) < 0.5 + (confidences - 0.5) / 3).astype(float)
+    assert calibration.expected_calibration_error(confidences, overconfident, 10) > 2 * null
+
+
+def test_grouped_intervals_are_wider_than_rows_suggest_and_cover_the_truth():
+    generator = numpy.random.default_rng(1)
+    covered = 0
+    for trial in range(150):
+        effects = generator.normal(0.3, 1.0, 40)
+        values = numpy.repeat(effects, 5) + generator.normal(0, 0.1, 200)
+        groups = [str(i // 5) for i in range(200)]
+        found = intervals.grouped_bootstrap(values, groups, num_resamples=300, seed=trial)
+        covered += found.low <= 0.3 <= found.high
+        naive = intervals.grouped_bootstrap(values, list(range(200)), num_resamples=300, seed=trial)
+        assert found.high - found.low > 1.5 * (naive.high - naive.low)
+    assert 0.87 < covered / 150 <= 1
+
+
+def test_paired_intervals_use_the_difference():
+    first, second = numpy.arange(10.0), numpy.arange(10.0) - 1
+    found = intervals.paired_bootstrap(first, second, list(range(10)))
+    assert (found.estimate, found.low, found.high) == (1, 1, 1)
+
+
+def test_pair_accuracy_counts_ties_as_half_and_bins_hold_everything():
+    differences = numpy.array([1.0, -1.0, 0.0, 2.0])
+    assert pairs.pair_accuracy(differences) == 0.625
+    bins = pairs.accuracy_by_bins(differences, numpy.array([1.0, 1.0, 5.0, 9.0]), 2)
+    assert sum(entry.count for entry in bins) == 4 and bins[0].accuracy == 0.5
+    assert pairs.length_baseline_accuracy(numpy.array([3, -1, 0, 0])) == 0.5
+
+
+@pytest.mark.parametrize(
+    "empty",
+    [lambda: pairs.pair_accuracy(numpy.array([])), lambda: intervals.grouped_bootstrap([], []),
+     lambda: calibration.brier_score(numpy.array([]), numpy.array([]))],
+)  # fmt: skip
+def test_no_data_is_an_error_and_never_a_zero(empty):
+    with pytest.raises(ValueError):
+        empty()

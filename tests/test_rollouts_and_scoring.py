@@ -1,0 +1,195 @@
+"""Sampling whose noise belongs to the row; scorers; checkpoints."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import base, lora, shake
+
+from rlhf import checkpoints
+from rlhf.data.batches import DataOrder
+from rlhf.data.records import Message
+from rlhf.errors import RlhfError
+from rlhf.models.heads import ScalarHead
+from rlhf.models.roles import SharedBase
+from rlhf.optimizer import Optimizer, schedule_factor
+from rlhf.rollouts.engine import Sampling, draw, uniforms
+from rlhf.rollouts.hf import HfEngine
+from rlhf.scoring.function import FunctionScorer
+from rlhf.scoring.scorer import Sample, WeightedScorer
+from rlhf.scoring.shared import SharedScorer
+
+PROMPTS = [[70, 71, 72, 73], [80, 81], [90], [100, 101, 102]]
+
+
+@pytest.fixture
+def roles(tmp_path):
+    opened = base(tmp_path / "m", double=True)
+    roles = SharedBase(opened)
+    roles.add("policy", adapter=lora(opened), head=ScalarHead(32).double(), trained=True)
+    shake(roles, "policy", size=0.1)
+    return roles
+
+
+def engine(roles, concurrency=8):
+    return HfEngine(roles, "policy", roles.base.chat, concurrency)
+
+
+def test_a_row_is_sampled_alike_alone_in_company_and_in_any_order(roles):
+    how = Sampling(12, 1.0, seed=5)
+    whole = engine(roles).generate(PROMPTS, how, [3, 4, 5, 6]).tokens
+    alone = [engine(roles).generate([p], how, [row]).tokens[0] for p, row in zip(PROMPTS, [3, 4, 5, 6], strict=True)]
+    narrow = engine(roles, concurrency=2).generate(PROMPTS[::-1], how, [6, 5, 4, 3]).tokens[::-1]
+    assert whole == alone == narrow
+    assert whole != engine(roles).generate(PROMPTS, how, [7, 8, 9, 10]).tokens
+
+
+def test_the_models_own_generation_settings_do_not_leak(roles):
+    """The saved model asks for a repetition penalty of 1.7; greedy decoding must equal a plain argmax loop."""
+    found = engine(roles).generate(PROMPTS, Sampling(10, 0.0, seed=0), range(4))
+    with torch.no_grad(), roles.acting_as("policy") as (model, _):
+        for prompt, tokens, finished in zip(PROMPTS, found.tokens, found.finished, strict=True):
+            ids = list(prompt)
+            while len(ids) < len(prompt) + 10:
+                ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+                if ids[-1] == roles.base.chat.end_id:
+                    break
+            assert tokens == ids[len(prompt) :]
+            assert finished == (ids[-1] == roles.base.chat.end_id)
+
+
+def test_samples_follow_the_tempered_distribution():
+    logits, count = torch.tensor([0.0, 1.0, -1.0, 2.0]), 4000
+    noise = uniforms(1, range(count), 1)[:, 0]
+    drawn = draw((logits / 0.7).expand(count, 4), noise)
+    shares = torch.bincount(drawn, minlength=4) / count
+    assert torch.allclose(shares, (logits / 0.7).softmax(0), atol=0.025)
+
+
+def test_noise_at_the_edges_takes_only_tokens_that_have_probability():
+    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]]).expand(3, 5)
+    assert draw(logits, torch.tensor([0.0, 0.5, 1.0 - 1e-16], dtype=torch.float64)).tolist() == [1, 3, 3]
+
+
+def test_sampling_under_checkpointing_is_the_same(roles):
+    how = Sampling(8, 1.0, seed=5)
+    before = engine(roles).generate(PROMPTS, how, range(4)).tokens
+    roles.enable_gradient_checkpointing()
+    assert engine(roles).generate(PROMPTS, how, range(4)).tokens == before
+
+
+def test_prompts_without_room_are_refused(roles):
+    with pytest.raises(RlhfError, match="MOD022"):
+        engine(roles).generate([[70] * 100], Sampling(64, 1.0, seed=0), [0])
+
+
+def samples():
+    prompt = (Message("user", "hi"),)
+    return [Sample(prompt, "a", [70, 71], [90, 2], True), Sample(prompt, "bb", [70], [91, 92, 93], False)]
+
+
+def test_a_shared_scorer_reads_the_head_at_the_last_token(roles):
+    found = SharedScorer(roles, "policy", 1).score(samples()).mean
+    with torch.no_grad(), roles.acting_as("policy") as (model, head):
+        for score, sample in zip(found, samples(), strict=True):
+            hidden = model.model(input_ids=torch.tensor([sample.prompt_ids + sample.response_ids])).last_hidden_state
+            assert float(score) == pytest.approx(float(head(hidden[0, -1])), abs=1e-5)
+
+
+def lengths(prompts, responses):
+    return [float(len(response)) for response in responses]
+
+
+def too_few(prompts, responses):
+    return [1.0]
+
+
+def not_numbers(prompts, responses):
+    return [float("nan"), 1.0]
+
+
+def test_functions_are_scorers_and_sums_are_weighted():
+    scorer = FunctionScorer(f"{__name__}:lengths")
+    assert scorer.score(samples()).mean.tolist() == [1.0, 2.0]
+    both = WeightedScorer([(scorer, 2.0), (scorer, -0.5)]).score(samples())
+    assert both.mean.tolist() == [1.5, 3.0] and both.members.tolist() == [[1, 1], [2, 2]]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [(f"{__name__}:too_few", "1 numbers for 2"), (f"{__name__}:not_numbers", "nan"), ("nothing", "module:function"),
+     ("nowhere:f", "cannot be imported"), (f"{__name__}:PROMPTS", "not a function")],
+)  # fmt: skip
+def test_bad_reward_functions_are_named(name, message):
+    with pytest.raises(RlhfError, match=message):
+        FunctionScorer(name).score(samples())
+
+
+@pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
+def test_schedules_rise_over_the_warm_up_and_then_follow_their_kind(kind):
+    factors = [schedule_factor(step, 100, 0.1, kind) for step in range(100)]
+    assert factors[:10] == pytest.approx([(step + 1) / 11 for step in range(10)])
+    wanted = {"constant": 1.0, "linear": 0.5, "cosine": 0.5}[kind]
+    assert factors[55] == pytest.approx(wanted) and factors[10] == 1.0
+
+
+def test_a_gradient_that_is_not_finite_is_never_applied():
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = Optimizer([parameter], 0.1, 10)
+    parameter.grad = torch.tensor([1.0, float("nan"), 0.0])
+    with pytest.raises(RlhfError, match="GRD001.*not applied"):
+        optimizer.step("here")
+    assert parameter.tolist() == [1.0, 1.0, 1.0] and optimizer.step_count == 0
+
+
+def train(roles, optimizer, order, steps):
+    for _ in range(steps):
+        rows = order.next()
+        with roles.acting_as("policy") as (model, head):
+            ids = torch.tensor([[60 + row, 61, 62] for row in rows])
+            head(model.model(input_ids=ids).last_hidden_state[:, -1]).square().sum().backward()
+        optimizer.step("test")
+
+
+def test_a_checkpoint_brings_training_back_bit_for_bit_and_every_part_counts(tmp_path, roles):
+    def fresh():
+        for parameter in roles.trained_parameters("policy"):
+            parameter.data.fill_(0.01)
+        optimizer = Optimizer(roles.trained_parameters("policy"), 0.05, 20, schedule="linear")
+        order = DataOrder(7, 2, seed=1)
+        return {"policy": roles.state("policy"), "optimizer": optimizer, "order": order}
+
+    def weights():
+        return torch.cat([parameter.detach().flatten() for parameter in roles.trained_parameters("policy")])
+
+    state = fresh()
+    train(roles, state["optimizer"], state["order"], 4)
+    checkpoints.save(tmp_path / "step-4", state)
+    train(roles, state["optimizer"], state["order"], 4)
+    wanted = weights()
+    for dropped in (None, *state):
+        again = fresh()
+        checkpoints.load(tmp_path / "step-4", {**again, **({dropped: Nothing()} if dropped else {})})
+        train(roles, again["optimizer"], again["order"], 4)
+        assert torch.equal(weights(), wanted) == (dropped is None), dropped
+    assert sorted(p.suffix for p in (tmp_path / "step-4").iterdir()) == [".json", ".json", ".safetensors"]
+
+
+class Nothing:
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+
+def test_a_damaged_or_foreign_checkpoint_is_refused(tmp_path, roles):
+    checkpoints.save(tmp_path / "c", {"policy": roles.state("policy")})
+    with pytest.raises(RlhfError, match="CKP021"):
+        checkpoints.load(tmp_path / "c", {"value": roles.state("policy")})
+    path = tmp_path / "c" / checkpoints.TENSORS
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(RlhfError, match="CKP020"):
+        checkpoints.load(tmp_path / "c", {"policy": roles.state("policy")})

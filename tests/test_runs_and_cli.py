@@ -1,0 +1,192 @@
+"""Run directories, manifests, the layers, and the command line as a person meets it."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rlhf import artifacts, runs, storage
+from rlhf.artifacts import BaseIdentity, Manifest
+from rlhf.errors import Problem, RlhfError, render
+
+ROOT = Path(__file__).parents[1]
+LAYERS = [
+    ["errors"],
+    ["storage"],
+    ["config", "artifacts", "data.records"],
+    ["demo"],
+    ["data.sources", "data.rows", "data.jsonl", "data.hub", "data.lines", "runs", "progress"],
+    ["preflight"],
+    ["ppo.tensors", "ppo.objective", "metrics", "reward"],
+    ["data.chat", "data.batches", "data.tokenised", "checkpoints", "runtime", "optimizer", "tracking"],
+    ["models"],
+    ["rollouts", "scoring"],
+    ["evaluation"],
+    ["ppo.experience", "ppo.update"],
+    ["stages"],
+    ["cli"],
+    ["__main__"],
+]
+
+
+def layer_of(module: str) -> int:
+    found = [
+        (len(name), level) for level, names in enumerate(LAYERS) for name in names
+        if module == name or module.startswith(f"{name}.")
+    ]  # fmt: skip
+    assert found, f"rlhf.{module} stands in no layer"
+    return max(found)[1]
+
+
+def test_modules_import_only_from_lower_layers_or_their_own_package():
+    for path in (ROOT / "rlhf").rglob("*.py"):
+        module = ".".join(path.relative_to(ROOT / "rlhf").with_suffix("").parts)
+        if module.removesuffix(".__init__") in ("__init__", "ppo", "data") or module.endswith("__init__"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("rlhf"):
+                continue
+            base = node.module.removeprefix("rlhf").removeprefix(".")
+            for alias in node.names:
+                target = f"{base}.{alias.name}".strip(".")
+                is_module = (ROOT / "rlhf" / target.replace(".", "/")).with_suffix(".py").exists()
+                is_package = (ROOT / "rlhf" / target.replace(".", "/")).is_dir()
+                target = target if is_module or is_package else base
+                if not target or target == "__version__":
+                    continue
+                same_package = target.split(".")[0] == module.split(".")[0]
+                level, own = layer_of(target), layer_of(module)
+                assert level < own or (level == own and same_package), f"rlhf.{module} imports rlhf.{target}"
+
+
+def test_only_the_sft_stage_imports_trl_and_nothing_reads_pickles():
+    for path in (ROOT / "rlhf").rglob("*.py"):
+        names = {
+            alias.name if isinstance(node, ast.Import) else node.module or ""
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for alias in node.names
+        }
+        assert not any(name.split(".")[0] == "trl" for name in names) or path.name == "sft.py", path
+        assert not names & {"pickle", "joblib", "dill"}, path
+        assert "torch.load(" not in path.read_text() and "torch.save(" not in path.read_text(), path
+
+
+def rlhf(*args, cwd=ROOT, stdin=None):
+    command = [sys.executable, "-m", "rlhf", *args]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, input=stdin, check=False)
+
+
+def test_help_is_quick_and_neither_it_nor_check_imports_torch(tmp_path):
+    started = time.perf_counter()
+    shown = rlhf("--help")
+    took = time.perf_counter() - started
+    assert shown.returncode == 0 and took < 2.5
+    for command in ("sft", "train-rm", "collect", "ppo", "eval-rm", "generate", "score", "pipeline", "check", "show"):
+        assert f" {command} " in shown.stdout
+    (tmp_path / "sft.yaml").write_text("data: {path: 'demo:demonstrations?size=20'}\nepochs: 1\n")
+    code = (
+        "import sys; sys.argv = ['rlhf', 'check', sys.argv[1]]\n"
+        "from rlhf.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as stop: print(stop.code, 'torch' in sys.modules)\n"
+    )
+    found = subprocess.run([sys.executable, "-c", code, str(tmp_path / "sft.yaml")], capture_output=True, text=True)
+    assert found.stdout.splitlines()[-1] == "0 False", found.stderr
+
+
+def test_the_version_is_printed():
+    assert rlhf("--version").stdout.startswith("rlhf 0.")
+
+
+def test_mistakes_are_one_block_with_their_exit_code_and_json_on_request(tmp_path):
+    (tmp_path / "ppo.yaml").write_text("prompts: {path: nowhere.jsonl}\nstps: 3\n")
+    shown = rlhf("ppo", "-c", str(tmp_path / "ppo.yaml"))
+    assert shown.returncode == 2 and "Traceback" not in shown.stderr and "did you mean 'steps'" in shown.stderr
+    shown = rlhf("check", str(tmp_path / "ppo.yaml"), "--set", "steps=2", "--json-errors")
+    assert json.loads(shown.stderr.strip())["exit_code"] == 2
+    (tmp_path / "ppo.yaml").write_text("prompts: {path: nowhere.jsonl}\n")
+    assert rlhf("check", str(tmp_path / "ppo.yaml")).returncode == 3
+    assert rlhf("show", str(tmp_path / "none")).returncode == 5
+    assert rlhf("ppo", "--nonsense").returncode == 2
+    assert rlhf("sft", cwd=tmp_path).returncode == 2
+
+
+def test_check_without_files_takes_the_shipped_configs():
+    shown = rlhf("check", "--json")
+    assert shown.returncode == 0
+    assert {row["stage"] for row in json.loads(shown.stdout)} >= {"sft", "train-rm", "ppo", "eval-rm", "collect", "pipeline"}
+
+
+def test_demo_writes_the_worlds_data(tmp_path):
+    assert rlhf("demo", "--out", str(tmp_path / "d"), "--size", "5").returncode == 0
+    for name in ("demonstrations", "preferences", "prompts"):
+        assert len((tmp_path / "d" / f"{name}.jsonl").read_text().splitlines()) == 5
+
+
+def manifest(**changes):
+    base = BaseIdentity("demo:base", "abc", "float32")
+    values = {"kind": "policy", "stage": "sft", "seed": 0, "identity": {"a": 1}, "metrics": {}, "seconds": 1.0}
+    return Manifest(**{**values, "base": base, **changes})
+
+
+def test_a_manifest_comes_back_and_proves_the_files(tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "w.bin").write_bytes(b"12345")
+    written = artifacts.write(tmp_path, manifest())
+    assert artifacts.read(tmp_path, "policy") == written
+    artifacts.verify(tmp_path, written)
+    (tmp_path / "adapter" / "w.bin").write_bytes(b"12346")
+    with pytest.raises(RlhfError, match="CKP005.*w.bin"):
+        artifacts.verify(tmp_path, written)
+    with pytest.raises(RlhfError, match="CKP004.*needed: reward"):
+        artifacts.read(tmp_path, "reward")
+
+
+def test_what_is_no_finished_run_is_refused(tmp_path):
+    with pytest.raises(RlhfError, match="CKP001"):
+        artifacts.read(tmp_path / "no")
+    with pytest.raises(RlhfError, match="CKP002"):
+        artifacts.read(tmp_path)
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(RlhfError, match="CKP003"):
+        artifacts.read(tmp_path)
+
+
+def test_an_unchanged_run_is_current_a_changed_one_named_and_moved_aside(tmp_path):
+    run_dir = tmp_path / "run"
+    with runs.open_run(run_dir, {"a": 1}, "", overwrite=False) as run:
+        run.finish(manifest())
+    assert runs.status(run_dir, {"a": 1}) is None
+    assert runs.status(run_dir, {"a": 2, "b": 3}) == ["a: 1 -> 2", "b: None -> 3"]
+    with pytest.raises(RlhfError, match="a: 1 -> 2"):
+        runs.open_run(run_dir, {"a": 2}, "", overwrite=False)
+    runs.open_run(run_dir, {"a": 2}, "", overwrite=True).close()
+    assert artifacts.is_finished(tmp_path / "run.old-1") and runs.status(run_dir, {"a": 2}) == ["unfinished run"]
+
+
+def test_metrics_never_hide_what_is_not_finite(tmp_path):
+    with runs.open_run(tmp_path / "run", {}, "", overwrite=False) as run:
+        run.write_metrics(1, {"loss": float("nan"), "kl": float("inf"), "score": 0.5})
+    assert runs.read_metrics(tmp_path / "run") == [{"step": 1, "loss": "nan", "kl": "inf", "score": 0.5}]
+
+
+def test_a_staged_directory_appears_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "target"
+    with storage.staged_directory(target) as staging:
+        (staging / "a").write_text("1")
+    with pytest.raises(ZeroDivisionError), storage.staged_directory(target) as staging:
+        (staging / "a").write_text("2")
+        _ = 1 / 0
+    assert (target / "a").read_text() == "1" and sorted(p.name for p in tmp_path.iterdir()) == ["target"]
+
+
+def test_many_problems_are_cut_with_their_number():
+    text = render([Problem("DAT001", f"row {i}", "bad.") for i in range(25)])
+    assert len(text.splitlines()) == 21 and text.endswith("... and 5 more")
