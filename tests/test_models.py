@@ -13,7 +13,7 @@ from tiny import ARCHITECTURES, base, build, lora, shake
 from rlhf.config.sections import LoraSection
 from rlhf.data.batches import collate
 from rlhf.errors import RlhfError
-from rlhf.models import adapters, forward
+from rlhf.models import adapters, forward, small_lora
 from rlhf.models.base import load_base, weights_checksum
 from rlhf.models.heads import ScalarHead
 from rlhf.models.roles import SeparateModels, SharedBase
@@ -317,3 +317,27 @@ def test_dropout_of_the_base_and_its_generation_settings_are_off(tmp_path):
     opened = base(tmp_path / "m", "gpt2")
     assert all(module.p == 0 for module in opened.model.modules() if isinstance(module, torch.nn.Dropout))
     assert opened.model.generation_config.repetition_penalty in (None, 1.0)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_lora_as_one_product_has_the_values_and_gradients_of_pefts_three(tmp_path, monkeypatch, architecture):
+    found = []
+    for width in (512, 0):
+        monkeypatch.setattr(small_lora, "LARGEST_WIDTH", width)
+        _, roles = two_roles(tmp_path, architecture)
+        both = forward.policy_and_reference(roles, collate(PROMPTS, RESPONSES, 0, CPU), 1.0)
+        found.append([*vars(both).values(), *gradients(roles)])
+    assert len(found[0]) > 20
+    assert all(torch.allclose(a, b, atol=1e-10) for a, b in zip(*found, strict=True))
+
+
+def test_a_step_of_the_optimizer_is_seen_by_the_next_pass_without_gradient(tmp_path):
+    _, roles = two_roles(tmp_path)
+    sequences = collate(PROMPTS, RESPONSES, 0, CPU)
+    found = []
+    for _ in range(2):
+        with torch.no_grad(), roles.acting_as("policy") as (model, _):
+            found.append(forward.response_logprobs(model, sequences, 1.0))
+        for parameter in roles.trained_parameters("policy"):
+            parameter.data.mul_(1.1)
+    assert not torch.allclose(found[0], found[1])

@@ -18,7 +18,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from rlhf import artifacts
-from rlhf.models import adapters
+from rlhf.models import adapters, small_lora
 from rlhf.models.base import Base
 from rlhf.models.heads import ScalarHead
 
@@ -102,6 +102,7 @@ class SharedBase(_Slots):
         self._wrappers: list[Any] = []
         self._checkpointing = False
         self._active: str | None = None
+        self._summed: dict[int, Tensor] = {}
 
     def add(
         self, name: str, *, adapter: Path | LoraConfig | None = None, head: ScalarHead | None = None,
@@ -149,6 +150,7 @@ class SharedBase(_Slots):
         """Set the active adapter on every layer, directly: PEFT's own switch also flips ``requires_grad``."""
         if adapter == self._active:
             return
+        self._summed.clear()
         for layer in self._layers:
             layer._active_adapter = [adapter] if adapter else []
             layer._disable_adapters = adapter is None
@@ -164,6 +166,7 @@ class SharedBase(_Slots):
         self._wrappers = [module for module in modules if isinstance(module, AuxiliaryTrainingWrapper)]
         inside = {id(wrapper.token_adapter) for wrapper in self._wrappers}
         self._layers = [m for m in modules if isinstance(m, BaseTunerLayer) and id(m) not in inside]
+        small_lora.install(self.base.model, self._summed)
         self._active = "?"
         self._switch(None)
 

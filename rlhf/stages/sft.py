@@ -21,7 +21,7 @@ from rlhf.data.records import Prompt, split_by_prompt
 from rlhf.data.tokenised import Dialogue
 from rlhf.errors import Problem, RlhfError
 from rlhf.evaluation import policy as measure
-from rlhf.models import adapters, opening
+from rlhf.models import adapters, opening, small_lora
 from rlhf.models.base import Base
 from rlhf.models.roles import SharedBase
 from rlhf.preflight import Plan
@@ -45,6 +45,7 @@ def run(config: SftConfig, plan: Plan, run: Run) -> Manifest:
     log.info(report.sentence("Training data"))
 
     model = get_peft_model(base.model, adapters.fresh_lora(config.lora, base.model, base.tokenizer))
+    small_lora.install(base.model)
     trainer = _trainer(config, model, base, rows, run)
     with bar("SFT", trainer.args.max_steps) as progress:
         trainer.add_callback(_Advance(progress))
