@@ -1,6 +1,6 @@
 """Train the embedded world's base from nothing: tokenizer, then a small Llama on the world's documents.
 
-    python scripts/train_demo_base.py --out DIR [--steps 6000] [--seed 0]
+    python scripts/train_demo_base.py --out DIR [--seed 0]
 
 Writes a Hugging Face directory with fp16 weights and asserts, on tickets of the test split, that the base copies facts
 and finds wrong ones. The shipped files in rlhf/demo/base were made by the defaults; other machines round differently.
@@ -24,6 +24,8 @@ from rlhf.demo import corpus
 from rlhf.demo.replies import FACTS, GOOD, WRONG, change_fact, write
 from rlhf.demo.world import tickets
 
+# Each round has its own warm-up and decay: steps, and the mixture of documents for each share of them.
+ROUNDS = ((6000, ((0.4, corpus.EARLY), (0.6, corpus.LATE))), (2500, ((1.0, corpus.LAST),)))
 SPECIALS = ["<pad>", "<eos>", "<user>", "<bot>"]
 TEMPLATE = (
     "{% for message in messages %}"
@@ -65,21 +67,22 @@ def build(vocab_size: int, hidden: int, layers: int, heads: int, mlp: int) -> Ll
     )  # fmt: skip
 
 
-def batches(tokenizer: PreTrainedTokenizerFast, rng: random.Random, size: int, num_early: int):  # type: ignore[no-untyped-def]
-    """Endless batches of documents of like length, the first ``num_early`` of the simpler mixture: ids, labels [B, L]."""
-    num = 0
-    while True:
-        shares = corpus.EARLY if num < num_early else corpus.LATE
-        num += 16
-        texts = [corpus.draw_document(rng, shares) for _ in range(size * 16)]
-        rows = sorted(tokenizer(texts, add_special_tokens=False)["input_ids"], key=len)
-        chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
-        rng.shuffle(chunks)
-        for chunk in chunks:
-            width = max(map(len, chunk))
-            ids = torch.tensor([row + [0] * (width - len(row)) for row in chunk])
-            labels = torch.tensor([row + [-100] * (width - len(row)) for row in chunk])
-            yield ids, labels
+def batches(tokenizer: PreTrainedTokenizerFast, rng: random.Random, size: int, steps: int, mixtures):  # type: ignore[no-untyped-def]
+    """``steps`` batches of documents of like length: ids [B, L] and labels [B, L]."""
+    made = 0
+    for share, shares in mixtures:
+        until = made + round(share * steps)
+        while made < until:
+            texts = [corpus.draw_document(rng, shares) for _ in range(size * 16)]
+            rows = sorted(tokenizer(texts, add_special_tokens=False)["input_ids"], key=len)
+            chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
+            rng.shuffle(chunks)
+            for chunk in chunks[: until - made]:
+                width = max(map(len, chunk))
+                ids = torch.tensor([row + [0] * (width - len(row)) for row in chunk])
+                labels = torch.tensor([row + [-100] * (width - len(row)) for row in chunk])
+                made += 1
+                yield ids, labels
 
 
 def optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
@@ -92,16 +95,16 @@ def optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
     ]
 
 
-def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int, size: int, seed: int) -> None:
+def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int, size: int, seed: str, mixtures) -> None:  # type: ignore[no-untyped-def]
+    """One round."""
     rng, started = random.Random(f"corpus/{seed}"), time.process_time()
-    stream, running = batches(tokenizer, rng, size, 2 * steps // 5), optimizers(model)
+    running = optimizers(model)
     peaks = [group["lr"] for optimizer in running for group in optimizer.param_groups]
-    for step in range(steps):
+    for step, (ids, labels) in enumerate(batches(tokenizer, rng, size, steps, mixtures)):
         factor = min(1.0, (step + 1) / 60) * min(1.0, (steps - step) / (0.4 * steps))
         groups = [group for optimizer in running for group in optimizer.param_groups]
         for group, peak in zip(groups, peaks, strict=True):
             group["lr"] = peak * factor
-        ids, labels = next(stream)
         loss = weighted_loss(model, ids, labels)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -168,7 +171,8 @@ def _tally_accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--scale", type=float, default=1.0, help="of the number of steps, for a trial")
+    parser.add_argument("--start", type=Path, help="a directory that the first round made; goes on with the last")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vocab", type=int, default=1024)
@@ -177,10 +181,14 @@ def main() -> None:
     torch.manual_seed(args.seed)
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    tokenizer = train_tokenizer(args.seed, args.vocab)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(args.start) if args.start else train_tokenizer(args.seed, args.vocab)
     model = build(len(tokenizer), *args.shape)
+    if args.start:
+        model = LlamaForCausalLM.from_pretrained(args.start, dtype=torch.float32)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens", flush=True)
-    train(model, tokenizer, args.steps, args.batch, args.seed)
+    for number, (steps, mixtures) in enumerate(ROUNDS):
+        if not (args.start and number == 0):
+            train(model, tokenizer, round(args.scale * steps), args.batch, f"{args.seed}/{number}", mixtures)
     copied, found = probe(model, tokenizer, 200)
     print(json.dumps({"copied": copied, "found": found}), flush=True)
     model.half().save_pretrained(args.out)

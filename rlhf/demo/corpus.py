@@ -15,6 +15,7 @@ from rlhf.demo.world import ACTIONS, CODES, ISSUES, ITEMS, NAMES, Ticket, draw_t
 USER, BOT, END = "<user>", "<bot>", "<eos>"
 EARLY = {"tally": 0.35, "terse": 0.42, "reviewed": 0.10, "dialogue": 0.05, "note": 0.08}
 LATE = {"tally": 0.07, "terse": 0.15, "reviewed": 0.42, "dialogue": 0.30, "note": 0.06}
+LAST = {"tally": 0.03, "terse": 0.27, "reviewed": 0.30, "dialogue": 0.18, "note": 0.22}
 COUNTS = ("none", "one", "two")
 
 
@@ -41,7 +42,7 @@ def _reviewed(ticket: Ticket, rng: random.Random) -> str:
 
 def _terse(ticket: Ticket, rng: random.Random) -> str:
     """The same check on one to four bare facts, without sentences around them."""
-    facts = rng.sample(FACTS, rng.choice((1, 1, 2, 3, 4)))
+    facts = ["action"] if rng.random() < 0.25 else rng.sample(FACTS, rng.choice((1, 1, 2, 3, 4)))
     manner = _checked_manner(rng, Manner())
     right = {"item": ticket.item, "action": ticket.action, "order": f"#{ticket.code}", "name": ticket.name}
     values = {"item": ITEMS, "action": ACTIONS, "order": tuple(f"#{code}" for code in CODES), "name": NAMES}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rlhf.config.sections import LoraSection
 from rlhf.errors import Problem, RlhfError
-from rlhf.storage import staged_directory
+from rlhf.storage import staged_directory, write_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -88,6 +89,10 @@ def save(model: PeftModel, adapter: str, directory: Path) -> None:
         config.inference_mode = True
         config.save_pretrained(str(staging))
         config.inference_mode = was
+        # PEFT keeps the targets in a set: in order, equal adapters are equal files.
+        written = json.loads((staging / CONFIG).read_text("utf-8"))
+        written["target_modules"] = sorted(written["target_modules"])
+        write_json(staging / CONFIG, written)
         save_file(weights(model, adapter), staging / WEIGHTS, metadata={"format": "pt"})
 
 

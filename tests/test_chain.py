@@ -1,0 +1,162 @@
+"""The commands one after the other on the embedded world, small: what they write, skip, refuse and say."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def rlhf(*args, cwd, stdin=None, code=0):
+    command = [sys.executable, "-m", "rlhf", *map(str, args)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, input=stdin, check=False)
+    assert done.returncode == code, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory):
+    """A working directory with shortened shipped configs, brought up to date by ``rlhf pipeline``."""
+    home = tmp_path_factory.mktemp("chain")
+    (home / "configs").mkdir()
+    short = {
+        "sft": {"demo:demonstrations": '"demo:demonstrations?size=240"', "end_token_samples: 96": "end_token_samples: 24"},
+        "train-rm": {"demo:preferences": '"demo:preferences?size=60"', "standardise_samples: 192": "standardise_samples: 32"},
+        "ppo": {
+            "path: demo:prompts": 'path: "demo:prompts?size=120"', "steps: 24": "steps: 3", "every: 5": "every: 2",
+            "num_prompts: 64": "num_prompts: 16", "batch_size: 64": "batch_size: 16", "minibatch_size: 32": "minibatch_size: 8",
+            "pretrain_steps: 4": "pretrain_steps: 1", "save_every: 12": "save_every: 2",
+        },
+        "eval-rm": {"size=300": "size=40", "num_resamples: 2000": "num_resamples: 200"},
+        "collect": {"size=200": "size=12"}, "pipeline": {},
+    }  # fmt: skip
+    for name, changes in short.items():
+        text = (ROOT / "configs" / f"{name}.yaml").read_text()
+        for old, new in changes.items():
+            assert old in text, (name, old)
+            text = text.replace(old, new)
+        (home / "configs" / f"{name}.yaml").write_text(text)
+    (home / "first.json").write_text(rlhf("pipeline", "--json", cwd=home).stdout)
+    return home
+
+
+def manifest(home, stage):
+    return json.loads((home / "runs" / stage / "manifest.json").read_text())
+
+
+def test_the_pipeline_runs_every_stage_and_then_skips_them(chain):
+    assert {row["outcome"] for row in json.loads((chain / "first.json").read_text())} == {"run"}
+    again = rlhf("pipeline", "--json", cwd=chain)
+    assert {row["outcome"] for row in json.loads(again.stdout)} == {"up to date"}
+    assert "is up to date, skipped" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("stage", "files"),
+    [
+        ("sft", ["adapter/adapter_model.safetensors", "adapter/adapter_config.json", "tokenizer/tokenizer.json"]),
+        ("train-rm", ["adapter/adapter_model.safetensors", "head/head.safetensors", "head/head.json"]),
+        ("ppo", ["adapter/adapter_model.safetensors", "checkpoints/step-2/tensors.safetensors",
+                 "checkpoints/best/policy/adapter/adapter_model.safetensors",
+                 "checkpoints/last/value/head/head.safetensors", "samples/step-0.jsonl", "samples/step-3.jsonl"]),
+        ("eval-rm", ["eval.json", "plots/reliability.png", "plots/length_gap.png"]),
+    ],
+)  # fmt: skip
+def test_a_run_directory_holds_what_it_should(chain, stage, files):
+    run = chain / "runs" / stage
+    for name in ["manifest.json", "config.yaml", "run.log", *files]:
+        assert (run / name).stat().st_size > 0, name
+    assert not [path for path in run.rglob("*") if path.suffix in (".bin", ".pt", ".pth", ".pkl")]
+
+
+def test_the_rounds_of_ppo_say_what_matters(chain):
+    rows = [json.loads(line) for line in (chain / "runs/ppo/metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if "update/policy_loss" in row]
+    assert [row["step"] for row in steps] == [1, 2, 3]
+    assert all(row["update/optimizer_steps"] == 4 for row in steps)
+    for name in ("rollout/score", "rollout/exact_kl_nats", "rollout/entropy_nats", "update/policy_grad_norm",
+                 "update/value_grad_norm", "update/policy_clip_fraction", "rollout/explained_variance"):  # fmt: skip
+        assert all(isinstance(row[name], float) for row in steps), name
+    assert abs(steps[0]["rollout/exact_kl_nats"]) < 1e-4 and steps[0]["rollout/kl_nats"] == pytest.approx(0, abs=1e-4)
+    assert [row["step"] for row in rows if "eval/score" in row] == [0, 2, 3]
+    details = manifest(chain, "ppo")["details"]
+    assert details["last_step"] == 3 and details["use"] == "best" and details["value_pretraining"]["batches"] <= 1
+    sample = json.loads((chain / "runs/ppo/samples/step-3.jsonl").read_text().splitlines()[0])
+    assert {"prompt", "response", "finished", "score", "exact_kl"} <= set(sample)
+
+
+def test_lineage_is_proven_by_digests(chain):
+    shown = rlhf("show", "runs/ppo", cwd=chain).stdout
+    assert "policy: runs/sft (unchanged)" in shown and "rewards.0: runs/train-rm (unchanged)" in shown
+    found = json.loads(rlhf("show", "runs/eval-rm", "--json", cwd=chain).stdout)
+    assert [row["stage"] for row in found["lineage"]] == ["train-rm", "sft"]
+    assert found["parents"]["reward"]["digest"] == json.loads(rlhf("show", "runs/train-rm", "--json", cwd=chain).stdout)["digest"]
+
+
+def test_generate_and_score_stand_in_a_pipe(chain):
+    prompts = '{"prompt": "hi , anna here . my red kettle arrived broken . it is order #47 ."}\n' * 2
+    made = rlhf("generate", "runs/ppo", "--seed", "3", "-n", "2", cwd=chain, stdin=prompts).stdout
+    rows = [json.loads(line) for line in made.splitlines()]
+    assert len(rows) == 4 and all(row["response"] for row in rows)
+    assert made == rlhf("generate", "runs/ppo", "--seed", "3", "-n", "2", cwd=chain, stdin=prompts).stdout
+    scored = [json.loads(line) for line in rlhf("score", "runs/train-rm", cwd=chain, stdin=made).stdout.splitlines()]
+    assert [row["response"] for row in scored] == [row["response"] for row in rows]
+    assert all(isinstance(row["score"], float) for row in scored)
+    rlhf("score", "runs/sft", cwd=chain, stdin=made, code=5)
+
+
+def test_collected_preferences_train_a_reward_model(chain):
+    rlhf("collect", cwd=chain)
+    rows = [json.loads(line) for line in (chain / "runs/collect/preferences.jsonl").read_text().splitlines()]
+    assert rows and all(sorted(row["ranks"])[0] == 1 and row["provenance"]["policy"] == "runs/sft" for row in rows)
+    for row in rows:
+        order = sorted(range(len(row["ranks"])), key=lambda i: row["ranks"][i])
+        scores = [row["scores"][i] for i in order]
+        assert scores == sorted(scores, reverse=True)
+    shown = rlhf("train-rm", "run_dir=runs/rm2", "data.path=runs/collect", "--dry-run", cwd=chain).stdout
+    assert f"{len(rows)} rows" in shown or "prompts with" in shown
+
+
+def test_a_changed_config_is_refused_by_name_and_overwriting_keeps_the_old_run(chain):
+    done = rlhf("eval-rm", "num_bins=7", cwd=chain, code=5)
+    assert "num_bins: 10 -> 7" in done.stderr and "Traceback" not in done.stderr
+    rlhf("eval-rm", "num_bins=7", "--overwrite", cwd=chain)
+    assert (chain / "runs/eval-rm.old-1/manifest.json").is_file()
+    again = rlhf("pipeline", "--json", cwd=chain)
+    assert "num_bins: 7 -> 10" in again.stderr
+    assert [row["outcome"] for row in json.loads(again.stdout)].count("run") == 1
+
+
+def test_a_dry_run_counts_and_writes_nothing(chain):
+    shown = rlhf("ppo", "run_dir=runs/other", "--dry-run", cwd=chain).stdout
+    assert "prompts to train on" in shown and "no run yet" in shown and not (chain / "runs/other").exists()
+
+
+def test_a_model_that_does_not_stop_is_refused_with_the_fix(chain):
+    done = rlhf("sft", "run_dir=runs/endless", "sampling.max_new_tokens=2", cwd=chain, code=7)
+    assert "end with '<eos>'" in done.stderr and "lora.train_tokens" in done.stderr
+    assert not (chain / "runs/endless/manifest.json").exists()
+    assert (chain / "runs/endless/adapter/adapter_model.safetensors").exists()
+
+
+def test_a_damaged_parent_is_refused(chain, tmp_path):
+    import shutil
+
+    shutil.copytree(chain / "runs/sft", chain / "runs/damaged")
+    path = chain / "runs/damaged/adapter/adapter_model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+    done = rlhf("train-rm", "policy=runs/damaged", "run_dir=runs/x", cwd=chain, code=5)
+    assert "CKP005" in done.stderr and "adapter_model.safetensors" in done.stderr
+
+
+def test_the_same_seed_gives_the_same_bits(chain):
+    rlhf("train-rm", "run_dir=runs/again", cwd=chain)
+    first, second = manifest(chain, "train-rm"), manifest(chain, "again")
+    assert first["files"] == second["files"] and first["identity"] == second["identity"]

@@ -1,0 +1,47 @@
+"""The shipped base: small, whole, and able to copy facts and to tell wrong ones."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+from rlhf.data.chat import ChatFormat
+from rlhf.data.records import Message
+from rlhf.demo import registry
+from rlhf.demo.replies import FACTS
+from rlhf.demo.world import tickets
+from rlhf.models.base import load_base
+
+
+def test_the_weights_are_within_four_mebibytes_and_the_pad_is_not_the_end():
+    directory = registry.resolve_model("demo:base")
+    assert (directory / "model.safetensors").stat().st_size <= 4 << 20
+    chat = load_base("demo:base").chat
+    assert chat.end_token == "<eos>" and chat.pad_token == "<pad>"
+
+
+def test_prompt_and_response_tokenised_apart_are_the_joint_tokens():
+    chat = load_base("demo:base").chat
+    for row in registry.rows("demo:demonstrations?size=300"):
+        prompt = (Message("user", row["prompt"]),)
+        parts = [*chat.prompt_ids(prompt), *chat.response_ids(prompt, row["completion"]), chat.end_id]
+        joint = f"<user>{row['prompt']}<bot>{row['completion']}<eos>"
+        assert parts == chat.tokenizer(joint, add_special_tokens=False)["input_ids"]
+        assert chat.decode(parts[len(chat.prompt_ids(prompt)) :]) == row["completion"]
+    assert isinstance(chat, ChatFormat)
+
+
+def test_the_base_restates_the_facts_of_unseen_tickets():
+    base = load_base("demo:base")
+    right = 0
+    chosen = list(itertools.islice(tickets("test", 1, "base-test"), 40))
+    for ticket, _ in chosen:
+        facts = {"item": ticket.item, "action": ticket.action, "order": f"#{ticket.code}", "name": ticket.name}
+        for fact in FACTS:
+            ids = base.tokenizer(f"<user>{ticket.text}<eos>note {fact}", add_special_tokens=False)["input_ids"]
+            want = base.tokenizer(f" {facts[fact]}", add_special_tokens=False)["input_ids"]
+            with torch.no_grad():
+                logits = base.model(input_ids=torch.tensor([ids + want])).logits[0, len(ids) - 1 : -1]
+            right += logits.argmax(-1).tolist() == want
+    assert right / (4 * len(chosen)) > 0.9
