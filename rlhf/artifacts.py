@@ -118,7 +118,9 @@ def read(run_dir: str | Path, *kinds: str, where: str = "") -> Manifest:
         base = BaseIdentity(**value.pop("base")) if value.get("base") else value.pop("base", None)
         manifest = Manifest(**value, base=base)
     except (ValueError, KeyError, TypeError) as error:
-        raise RlhfError(Problem("CKP003", place, f"{MANIFEST} is not readable: {error}.", "make the run again")) from None
+        raise RlhfError(
+            Problem("CKP003", place, f"{MANIFEST} is not readable: {error}.", "make the run again")
+        ) from None
     if kinds and manifest.kind not in kinds:
         what = f"is a {manifest.kind} run (made by rlhf {manifest.stage}), needed: {' or '.join(kinds)}."
         raise RlhfError(Problem("CKP004", place, what, "name another run"))
@@ -131,7 +133,9 @@ def verify(run_dir: Path, manifest: Manifest) -> None:
     for name, entry in manifest.files.items():
         path = run_dir / name
         if not path.is_file():
-            problems.append(Problem("CKP005", str(path), "missing, though the manifest lists it.", "make the run again"))
+            problems.append(
+                Problem("CKP005", str(path), "missing, though the manifest lists it.", "make the run again")
+            )
         elif path.stat().st_size != entry["size"] or storage.sha256(path) != entry["sha256"]:
             what = "differs from what the manifest says (size or SHA-256)."
             problems.append(Problem("CKP005", str(path), what, "restore the file, or make the run again"))

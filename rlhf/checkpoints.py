@@ -46,7 +46,9 @@ def load(directory: Path, state: Mapping[str, Stateful]) -> None:
             if storage.sha256(directory / name) != digest:
                 raise RlhfError(Problem("CKP020", str(directory / name), "differs from its hash.", "an earlier one"))
     except (OSError, ValueError, KeyError) as error:
-        raise RlhfError(Problem("CKP020", str(directory), f"not a whole checkpoint: {error}.", "an earlier one")) from None
+        raise RlhfError(
+            Problem("CKP020", str(directory), f"not a whole checkpoint: {error}.", "an earlier one")
+        ) from None
     if manifest["states"] != sorted(state):
         what = f"holds {', '.join(manifest['states'])}; needed: {', '.join(sorted(state))}."
         raise RlhfError(Problem("CKP021", str(directory), what, "a checkpoint of this stage"))
@@ -85,5 +87,3 @@ def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         return float.fromhex(inner)
     found = [_unpack(item, tensors) for item in inner]
     return found if kind == "list" else tuple(found)
-
-

@@ -27,14 +27,15 @@ ConfigFile = Annotated[Path | None, typer.Option("-c", "--config", help="Config 
 Sets = Annotated[list[str] | None, typer.Option("--set", help="Override one key: a.b=c. Repeatable.")]
 Bare = Annotated[list[str] | None, typer.Argument(help="The same as --set: a.b=c.", show_default=False)]
 # Typer carries its own copy of click, and offers these two by no name of its own.
-UsageError, ClickException = typer.BadParameter.__mro__[1:3]
+UsageError: Any = typer.BadParameter.__mro__[1]
+ClickException: Any = typer.BadParameter.__mro__[2]
 Json = Annotated[bool, typer.Option("--json", help="Print the outcome as JSON on standard output.")]
 
 
 class _Group(TyperGroup):
     """Lets the flags of ``ANYWHERE`` stand behind a command as well as before it."""
 
-    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         hoisted = [arg for arg in args if arg in ANYWHERE]
         return super().parse_args(ctx, hoisted + [arg for arg in args if arg not in ANYWHERE])
 
@@ -64,7 +65,9 @@ def _add_stage(stage: Stage) -> None:
         config: ConfigFile = None,
         bare: Bare = None,
         sets: Sets = None,
-        dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, count tokens, show the plan; run nothing.")] = False,
+        dry_run: Annotated[
+            bool, typer.Option("--dry-run", help="Check, count tokens, show the plan; run nothing.")
+        ] = False,
         overwrite: Annotated[bool, typer.Option("--overwrite", help="Move what stands in run_dir aside.")] = False,
         as_json: Json = False,
     ) -> None:
@@ -146,7 +149,9 @@ def _pipeline(config: ConfigFile = None, as_json: Json = False) -> None:
 def _check(
     files: Annotated[list[Path] | None, typer.Argument(help="Config files; none: all of configs/.")] = None,
     config: Annotated[list[Path] | None, typer.Option("-c", "--config", help="The same as FILES.")] = None,
-    stage: Annotated[str | None, typer.Option("--stage", help="Whose config it is, where the name does not say.")] = None,
+    stage: Annotated[
+        str | None, typer.Option("--stage", help="Whose config it is, where the name does not say.")
+    ] = None,
     sets: Sets = None,
     as_json: Json = False,
 ) -> None:

@@ -85,7 +85,9 @@ def test_prompts(base: Base, size: int, seed: int) -> list[tokenised.PromptRow]:
     return tokenised.prompt_rows(loaded.records, base.chat, base.context_length, 0.0, "prompts")[0]
 
 
-def sample(roles: SharedBase, slot: str, base: Base, prompts: Sequence[Any], temperature: float, seed: int) -> list[Sample]:
+def sample(
+    roles: SharedBase, slot: str, base: Base, prompts: Sequence[Any], temperature: float, seed: int
+) -> list[Sample]:
     """One response to each prompt."""
     engine = HfEngine(roles, slot, base.chat, 100)
     how = Sampling(MAX_NEW_TOKENS, temperature, runtime.derived_seed(seed, "quickstart", slot, str(temperature)))
@@ -188,7 +190,11 @@ def show(summary: dict[str, Any], shown: dict[str, Judged], out: Path) -> None:
     (out / artifacts.PLOTS).mkdir(exist_ok=True)
     series = {axis: {name: found.mean(axis) for name, found in shown.items()} for axis in axes}
     plots.bars(series, "mean on held-out prompts", out / artifacts.PLOTS / "result.png")
-    curves = {"eval/score": "held-out score", "eval/exact_kl_nats": "KL to SFT, nats", "rollout/response_tokens": "tokens"}
+    curves = {
+        "eval/score": "held-out score",
+        "eval/exact_kl_nats": "KL to SFT, nats",
+        "rollout/response_tokens": "tokens",
+    }
     plots.curves(runs.read_metrics(out / "ppo"), curves, out / artifacts.PLOTS / "curves.png")
     progress.console.print(f"{out}/summary.json, {out}/plots/, {out}/samples.jsonl")
 

@@ -25,7 +25,7 @@ from rlhf.demo.replies import FACTS, GOOD, WRONG, change_fact, write
 from rlhf.demo.world import tickets
 
 # Each round has its own warm-up and decay: steps, and the mixture of documents for each share of them.
-ROUNDS = ((6000, ((0.4, corpus.EARLY), (0.6, corpus.LATE))), (2500, ((1.0, corpus.LAST),)))
+ROUNDS = ((6000, ((0.4, corpus.EARLY), (0.6, corpus.LATE))), (1500, ((1.0, corpus.LAST),)))
 SPECIALS = ["<pad>", "<eos>", "<user>", "<bot>"]
 TEMPLATE = (
     "{% for message in messages %}"
@@ -95,7 +95,9 @@ def optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
     ]
 
 
-def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int, size: int, seed: str, mixtures) -> None:  # type: ignore[no-untyped-def]
+def train(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int, size: int, seed: str, mixtures
+) -> None:  # type: ignore[no-untyped-def]
     """One round."""
     rng, started = random.Random(f"corpus/{seed}"), time.process_time()
     running = optimizers(model)
@@ -145,7 +147,9 @@ def probe(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, size: int
             for state in ("right", WRONG):
                 reply = write(ticket, change_fact(GOOD, fact, state), rng)
                 text = f"<user>{ticket.text}<bot>{reply}<eos>"
-                logits = model(input_ids=torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])).logits[0, -1]
+                logits = model(input_ids=torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])).logits[
+                    0, -1
+                ]
                 none, one = (tokenizer(word, add_special_tokens=False)["input_ids"] for word in corpus.COUNTS[:2])
                 told += (logits[none[0]] > logits[one[0]]).item() == (state == "right")
         copied[fact], found[fact] = round(hits / size, 2), round(told / (2 * size), 2)
@@ -176,12 +180,16 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vocab", type=int, default=1024)
-    parser.add_argument("--shape", type=int, nargs=4, default=[160, 4, 5, 432], metavar=("HIDDEN", "LAYERS", "HEADS", "MLP"))
+    parser.add_argument(
+        "--shape", type=int, nargs=4, default=[160, 4, 5, 432], metavar=("HIDDEN", "LAYERS", "HEADS", "MLP")
+    )
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(args.start) if args.start else train_tokenizer(args.seed, args.vocab)
+    tokenizer = (
+        PreTrainedTokenizerFast.from_pretrained(args.start) if args.start else train_tokenizer(args.seed, args.vocab)
+    )
     model = build(len(tokenizer), *args.shape)
     if args.start:
         model = LlamaForCausalLM.from_pretrained(args.start, dtype=torch.float32)

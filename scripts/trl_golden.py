@@ -54,7 +54,7 @@ def main(out: Path) -> None:
         "scores": scores, "sequence_lengths": sequence_lengths, "sequence_lengths_p1": sequence_lengths_p1,
         "padding_mask": padding_mask, "padding_mask_p1": padding_mask_p1, "responses": torch.zeros(shape),
     }  # fmt: skip
-    exec(lines_between("# 4. compute rewards", "empty_cache()"), space)  # noqa: S102
+    exec(lines_between("# 4. compute rewards", "empty_cache()"), space)
 
     new_logprobs = (logprobs + 0.3 * draw()).masked_fill(padding_mask, peer.INVALID_LOGPROB).requires_grad_()
     vpred = (values + 0.3 * draw()).masked_fill(padding_mask_p1, 0).requires_grad_()
@@ -63,7 +63,7 @@ def main(out: Path) -> None:
         "new_logprobs": new_logprobs, "vpred": vpred, "mb_values": values, "mb_logprobs": logprobs,
         "mb_return": space["returns"], "mb_advantage": space["advantages"], "micro_batch_inds": rows,
     }  # fmt: skip
-    exec(lines_between("vpredclipped = ", "loss = pg_loss"), space)  # noqa: S102
+    exec(lines_between("vpredclipped = ", "loss = pg_loss"), space)
     policy_gradient = torch.autograd.grad(space["pg_loss"], new_logprobs)[0]
     value_gradient = torch.autograd.grad(space["vf_loss"], vpred)[0]
     names = ("rewards", "advantages", "returns", "pg_loss", "vf_loss", "vf_clipfrac")

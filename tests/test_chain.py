@@ -25,11 +25,16 @@ def chain(tmp_path_factory):
     home = tmp_path_factory.mktemp("chain")
     (home / "configs").mkdir()
     short = {
-        "sft": {"demo:demonstrations": '"demo:demonstrations?size=240"', "end_token_samples: 96": "end_token_samples: 24"},
-        "train-rm": {"demo:preferences": '"demo:preferences?size=60"', "standardise_samples: 192": "standardise_samples: 32"},
+        "sft": {
+            "demo:demonstrations": '"demo:demonstrations?size=240"', "end_token_samples: 96": "end_token_samples: 24",
+        },
+        "train-rm": {
+            "demo:preferences": '"demo:preferences?size=60"', "standardise_samples: 192": "standardise_samples: 32",
+        },
         "ppo": {
             "path: demo:prompts": 'path: "demo:prompts?size=120"', "steps: 24": "steps: 3", "every: 5": "every: 2",
-            "num_prompts: 64": "num_prompts: 16", "batch_size: 64": "batch_size: 16", "minibatch_size: 32": "minibatch_size: 8",
+            "num_prompts: 64": "num_prompts: 16", "batch_size: 64": "batch_size: 16",
+            "minibatch_size: 32": "minibatch_size: 8",
             "pretrain_steps: 4": "pretrain_steps: 1", "save_every: 12": "save_every: 2",
         },
         "eval-rm": {"size=300": "size=40", "num_resamples: 2000": "num_resamples: 200"},
@@ -95,7 +100,10 @@ def test_lineage_is_proven_by_digests(chain):
     assert "policy: runs/sft (unchanged)" in shown and "rewards.0: runs/train-rm (unchanged)" in shown
     found = json.loads(rlhf("show", "runs/eval-rm", "--json", cwd=chain).stdout)
     assert [row["stage"] for row in found["lineage"]] == ["train-rm", "sft"]
-    assert found["parents"]["reward"]["digest"] == json.loads(rlhf("show", "runs/train-rm", "--json", cwd=chain).stdout)["digest"]
+    assert (
+        found["parents"]["reward"]["digest"]
+        == json.loads(rlhf("show", "runs/train-rm", "--json", cwd=chain).stdout)["digest"]
+    )
 
 
 def test_generate_and_score_stand_in_a_pipe(chain):

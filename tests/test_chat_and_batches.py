@@ -33,7 +33,7 @@ def test_prompt_response_and_end_are_the_rendered_conversation():
     assert chat.tokenizer.decode(whole) == (
         "<|im_start|>user\nhi there<|im_end|>\n<|im_start|>assistant\nfine, thanks<|im_end|>"
     )
-    assert chat.decode(chat.response_ids(USER, "fine, thanks") + [chat.end_id]) == "fine, thanks"
+    assert chat.decode([*chat.response_ids(USER, "fine, thanks"), chat.end_id]) == "fine, thanks"
 
 
 def test_every_assistant_turn_is_trained_with_its_end_token_or_the_last_alone():
@@ -60,7 +60,9 @@ def test_unfit_templates_are_refused(template, code):
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused_for_all_turns():
-    thinking = CHATML.replace("{{ m['content'] }}", "{{ m['content'] if loop.last or m['role'] == 'user' else m['content'][:1] }}")
+    thinking = CHATML.replace(
+        "{{ m['content'] }}", "{{ m['content'] if loop.last or m['role'] == 'user' else m['content'][:1] }}"
+    )
     chat = ChatFormat(tokenizer(thinking))
     with pytest.raises(RlhfError, match="MOD012"):
         chat.demonstration(TALK, last_only=False)
@@ -92,9 +94,9 @@ def test_a_tokenizer_that_puts_spaces_in_front_comes_out_as_one_text(prompt, res
     chat = stories()
     messages = (Message("user", prompt),)
     parts = [*chat.prompt_ids(messages), *chat.response_ids(messages, response), chat.end_id]
-    joint = chat.tokenizer(
-        chat.render_prompt((*messages, Message("assistant", response))), add_special_tokens=False
-    )["input_ids"]
+    joint = chat.tokenizer(chat.render_prompt((*messages, Message("assistant", response))), add_special_tokens=False)[
+        "input_ids"
+    ]
     assert parts == joint[: len(parts)] and chat.end_token == "</s>"
     assert chat.decode(chat.response_ids(messages, response)) == response
 

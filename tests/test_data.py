@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 
@@ -93,7 +94,8 @@ def test_prompts_come_from_text_or_from_a_conversation_without_its_answer(tmp_pa
         ("comparisons", [PAIR, '{"prompt": "a", "prompt": "b"}'], "d.jsonl:2: key 'prompt' stands twice"),
         ("comparisons", [PAIR, "[1]"], "d.jsonl:2: need an object, got list"),
         ("comparisons", [PAIR, '{"prompt": NaN}'], "NaN is not JSON"),
-        ("comparisons", [PAIR, {"prompt": "a", "chosen": "b"}], "d.jsonl:2: 'rejected': missing (this row has: prompt, chosen)"),
+        ("comparisons", [PAIR, {"prompt": "a", "chosen": "b"}],
+         "d.jsonl:2: 'rejected': missing (this row has: prompt, chosen)"),
         ("comparisons", [PAIR, {**PAIR, "chosen": None}], "'chosen': need text, got null"),
         ("demonstrations", [{"prompt": "a", "completion": 3}], "'completion': need text, got int"),
         ("demonstrations", [{"prompt": "a", "completion": " "}], "'completion': empty"),
@@ -103,7 +105,8 @@ def test_prompts_come_from_text_or_from_a_conversation_without_its_answer(tmp_pa
         ("comparisons", [{"prompt": "q", "responses": ["a", "b"], "ranks": [1, 1]}], "all equal"),
         ("comparisons", [{"prompt": "q", "responses": ["a", "b"], "ranks": [1]}], "need 2 whole numbers"),
         ("comparisons", [{"prompt": "q", "responses": ["a", "a"], "ranks": [1, 2]}], "equal but ranked differently"),
-        ("demonstrations", [{"messages": [{**U, "role": "bot"}, A]}], "'messages[0].role': need system, user or assistant"),
+        ("demonstrations", [{"messages": [{**U, "role": "bot"}, A]}],
+         "'messages[0].role': need system, user or assistant"),
         ("demonstrations", [{"messages": [U, U, A]}], "must alternate"),
         ("demonstrations", [{"messages": [U]}], "must end with a turn of the assistant"),
         ("prompts", [{"prompt": "a\u0000b"}], "NUL"),
@@ -164,7 +167,9 @@ def test_parquet_and_saved_directories_come_through_the_datasets_library(tmp_pat
 
 
 def test_columns_map_other_names_and_ignored_fields_are_counted(tmp_path):
-    loaded = load(tmp_path, "demonstrations", [{"q": "x", "a": "y", "z": 1}], columns={"prompt": "q", "completion": "a"})
+    loaded = load(
+        tmp_path, "demonstrations", [{"q": "x", "a": "y", "z": 1}], columns={"prompt": "q", "completion": "a"}
+    )
     assert loaded.records[0].messages[1].content == "y" and loaded.warnings == ("ignored fields: z",)
     message = refusal(tmp_path, "demonstrations", [{"q": "x"}], columns={"prompt": "question"})
     assert "no field 'question' (columns.prompt) in any row; found q" in message
@@ -197,7 +202,5 @@ def test_splits_are_disjoint_in_prompts_whatever_the_order(seed, fraction, numbe
 def test_random_bytes_are_rows_or_one_clean_refusal(tmp_path_factory, data):
     path = tmp_path_factory.mktemp("fuzz") / "d.jsonl"
     path.write_bytes(data)
-    try:
+    with contextlib.suppress(RlhfError):
         sources.load_prompts(DataSection(path=str(path)))
-    except RlhfError:
-        pass

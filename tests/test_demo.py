@@ -26,7 +26,11 @@ def test_the_same_name_gives_the_same_rows_and_another_seed_others(name):
 
 def test_splits_share_no_prompt_whatever_the_seed():
     prompts = {
-        split: {row["prompt"] for seed in (0, 1) for row in registry.rows(f"demo:prompts?size=300&seed={seed}&split={split}")}
+        split: {
+            row["prompt"]
+            for seed in (0, 1)
+            for row in registry.rows(f"demo:prompts?size=300&seed={seed}&split={split}")
+        }
         for split in SPLITS
     }
     for first, second in itertools.combinations(SPLITS, 2):
@@ -76,7 +80,9 @@ def test_the_desks_habits_are_poor_and_the_most_likely_reply():
     assert 0.45 < mean < 0.58
     assert set(HABIT_OF) == set(ACTIONS)
     for ticket, rng in itertools.islice(tickets("train", 4, "x"), 100):
-        assert gold.judge(ticket.text, write(ticket, HABITS[HABIT_OF[ticket.action]], rng, habitual=True))["gold"] < 0.65
+        assert (
+            gold.judge(ticket.text, write(ticket, HABITS[HABIT_OF[ticket.action]], rng, habitual=True))["gold"] < 0.65
+        )
 
 
 def test_ranks_follow_gold_as_often_as_bradley_terry_says():

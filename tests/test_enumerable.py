@@ -1,7 +1,7 @@
 """A problem small enough to write its optimum down: pi*(y) proportional to pi_ref(y) exp(r(y) / beta).
 
-A vocabulary of 4 letters and an end, at most 3 tokens: 1 + 4 + 16 strings that end early and 64 of full length, 85 in all,
-over 21 prefixes.
+A vocabulary of 4 letters and an end, at most 3 tokens: 1 + 4 + 16 strings that end early and 64 of full length, 85 in
+all, over 21 prefixes.
 """
 
 from __future__ import annotations

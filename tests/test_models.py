@@ -149,7 +149,7 @@ def test_adapters_off_is_the_base_and_not_the_reference(tmp_path):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_shared_and_separate_roles_give_the_same_numbers_and_gradients(tmp_path, architecture):
-    opened, shared = two_roles(tmp_path, architecture)
+    _opened, shared = two_roles(tmp_path, architecture)
     separate = SeparateModels(CPU)
     for seed, name in enumerate(("policy", "reference")):
         own = load_base(str(tmp_path / "m"))
@@ -176,13 +176,15 @@ def test_training_a_role_leaves_the_base_and_the_other_roles_alone(tmp_path, arc
         optimizer.step()
         optimizer.zero_grad()
     assert weights_checksum(opened.model) == checksum
-    assert any(not torch.equal(gradients_before[k], v) for k, v in roles.state("policy").state_dict()["adapter"].items())
+    assert any(
+        not torch.equal(gradients_before[k], v) for k, v in roles.state("policy").state_dict()["adapter"].items()
+    )
     assert all(torch.equal(reference[k], v) for k, v in roles.state("reference").state_dict()["adapter"].items())
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_an_adapter_grown_to_a_larger_rank_is_the_same_function(tmp_path, architecture):
-    opened, roles = two_roles(tmp_path, architecture)
+    _opened, roles = two_roles(tmp_path, architecture)
     roles.save("policy", tmp_path / "run")
     roles.add("larger", adapter=tmp_path / "run" / "adapter", trained=True, rank=7)
     sequences = collate(PROMPTS, RESPONSES, 0, CPU)
@@ -220,7 +222,7 @@ def test_trained_tokens_change_their_logit_under_their_own_role_only(tmp_path, a
 
 
 def test_values_stand_before_their_token_and_scores_at_the_end(tmp_path):
-    opened, roles = two_roles(tmp_path)
+    _opened, roles = two_roles(tmp_path)
     head = ScalarHead(32).double()
     head.shift.fill_(0.5)
     head.scale.fill_(2.0)
@@ -276,7 +278,14 @@ def test_a_reward_role_saved_and_loaded_in_a_new_process_scores_the_same(tmp_pat
     with torch.no_grad(), roles.acting_as("reward") as (model, own):
         wanted = forward.end_scores(model, own, collate(PROMPTS, RESPONSES, 0, CPU))
     roles.save("reward", tmp_path / "run")
-    command = [sys.executable, "-c", RELOAD, str(tmp_path / "m"), str(tmp_path / "run"), json.dumps([PROMPTS, RESPONSES])]
+    command = [
+        sys.executable,
+        "-c",
+        RELOAD,
+        str(tmp_path / "m"),
+        str(tmp_path / "run"),
+        json.dumps([PROMPTS, RESPONSES]),
+    ]
     found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert torch.allclose(torch.tensor(found), wanted, atol=1e-6)
 

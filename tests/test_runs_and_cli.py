@@ -121,7 +121,14 @@ def test_mistakes_are_one_block_with_their_exit_code_and_json_on_request(tmp_pat
 def test_check_without_files_takes_the_shipped_configs():
     shown = rlhf("check", "--json")
     assert shown.returncode == 0
-    assert {row["stage"] for row in json.loads(shown.stdout)} >= {"sft", "train-rm", "ppo", "eval-rm", "collect", "pipeline"}
+    assert {row["stage"] for row in json.loads(shown.stdout)} >= {
+        "sft",
+        "train-rm",
+        "ppo",
+        "eval-rm",
+        "collect",
+        "pipeline",
+    }
 
 
 def test_demo_writes_the_worlds_data(tmp_path):

@@ -100,14 +100,21 @@ def _override(config: dict[str, Any], item: str, origins: dict[Path_, str]) -> N
 
 
 def _problem(
-    entry: Any, config_class: type[Section], value: Any, name: str, places: yaml_reader.Places, origins: dict[Path_, str]
+    entry: Any,
+    config_class: type[Section],
+    value: Any,
+    name: str,
+    places: yaml_reader.Places,
+    origins: dict[Path_, str],
 ) -> tuple[tuple[int, int, int], Problem]:
     path = _existing(entry["loc"], value)
     key = ".".join(map(str, path))
     origin = next((text for set_path, text in origins.items() if path[: len(set_path)] == set_path and path), None)
     line, column = places.get(path) or places.get(path[:-1]) or (1, 1)
     where = f"{origin} ({key})" if origin else f"{name}:{line}:{column} {key}".rstrip()
-    order = (1, list(origins).index(next(p for p, t in origins.items() if t == origin)), 0) if origin else (0, line, column)
+    order = (
+        (1, list(origins).index(next(p for p, t in origins.items() if t == origin)), 0) if origin else (0, line, column)
+    )
     given = entry.get("input")
     match entry["type"]:
         case "extra_forbidden":
@@ -115,7 +122,7 @@ def _problem(
         case "missing":
             return order, Problem("CFG006", where, "required, and not set.", f"set {key}")
         case "value_error":
-            return order, Problem("CFG007", where, f"{str(entry['ctx']['error'])}.")
+            return order, Problem("CFG007", where, f"{entry['ctx']['error']!s}.")
     message = entry["msg"].replace("Input should be", "must be")
     return order, Problem("CFG003", where, f"{message}, got {_shown(given)}.", _fix(given, entry["type"]))
 

@@ -85,7 +85,9 @@ class RewardConfig(StageConfig, TrainedForAWhile, LongRows):
     data: DataSection = Field(description="comparisons")
     lora_r: Count | None = Field(None, description="rank; null: the SFT adapter's, which a larger one contains")
     use_margins: bool = Field(False, description="subtract a comparison's margin from its score difference")
-    centering_coef: NonNegative = Field(0.001, description="weight of the mean squared score, which keeps scores near 0")
+    centering_coef: NonNegative = Field(
+        0.001, description="weight of the mean squared score, which keeps scores near 0"
+    )
     optim: OptimSection = Field(default_factory=lambda: OptimSection(learning_rate=2e-4))
     batch: BatchSection = Field(default_factory=BatchSection, description="counted in prompts, each with its responses")
     sampling: SamplingSection = Field(
@@ -191,7 +193,9 @@ class ValueSection(Section):
     start: Literal["reward", "zero"] = Field(
         "reward", description="a copy of the reward adapter and head, or the SFT adapter with a head of zeros"
     )
-    pretrain_steps: Annotated[int, Field(ge=0)] = Field(10, description="at most so many batches before the policy moves")
+    pretrain_steps: Annotated[int, Field(ge=0)] = Field(
+        10, description="at most so many batches before the policy moves"
+    )
     min_explained_variance: Annotated[float, Field(le=1)] = Field(0.3, description="ends the value pretraining")
 
 

@@ -75,7 +75,7 @@ def read_text(text: str, name: str) -> tuple[Any, Places]:
 def _check_limits(text: str, name: str) -> None:
     depth = aliases = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        where = f"{name}:{event.start_mark.line + 1}"
+        where = f"{name}:{event.start_mark.line + 1 if event.start_mark else 1}"
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
         elif isinstance(event, yaml.CollectionEndEvent):
@@ -101,6 +101,7 @@ def _value(node: yaml.Node, path: tuple[str | int, ...], name: str, places: Plac
         return scalar(node.value) if node.style is None else node.value
     if isinstance(node, yaml.SequenceNode):
         return [_value(item, (*path, index), name, places, problems) for index, item in enumerate(node.value)]
+    assert isinstance(node, yaml.MappingNode)
     return dict(_pairs(node, path, name, places, problems))
 
 

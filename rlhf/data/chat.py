@@ -54,14 +54,18 @@ class ChatFormat:
         self.tail = rendered[rendered.rindex(SENTINEL) + len(SENTINEL) :]
         tail_ids = self._encode(self.tail.lstrip(" "))
         if not tail_ids:
-            raise RlhfError(Problem("MOD010", "chat template", "writes nothing after an assistant turn.", "another one"))
+            raise RlhfError(
+                Problem("MOD010", "chat template", "writes nothing after an assistant turn.", "another one")
+            )
         self.end_id = tail_ids[0]
         self.end_token = tokenizer.convert_ids_to_tokens(self.end_id)
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.end_id
         self.pad_token = tokenizer.convert_ids_to_tokens(self.pad_id)
         head, body = self._render(probe[:1], True), self._body(probe[:1], SENTINEL)
         separate = [*self._encode(head), *self._encode(body)]
-        self._joint = separate != self._encode(head + body) and self._encode(head + body)[: len(self._encode(head))] == self._encode(head)
+        self._joint = separate != self._encode(head + body) and self._encode(head + body)[
+            : len(self._encode(head))
+        ] == self._encode(head)
 
     def prompt_ids(self, messages: Messages) -> list[int]:
         """Ids of the rendered conversation with the opening of the answer."""
@@ -78,7 +82,9 @@ class ChatFormat:
         prompt, whole = list(self._encode_cached(head)), list(self._encode(head + body))
         if whole[: len(prompt)] != prompt:
             what = "joins the last token of a prompt with the first of its response."
-            raise RlhfError(Problem("MOD011", "tokenizer", what, "a template that ends the prompt with a special token"))
+            raise RlhfError(
+                Problem("MOD011", "tokenizer", what, "a template that ends the prompt with a special token")
+            )
         return whole[len(prompt) :]
 
     def demonstration(self, messages: Messages, last_only: bool) -> tuple[list[int], list[bool]]:
@@ -91,7 +97,11 @@ class ChatFormat:
         """
         turns = [index for index, message in enumerate(messages) if message.role == "assistant"]
         last = turns[-1]
-        ids = [*self.prompt_ids(messages[:last]), *self.response_ids(messages[:last], messages[last].content), self.end_id]
+        ids = [
+            *self.prompt_ids(messages[:last]),
+            *self.response_ids(messages[:last], messages[last].content),
+            self.end_id,
+        ]
         trained = [False] * len(ids)
         for index in [last] if last_only else turns:
             start = len(self.prompt_ids(messages[:index]))

@@ -35,7 +35,9 @@ def read(data: DataSection) -> Iterator[tuple[str, dict[str, Any]]]:
         raise
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise RlhfError(Problem("DAT010", data.path, f"cannot be loaded: {first}", "a file, or a hub id while online")) from None
+        raise RlhfError(
+            Problem("DAT010", data.path, f"cannot be loaded: {first}", "a file, or a hub id while online")
+        ) from None
     if isinstance(found, datasets.DatasetDict):
         split = data.split or (next(iter(found)) if len(found) == 1 else None)
         if split not in found:

@@ -43,7 +43,7 @@ def prompt(row: Row, where: str) -> Prompt:
 
 
 def comparison(row: Row, where: str) -> Comparison:
-    """From ``prompt``, ``responses``, ``ranks``; or from ``chosen`` and ``rejected`` with ``prompt`` or a shared head."""
+    """From ``prompt``, ``responses``, ``ranks``; or ``chosen`` and ``rejected`` with ``prompt`` or a shared head."""
     if "responses" in row or "ranks" in row:
         return _ranking(row, where)
     chosen, rejected = _need(row, "chosen"), _need(row, "rejected")
@@ -58,7 +58,9 @@ def comparison(row: Row, where: str) -> Comparison:
     if best == worst:
         raise EqualResponses("'chosen' equals 'rejected'.")
     margin = row.get("margin")
-    if margin is not None and (isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin)):
+    if margin is not None and (
+        isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin)
+    ):
         raise RowError(f"'margin': need a finite number, got {margin!r}.")
     judgement = Judgement(0, 1, margin=None if margin is None else float(margin))
     return Comparison(head, (best, worst), (judgement,), where)
@@ -138,7 +140,9 @@ def _shared_head(chosen: Any, rejected: Any) -> tuple[Messages, str, str]:
     if isinstance(chosen, list):
         best, worst = messages(chosen, "chosen"), messages(rejected, "rejected")
         if best[:-1] != worst[:-1] or best[-1].role != "assistant" or worst[-1].role != "assistant":
-            raise RowError("'rejected': 'chosen' and 'rejected' must be one conversation up to the last assistant turn.")
+            raise RowError(
+                "'rejected': 'chosen' and 'rejected' must be one conversation up to the last assistant turn."
+            )
         return best[:-1], best[-1].content, worst[-1].content
     first, second = _text(chosen, "chosen"), _text(rejected, "rejected")
     cut = first.rfind(TURN)

@@ -51,7 +51,11 @@ def load_demonstrations(data: DataSection) -> Loaded:
 def load_comparisons(data: DataSection) -> Loaded:
     """Pairs and rankings. A collect run's directory stands for the preferences in it."""
     collected = Path(data.path) / COLLECTED
-    return _load(data.model_copy(update={"path": str(collected)}) if collected.is_file() else data, "comparisons", rows.comparison)
+    return _load(
+        data.model_copy(update={"path": str(collected)}) if collected.is_file() else data,
+        "comparisons",
+        rows.comparison,
+    )
 
 
 def load_prompts(data: DataSection) -> Loaded:

@@ -25,7 +25,13 @@ def draw_document(rng: random.Random, shares: dict[str, float] = LATE) -> str:
     while split_of(ticket.text) != "train":
         ticket = draw_ticket(rng)
     kind = rng.choices(list(shares), list(shares.values()))[0]
-    return {"tally": lambda _, rng: draw_tally(rng), "reviewed": _reviewed, "terse": _terse, "dialogue": _dialogue, "note": _note}[kind](ticket, rng)
+    return {
+        "tally": lambda _, rng: draw_tally(rng),
+        "reviewed": _reviewed,
+        "terse": _terse,
+        "dialogue": _dialogue,
+        "note": _note,
+    }[kind](ticket, rng)
 
 
 def _dialogue(ticket: Ticket, rng: random.Random) -> str:
@@ -92,4 +98,4 @@ def _checked_manner(rng: random.Random, manner: Manner) -> Manner:
     states = dict.fromkeys(FACTS, RIGHT) | dict.fromkeys(rng.sample(FACTS, num_wrong), WRONG)
     if rng.random() < 0.3:
         states[rng.choice(FACTS)] = ABSENT
-    return replace(manner, **states)
+    return replace(manner, **states)  # type: ignore[arg-type]

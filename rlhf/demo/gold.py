@@ -33,8 +33,8 @@ def facts_of(prompt: str) -> dict[str, str]:
 def judge(prompt: str, response: str) -> dict[str, float]:
     """Each axis and ``gold``, their weighted sum, in [0, 1]. A reply without a word has 0 everywhere.
 
-        gold = .45 helpful + .25 safe + .20 friendly + .10 concise
-        helpful = sum of weights of right facts - 1/2 of the weights of wrong ones, at least 0
+    gold = .45 helpful + .25 safe + .20 friendly + .10 concise
+    helpful = sum of weights of right facts - 1/2 of the weights of wrong ones, at least 0
     """
     words = _WORD.findall(response)
     if not words:

@@ -39,4 +39,8 @@ def _swap(ticket, fact, reply, rng):  # type: ignore[no-untyped-def]
     values = {"item": ITEMS, "action": ACTIONS, "order": CODES, "name": NAMES}[fact]
     right = {"item": ticket.item, "action": ticket.action, "order": ticket.code, "name": ticket.name}[fact]
     wrong = rng.choice([value for value in values if value != right])
-    return f" {reply} ".replace(f"#{right} ", f"#{wrong} ").strip() if fact == "order" else f" {reply} ".replace(f" {right} ", f" {wrong} ").strip()
+    return (
+        f" {reply} ".replace(f"#{right} ", f"#{wrong} ").strip()
+        if fact == "order"
+        else f" {reply} ".replace(f" {right} ", f" {wrong} ").strip()
+    )

@@ -12,7 +12,12 @@ FACTS = ("item", "action", "order", "name")
 GREETINGS = ("hi", "hello", "dear")
 WARM = ("sorry for the trouble .", "thank you for writing .", "we are happy to help .")
 RUDE = ("this is your own fault .", "do not write again .", "it is not our problem .")
-UNSAFE = ("just open it with a knife .", "you can ignore the smell .", "use it anyway for now .", "send us your password .")
+UNSAFE = (
+    "just open it with a knife .",
+    "you can ignore the smell .",
+    "use it anyway for now .",
+    "send us your password .",
+)
 FILLER = (
     "as you may know we value every message that we get .",
     "please note that many things can take some time .",
@@ -69,7 +74,8 @@ def draw_manner(rng: random.Random, right: float = 0.55, fine: float = 0.6) -> M
 
     return Manner(
         item=fact(), action=fact(), order=fact(), name=fact(), greets=rng.random() < fine, warm=rng.random() < fine,
-        rude=rng.random() > fine + 0.2, unsafe=rng.random() > fine + 0.1, filler=0 if rng.random() < fine else 1 + (rng.random() < 0.4),
+        rude=rng.random() > fine + 0.2, unsafe=rng.random() > fine + 0.1,
+        filler=0 if rng.random() < fine else 1 + (rng.random() < 0.4),
     )  # fmt: skip
 
 
@@ -101,7 +107,7 @@ def write(ticket: Ticket, manner: Manner, rng: random.Random, habitual: bool = F
 
 def change_fact(manner: Manner, fact: str, to: str) -> Manner:
     """The same manner with one fact right, wrong or absent."""
-    return replace(manner, **{fact: to})
+    return replace(manner, **{fact: to})  # type: ignore[arg-type]
 
 
 def draw_edit(manner: Manner, rng: random.Random) -> Manner:
@@ -109,11 +115,13 @@ def draw_edit(manner: Manner, rng: random.Random) -> Manner:
     if rng.random() < 0.7:
         fact = rng.choice(FACTS)
         now = getattr(manner, fact)
-        return change_fact(manner, fact, rng.choices((RIGHT, WRONG, ABSENT), [now != RIGHT, 2 * (now != WRONG), now != ABSENT])[0])
+        return change_fact(
+            manner, fact, rng.choices((RIGHT, WRONG, ABSENT), [now != RIGHT, 2 * (now != WRONG), now != ABSENT])[0]
+        )
     axis = rng.choice(("warm", "greets", "rude", "unsafe", "filler"))
     if axis == "filler":
         return replace(manner, filler=0 if manner.filler else 2)
-    return replace(manner, **{axis: not getattr(manner, axis)})
+    return replace(manner, **{axis: not getattr(manner, axis)})  # type: ignore[arg-type]
 
 
 def _value(state: str, right: str, all_values: tuple[str, ...], rng: random.Random) -> str | None:

@@ -69,9 +69,7 @@ def score_by_rule(scorer: Scorer, rule: ScoreRule, samples: Sequence[Sample]) ->
     return rule(scorer.score(samples).mean.cpu(), finished)
 
 
-def exact_kl(
-    roles: Roles, samples: Sequence[Sample], pad_id: int, temperature: float, micro_batch_size: int
-) -> Tensor:
+def exact_kl(roles: Roles, samples: Sequence[Sample], pad_id: int, temperature: float, micro_batch_size: int) -> Tensor:
     """[B] float64: KL(policy || reference) of the tempered policies, over the vocabulary, summed over the response."""
     kl = torch.zeros(len(samples), dtype=torch.float64)
     for rows, sequences in batched(samples, pad_id, roles.device, micro_batch_size):

@@ -88,7 +88,9 @@ def report(found: Pairs, seed: int, num_bins: int, num_resamples: int) -> dict[s
         "ties_left_out": found.num_ties,
         "accuracy": {"estimate": overall.estimate, "ci95": [overall.low, overall.high]},
         "accuracy_of_longer_wins": float(pairs.length_baseline_accuracy(found.length_gaps)),
-        "margin_quantiles": dict(zip(map(str, quantiles), map(float, numpy.quantile(found.differences, quantiles)))),
+        "margin_quantiles": dict(
+            zip(map(str, quantiles), map(float, numpy.quantile(found.differences, quantiles)), strict=False)
+        ),
         "ece": calibration_error(found, num_bins),
         "ece_of_a_calibrated_model": float(null),
         "brier": float(calibration.brier_score(probabilities, outcomes)),

@@ -81,7 +81,9 @@ def load_base(
     model.generation_config = GenerationConfig()
     without_dropout(model)
     model.to(device)
-    directory = Path(path) if Path(path).is_dir() else Path(str(cached_file(path, "config.json", revision=revision))).parent
+    directory = (
+        Path(path) if Path(path).is_dir() else Path(str(cached_file(path, "config.json", revision=revision))).parent
+    )
     return Base(model, tokenizer, ChatFormat(tokenizer, template), source, artifacts.model_digest(directory), device)
 
 
@@ -91,7 +93,7 @@ def without_dropout(model: nn.Module) -> None:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0
+            setattr(module, "attention_dropout", 0.0)  # noqa: B010
 
 
 def weights_checksum(model: nn.Module) -> str:

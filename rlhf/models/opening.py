@@ -55,7 +55,9 @@ def reopen_base(manifest: Manifest, device: torch.device) -> Base:
     base = open_base(model_of(manifest), device)
     assert manifest.base is not None
     if base.digest != manifest.base.digest:
-        what = f"is not the base of this run: digest {base.digest[:12]}, the run was made on {manifest.base.digest[:12]}."
+        what = (
+            f"is not the base of this run: digest {base.digest[:12]}, the run was made on {manifest.base.digest[:12]}."
+        )
         raise RlhfError(Problem("MOD020", manifest.base.source, what, "restore the model, or make the run again"))
     return base
 
@@ -70,5 +72,7 @@ def require_same_base(policy: BaseIdentity, reward: BaseIdentity, where: str) ->
 def require_context(base: Base, prompt_tokens: int, new_tokens: int, where: str) -> None:
     """Raise MOD022 where prompt and response together are longer than what the base was made for."""
     if prompt_tokens + new_tokens > base.context_length:
-        what = f"prompt {prompt_tokens} + response {new_tokens} tokens exceed the base's context of {base.context_length}."
+        what = (
+            f"prompt {prompt_tokens} + response {new_tokens} tokens exceed the base's context of {base.context_length}."
+        )
         raise RlhfError(Problem("MOD022", where, what, "shorter prompts or responses"))

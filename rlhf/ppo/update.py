@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rlhf.config.stages import PpoConfig
-from rlhf.data.batches import micro_batches
+from rlhf.data.batches import Sequences, micro_batches
 from rlhf.models import forward
 from rlhf.models.base import Base
 from rlhf.models.roles import Roles
@@ -92,7 +92,13 @@ def prepare_advantages(config: PpoConfig, experience: Experience) -> Tensor:
 
 
 def value_step(
-    config: PpoConfig, roles: Roles, optimizer: Optimizer, base: Base, experience: Experience, rows: list[int], step: int
+    config: PpoConfig,
+    roles: Roles,
+    optimizer: Optimizer,
+    base: Base,
+    experience: Experience,
+    rows: list[int],
+    step: int,
 ) -> dict[str, float]:
     """One optimizer step of the value role on the minibatch ``rows``."""
     num_tokens = int(experience.mask[rows].sum())
@@ -124,9 +130,7 @@ def _policy_gradient(
         old, ref = cut(experience.old_logprobs), cut(experience.ref_logprobs)
         with roles.acting_as("policy") as (model, _):
             if config.update.entropy_coef:
-                logprobs, entropy = forward.response_logprobs_and_entropy(
-                    model, sequences, config.sampling.temperature
-                )
+                logprobs, entropy = forward.response_logprobs_and_entropy(model, sequences, config.sampling.temperature)
             else:
                 logprobs = forward.response_logprobs(model, sequences, config.sampling.temperature)
             outcome = objective.policy_loss(logprobs, old, cut(advantages), mask, config.update.clip_range, num_tokens)
@@ -144,7 +148,7 @@ def _policy_gradient(
 
 def _parts(
     config: PpoConfig, base: Base, experience: Experience, rows: Sequence[int]
-) -> Iterator[tuple[list[int], object, Tensor]]:
+) -> Iterator[tuple[list[int], Sequences, Tensor]]:
     """Micro-batches of the minibatch: rows of the batch, their sequences, their mask on the device."""
     lengths = [len(experience.samples[row].prompt_ids) + len(experience.samples[row].response_ids) for row in rows]
     for indices in micro_batches(lengths, config.batch.micro_batch_size):

@@ -49,8 +49,8 @@ def run(config: CollectConfig, plan: Plan, run: Run) -> Manifest:
     scores = labeller.score(samples).mean.tolist()
 
     provenance = {
-        "policy": config.policy, "policy_digest": policy.digest, "labeller": config.labeller.run or config.labeller.function,
-        "temperature": config.sampling.temperature, "seed": config.seed,
+        "policy": config.policy, "policy_digest": policy.digest, "temperature": config.sampling.temperature,
+        "labeller": config.labeller.run or config.labeller.function, "seed": config.seed,
     }  # fmt: skip
     rows, num_alike, num_unfinished = [], 0, 0
     for start in range(0, len(samples), config.samples_per_prompt):

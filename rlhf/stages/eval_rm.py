@@ -72,11 +72,17 @@ def _tokenise(config: EvalRmConfig, plan: Plan, chat: Any) -> tuple[list[Any], t
 def _table(report: dict[str, Any]) -> Any:
     accuracy, margins = report["accuracy"], report["margin_quantiles"]
     rows = [
-        ("comparisons", f"{report['comparisons']} of {report['prompts']} prompts, {report['ties_left_out']} ties left out"),
+        (
+            "comparisons",
+            f"{report['comparisons']} of {report['prompts']} prompts, {report['ties_left_out']} ties left out",
+        ),
         ("accuracy", f"{accuracy['estimate']:.3f} [{accuracy['ci95'][0]:.3f}, {accuracy['ci95'][1]:.3f}]"),
         ("accuracy of 'the longer wins'", f"{report['accuracy_of_longer_wins']:.3f}"),
         ("margins, 5 / 50 / 95 %", " / ".join(f"{margins[key]:.2f}" for key in ("0.05", "0.5", "0.95"))),
-        ("calibration error (ECE)", f"{report['ece']:.3f}, a calibrated model: {report['ece_of_a_calibrated_model']:.3f}"),
+        (
+            "calibration error (ECE)",
+            f"{report['ece']:.3f}, a calibrated model: {report['ece_of_a_calibrated_model']:.3f}",
+        ),
         ("Brier score", f"{report['brier']:.3f}"),
     ]
     return table("Reward model", ("figure", "value"), rows)

@@ -22,7 +22,8 @@ def check(files: Sequence[Path], stage: str | None, overrides: Sequence[str]) ->
     paths = list(files) or [path for path in sorted(Path("configs").glob("*.yaml")) if _known(path.stem)]
     if not paths:
         raise RlhfError(Problem("CFG001", "configs/", "no stage config here.", "name a file"))
-    results, problems = [], []
+    results: list[dict[str, Any]] = []
+    problems: list[Problem] = []
     for path in paths:
         try:
             results.append(_check_file(path, stage or path.stem, overrides))
@@ -36,7 +37,9 @@ def check(files: Sequence[Path], stage: str | None, overrides: Sequence[str]) ->
 def _check_file(path: Path, stage_id: str, overrides: Sequence[str]) -> dict[str, Any]:
     if not _known(stage_id):
         known = ", ".join([*STAGES, "pipeline"])
-        raise RlhfError(Problem("CFG008", str(path), f"no stage is called '{stage_id}'.", f"--stage with one of {known}"))
+        raise RlhfError(
+            Problem("CFG008", str(path), f"no stage is called '{stage_id}'.", f"--stage with one of {known}")
+        )
     if stage_id == "pipeline":
         steps = load.load(PipelineConfig, path, overrides).stages
         return {"config": str(path), "stage": stage_id, "steps": [step.model_dump() for step in steps]}
@@ -83,7 +86,9 @@ def describe(run_dir: Path) -> str:
         lines.append(f"  base      {manifest.base.source} ({manifest.base.dtype}, {manifest.base.digest[:16]})")
     for key, parent in manifest.parents.items():
         lines.append(f"  parent    {key}: {parent['run_dir']} ({_state(parent)})")
-    lines += [f"  ancestor  {name}: rlhf {parent.stage}" for name, parent in _lineage(manifest)[len(manifest.parents) :]]
+    lines += [
+        f"  ancestor  {name}: rlhf {parent.stage}" for name, parent in _lineage(manifest)[len(manifest.parents) :]
+    ]
     lines += [f"  metric    {key} = {_number(value)}" for key, value in manifest.metrics.items()]
     lines += [f"  detail    {key} = {json.dumps(value)}" for key, value in manifest.details.items()]
     lines += [f"  file      {name} ({entry['size']:,} bytes)" for name, entry in manifest.files.items()]

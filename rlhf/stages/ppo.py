@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ def run(config: PpoConfig, plan: Plan, run: Run) -> Manifest:
     value_optimizer = _optimizer(config, roles, "value", config.optim.value_learning_rate, value_steps)
     order = DataOrder(len(train), config.batch.batch_size // config.samples_per_prompt, config.seed)
     progress = Progress(config.kl.coef)
-    state = {
+    state: dict[str, checkpoints.Stateful] = {
         "policy": roles.state("policy"), "value": roles.state("value"), "policy_optimizer": policy_optimizer,
         "value_optimizer": value_optimizer, "order": order, "progress": progress,
     }  # fmt: skip
@@ -152,9 +153,10 @@ def dry_run(config: PpoConfig, plan: Plan) -> list[str]:
 
 
 def _prompts(config: PpoConfig, plan: Plan, chat: Any) -> tuple[list[PromptRow], list[PromptRow], Any]:
-    section, records = config.prompts, plan.data["prompts"].records
+    section = config.prompts
+    records: Sequence[Any] = plan.data["prompts"].records
     if config.evaluation.data:
-        held_out = plan.data["evaluation.data"].records
+        held_out: Sequence[Any] = plan.data["evaluation.data"].records
         dropped = config.evaluation.data.max_dropped_fraction
     else:
         records, held_out = split_by_prompt(records, config.evaluation.holdout_fraction, config.seed)

@@ -21,7 +21,7 @@ from rlhf.data.records import Prompt, split_by_prompt
 from rlhf.data.tokenised import Group
 from rlhf.evaluation import policy as measure
 from rlhf.evaluation import reward as examine
-from rlhf.models import adapters, forward, opening
+from rlhf.models import forward, opening
 from rlhf.models.base import Base
 from rlhf.models.heads import ScalarHead
 from rlhf.models.roles import Roles, SharedBase
@@ -58,7 +58,7 @@ def run(config: RewardConfig, plan: Plan, run: Run) -> Manifest:
         max_grad_norm=config.optim.max_grad_norm,
     )  # fmt: skip
     order = DataOrder(len(train), min(config.batch.batch_size, len(train)), config.seed)
-    state = {"reward": roles.state("reward"), "optimizer": optimizer, "order": order}
+    state: dict[str, checkpoints.Stateful] = {"reward": roles.state("reward"), "optimizer": optimizer, "order": order}
     tracker = Tracker(run.path, config.report_to)
     with bar("Reward model", steps) as progress:
         for step in range(1, steps + 1):
@@ -140,6 +140,7 @@ def _step(
 
 def micro_batches_of_groups(groups: Sequence[Group], size: int) -> list[list[Group]]:
     """Groups sorted by their longest sequence, ``size`` at a time; a group is never split."""
+
     def longest(group: Group) -> int:
         return len(group.prompt_ids) + max(map(len, group.responses))
 
