@@ -6,6 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +90,9 @@ class Run:
         write_samples(self.path / artifacts.SAMPLES / f"{name}.jsonl", rows)
 
     def finish(self, manifest: artifacts.Manifest) -> artifacts.Manifest:
-        """Write the manifest, last."""
-        complete = artifacts.write(self.path, manifest)
+        """Write the manifest, last. Figures that are not finite stand in it as "nan" or "inf"."""
+        metrics = {name: plain(value) for name, value in manifest.metrics.items()}
+        complete = artifacts.write(self.path, replace(manifest, metrics=metrics))
         log.info("Finished %s in %.0f s.", self.path, manifest.seconds)
         return complete
 

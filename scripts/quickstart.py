@@ -26,6 +26,7 @@ import torch
 from rlhf import artifacts, progress, runs, runtime
 from rlhf.config.sections import DataSection, RuntimeSection
 from rlhf.data import sources, tokenised
+from rlhf.data.rows import prompt_of
 from rlhf.demo import gold, probes
 from rlhf.evaluation import plots
 from rlhf.evaluation import policy as measure
@@ -122,7 +123,7 @@ def probe_accuracies(roles: SharedBase, base: Base, seed: int) -> dict[str, floa
     pairs = list(probes.minimal_pairs(PROBES, seed))
     samples = []
     for pair in pairs:
-        prompt = sources.rows.prompt_of(pair["prompt"])
+        prompt = prompt_of(pair["prompt"])
         for text in (pair["chosen"], pair["rejected"]):
             ids = [*base.chat.response_ids(prompt, text), base.chat.end_id]
             samples.append(Sample(prompt, text, base.chat.prompt_ids(prompt), ids, True))

@@ -3,8 +3,8 @@
     python scripts/quickstart_seeds.py [--seeds 0-9] [--out runs/seeds] [--processes 2]
 
 For each seed, on the same held-out prompts: the chain; PPO on gold itself (the ceiling); the best of n SFT answers by
-the reward model; SFT on best-of-n answers to training prompts. Resumable: a seed with a result.json is not run again.
-Ends with one table, and OUT/seeds.json.
+the reward model; SFT on best-of-n answers to training prompts. All chains come first, then the comparisons. Resumable:
+what has its summary.json or comparison.json is not run again. Ends with one table, and OUT/seeds.json.
 """
 
 from __future__ import annotations
@@ -14,33 +14,35 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy
 import quickstart as q
 
-from rlhf import artifacts, progress, runtime, storage
+from rlhf import artifacts, progress, runs, runtime, storage
 from rlhf.config.sections import DataSection
 from rlhf.data import sources, tokenised
 from rlhf.models.roles import SharedBase
 from rlhf.scoring.shared import SharedScorer
 
 BEST_OF, BEST_OF_PROMPTS = 4, 600
+SUMMARY, COMPARISON = "summary.json", "comparison.json"
 
 
-def one_seed(out: Path, seed: int) -> None:
-    """The chain and its comparisons for one seed; writes ``out/result.json``."""
-    summary = q.quickstart(out, seed)
+def compare(out: Path, seed: int) -> None:
+    """What the chain of one seed can be compared with; writes ``out/comparison.json``."""
+    found: dict[str, float] = {}
     q.run_stage(
         "ppo", out, seed, f"run_dir={out}/ppo-gold", 'rewards=[{function: "rlhf.demo.gold:reward"}]',
         "evaluation.every=100", "value.start=zero",
     )  # fmt: skip
     base, roles = q.open_roles(out)
     prompts = q.test_prompts(base, q.NUM_PROMPTS, seed)
-    summary["gold"]["best_of_n"] = q.judge(best_of(roles, base, prompts, seed)).mean()
+    found["best_of_n"] = q.judge(best_of(roles, base, prompts, seed)).mean()
     roles.add("ceiling", adapter=out / "ppo-gold" / artifacts.ADAPTER)
-    summary["gold"]["ppo_on_gold"] = q.judge(q.sample(roles, "ceiling", base, prompts, 1.0, seed)).mean()
+    found["ppo_on_gold"] = q.judge(q.sample(roles, "ceiling", base, prompts, 1.0, seed)).mean()
 
     path = f"demo:prompts?size={BEST_OF_PROMPTS}&seed={seed + 5000}"
     records = sources.load_prompts(DataSection(path=path)).records
@@ -50,8 +52,8 @@ def one_seed(out: Path, seed: int) -> None:
     storage.write_text(out / "best_of_n.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     q.run_stage("sft", out, seed, f"run_dir={out}/sft-best", f"data.path={out}/best_of_n.jsonl", "epochs=2")
     roles.add("rejection", adapter=out / "sft-best" / artifacts.ADAPTER)
-    summary["gold"]["sft_on_best_of_n"] = q.judge(q.sample(roles, "rejection", base, prompts, 1.0, seed)).mean()
-    storage.write_json(out / "result.json", summary)
+    found["sft_on_best_of_n"] = q.judge(q.sample(roles, "rejection", base, prompts, 1.0, seed)).mean()
+    storage.write_json(out / COMPARISON, found)
 
 
 def best_of(roles: SharedBase, base: Any, prompts: Any, seed: int) -> list[Any]:
@@ -65,38 +67,45 @@ def best_of(roles: SharedBase, base: Any, prompts: Any, seed: int) -> list[Any]:
 
 
 def run_all(seeds: list[int], out: Path, processes: int) -> None:
-    """Each seed in a process of its own with one thread, ``processes`` at a time."""
-    waiting = [seed for seed in seeds if not (out / str(seed) / "result.json").is_file()]
-    running: dict[int, subprocess.Popen[bytes]] = {}
+    """Each seed's chain, then each seed's comparisons, in processes of one thread, ``processes`` at a time."""
+    halves = [(seed, name) for name in (SUMMARY, COMPARISON) for seed in seeds]
+    waiting = [(seed, name) for seed, name in halves if not (out / str(seed) / name).is_file()]
+    running: dict[tuple[int, str], subprocess.Popen[bytes]] = {}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     while waiting or running:
         while waiting and len(running) < processes:
-            seed = waiting.pop(0)
+            seed, name = waiting.pop(0)
             (out / str(seed)).mkdir(parents=True, exist_ok=True)
-            log = (out / str(seed) / "log.txt").open("wb")
-            command = [sys.executable, __file__, "--one", str(seed), "--out", str(out)]
-            running[seed] = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-        seed, process = next(iter(running.items()))
-        code = process.wait()
-        del running[seed]
-        outcome = "done" if code == 0 else f"failed with exit code {code}, see {out}/{seed}/log.txt"
-        progress.console.print(f"seed {seed}: {outcome}")
+            log = (out / str(seed) / "log.txt").open("ab")
+            command = [sys.executable, __file__, "--one", str(seed), "--half", name, "--out", str(out)]
+            running[seed, name] = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        finished = [key for key, process in running.items() if process.poll() is not None]
+        for seed, name in finished:
+            code = running.pop((seed, name)).returncode
+            outcome = "done" if code == 0 else f"failed with exit code {code}, see {out}/{seed}/log.txt"
+            progress.console.print(f"seed {seed}, {name}: {outcome}")
+        time.sleep(1)
 
 
 def report(seeds: list[int], out: Path) -> None:
     """The table of all finished seeds, and ``out/seeds.json``."""
-    found = {s: json.loads(p.read_text()) for s in seeds if (p := out / str(s) / "result.json").is_file()}
+    found = {s: json.loads(p.read_text()) for s in seeds if (p := out / str(s) / SUMMARY).is_file()}
     if not found:
         raise SystemExit("no seed has finished")
     columns: dict[str, list[float]] = {}
-    for summary in found.values():
+    for seed, summary in found.items():
+        path = out / str(seed) / COMPARISON
+        beside = json.loads(path.read_text()) if path.is_file() else {}
+        best, rejection, ceiling = (
+            beside.get(name, float("nan")) for name in ("best_of_n", "sft_on_best_of_n", "ppo_on_gold")
+        )
         gold, axes = summary["gold"], summary["axes"]
         row = {
             "SFT": gold["sft"], "SFT best T": gold["sft_best_temperature"]["gold"], "PPO": gold["ppo"],
             "gain": gold["gain"], "over best T": gold["gain_over_best_temperature"]["gain"],
-            "helpful": axes["helpful"]["ppo"] - axes["helpful"]["sft"], "best of 4": gold["best_of_n"],
-            "SFT on best of 4": gold["sft_on_best_of_n"], "PPO on gold": gold["ppo_on_gold"],
-            "headroom used": gold["gain"] / (gold["ppo_on_gold"] - gold["sft"]), "KL": summary["kl"],
+            "helpful": axes["helpful"]["ppo"] - axes["helpful"]["sft"], "best of 4": best,
+            "SFT on best of 4": rejection, "PPO on gold": ceiling,
+            "headroom used": gold["gain"] / (ceiling - gold["sft"]), "KL": summary["kl"],
             "RM accuracy": summary["reward_model"]["accuracy"], "seconds": summary["seconds"]["total"],
         }  # fmt: skip
         for name, value in row.items():
@@ -106,7 +115,7 @@ def report(seeds: list[int], out: Path) -> None:
         (str(seed), *(f"{values[index]:.{digits.get(name, 2)}f}" for name, values in columns.items()))
         for index, seed in enumerate(found)
     ]
-    for label, function in (("mean", numpy.mean), ("least", numpy.min), ("most", numpy.max)):
+    for label, function in (("mean", numpy.nanmean), ("least", numpy.nanmin), ("most", numpy.nanmax)):
         rows.append((label, *(f"{function(values):.{digits.get(name, 2)}f}" for name, values in columns.items())))
     progress.console.print(progress.table("Gold over seeds", ("seed", *columns), rows))
     kinds = next(iter(found.values()))["reward_model"]["minimal_pairs"]
@@ -114,7 +123,8 @@ def report(seeds: list[int], out: Path) -> None:
     shown = [(kind, f"{numpy.mean(v):.2f}", f"{min(v):.2f}", f"{max(v):.2f}") for kind, v in pairs.items()]
     title = "Reward model on minimal pairs"
     progress.console.print(progress.table(title, ("one thing differs", "mean", "least", "most"), shown))
-    storage.write_json(out / "seeds.json", {"seeds": list(found), "columns": columns, "minimal_pairs": pairs})
+    plain = {name: [runs.plain(value) for value in values] for name, values in columns.items()}
+    storage.write_json(out / "seeds.json", {"seeds": list(found), "columns": plain, "minimal_pairs": pairs})
 
 
 if __name__ == "__main__":
@@ -123,10 +133,12 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, default=Path("runs/seeds"))
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--half", help=argparse.SUPPRESS)
     args = parser.parse_args()
     progress.log_to_console()
     if args.one is not None:
-        one_seed(args.out / str(args.one), args.one)
+        half = q.quickstart if args.half == SUMMARY else compare
+        half(args.out / str(args.one), args.one)
     else:
         first, _, last = args.seeds.partition("-")
         chosen = list(range(int(first), int(last or first) + 1))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 
 from rlhf.demo.replies import ABSENT, FACTS, GOOD, WRONG, change_fact, write
-from rlhf.demo.world import tickets
+from rlhf.demo.world import ACTIONS, CODES, ITEMS, NAMES, Ticket, tickets
 
 STYLES = {
     "vague": replace(GOOD, item=ABSENT, action=ABSENT),
@@ -32,15 +33,10 @@ def minimal_pairs(size: int, seed: int = 0, split: str = "test") -> Iterator[dic
             yield {"prompt": ticket.text, "chosen": chosen, "rejected": rejected, "fact": kind}
 
 
-def _swap(ticket, fact, reply, rng):  # type: ignore[no-untyped-def]
+def _swap(ticket: Ticket, fact: str, reply: str, rng: random.Random) -> str:
     """``reply`` with the right value of one fact exchanged for a wrong one, all else equal."""
-    from rlhf.demo.world import ACTIONS, CODES, ITEMS, NAMES
-
     values = {"item": ITEMS, "action": ACTIONS, "order": CODES, "name": NAMES}[fact]
     right = {"item": ticket.item, "action": ticket.action, "order": ticket.code, "name": ticket.name}[fact]
     wrong = rng.choice([value for value in values if value != right])
-    return (
-        f" {reply} ".replace(f"#{right} ", f"#{wrong} ").strip()
-        if fact == "order"
-        else f" {reply} ".replace(f" {right} ", f" {wrong} ").strip()
-    )
+    mark = "#" if fact == "order" else " "
+    return f" {reply} ".replace(f"{mark}{right} ", f"{mark}{wrong} ").strip()

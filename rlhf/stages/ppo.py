@@ -6,7 +6,7 @@ import logging
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ class Progress:
     num_responses: int = 0
     best_step: int = 0
     best_objective: float = float("-inf")
+    best_figures: dict[str, float] = field(default_factory=dict)
 
     def state_dict(self) -> dict[str, Any]:
         return dict(vars(self))
@@ -108,6 +109,7 @@ def run(config: PpoConfig, plan: Plan, run: Run) -> Manifest:
         _say(progress.step, figures)
         if figures["eval/objective"] > progress.best_objective:
             progress.best_step, progress.best_objective = progress.step, figures["eval/objective"]
+            progress.best_figures = dict(figures)
             _save_roles(roles, run.path / artifacts.CHECKPOINTS / "best")
         return figures
 
@@ -266,6 +268,7 @@ def _finish(
     base.tokenizer.save_pretrained(run.path / artifacts.TOKENIZER)
     log.info("The %s step, %d of %d, is what downstream commands use.", config.use, chosen, progress.step)
     start = {name.replace("eval/", "start/"): value for name, value in first.items()}
+    used = progress.best_figures if config.use == "best" else last
     details = {
         "use": config.use, "used_step": chosen, "best_step": progress.best_step, "last_step": progress.step,
         "value_pretraining": value_outcome, "kl_coef_at_the_end": progress.kl_coef,
@@ -273,7 +276,7 @@ def _finish(
     return run.finish(
         Manifest(
             kind="policy", stage="ppo", seed=config.seed, identity=plan.identity,
-            metrics={**start, **last, **runtime.peak_memory()}, seconds=time.perf_counter() - started,
+            metrics={**start, **used, **runtime.peak_memory()}, seconds=time.perf_counter() - started,
             base=plan.parents["policy"].base, parents=plan.parents_table(STAGES["ppo"].needs(config)), details=details,
         )
     )  # fmt: skip

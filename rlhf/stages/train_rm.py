@@ -19,6 +19,7 @@ from rlhf.data import tokenised
 from rlhf.data.batches import DataOrder, collate
 from rlhf.data.records import Prompt, split_by_prompt
 from rlhf.data.tokenised import Group
+from rlhf.errors import Problem, RlhfError
 from rlhf.evaluation import policy as measure
 from rlhf.evaluation import reward as examine
 from rlhf.models import forward, opening
@@ -180,7 +181,13 @@ def _standardise(
     seed = runtime.derived_seed(config.seed, "train-rm", "standardise")
     samples = measure.respond(engine, base.chat, rows, measure.sampling_of(config.sampling, seed))
     ended = [sample for sample in samples if sample.finished]
-    scores = SharedScorer(roles, "reward", config.batch.micro_batch_size).score(ended or samples).mean.double()
+    if len(ended) < 2:
+        what = (
+            f"only {len(ended)} of {len(samples)} SFT samples end by themselves: nothing to standardise the scores on."
+        )
+        fix = "raise sampling.max_new_tokens, or train the SFT policy to stop"
+        raise RlhfError(Problem("GRD003", "train-rm", what, fix))
+    scores = SharedScorer(roles, "reward", config.batch.micro_batch_size).score(ended).mean.double()
     shift, scale = float(scores.mean()), float(scores.std(correction=0))
     if scale < SMALL_SCALE:
         log.warning("The scores of the SFT samples hardly differ (scale %.3g): dividing by it blows up noise.", scale)
@@ -188,6 +195,9 @@ def _standardise(
     with torch.no_grad():
         head.shift.fill_(shift)
         head.scale.fill_(max(scale, 1e-6))
-    run.write_samples("standardise", measure.sample_rows(ended or samples, raw_score=scores.tolist()))
-    log.info("Scores standardised on %d SFT samples: shift %.3f, scale %.3f.", len(scores), shift, scale)
+    run.write_samples("standardise", measure.sample_rows(ended, raw_score=scores.tolist()))
+    log.info(
+        "Scores standardised on %d SFT samples (%d more were cut off): shift %.3f, scale %.3f.", len(scores),
+        len(samples) - len(ended), shift, scale,
+    )  # fmt: skip
     return {"eval/score_shift": shift, "eval/score_scale": scale, "eval/standardise_samples": len(scores)}
