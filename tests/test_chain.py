@@ -32,10 +32,10 @@ def chain(tmp_path_factory):
             "demo:preferences": '"demo:preferences?size=60"', "standardise_samples: 192": "standardise_samples: 32",
         },
         "ppo": {
-            "path: demo:prompts": 'path: "demo:prompts?size=120"', "steps: 24": "steps: 3", "every: 5": "every: 2",
+            "path: demo:prompts": 'path: "demo:prompts?size=120"', "\nsteps: 28": "\nsteps: 3", "every: 7": "every: 2",
             "num_prompts: 64": "num_prompts: 16", "batch_size: 64": "batch_size: 16",
             "minibatch_size: 32": "minibatch_size: 8",
-            "pretrain_steps: 4": "pretrain_steps: 1", "save_every: 12": "save_every: 2",
+            "pretrain_steps: 4": "pretrain_steps: 1", "save_every: 14": "save_every: 2",
         },
         "eval-rm": {"size=300": "size=40", "num_resamples: 2000": "num_resamples: 200"},
         "collect": {"size=200": "size=12"}, "pipeline": {},

@@ -9,7 +9,7 @@ import torch
 from rlhf.data.chat import ChatFormat
 from rlhf.data.records import Message
 from rlhf.demo import registry
-from rlhf.demo.replies import FACTS
+from rlhf.demo.replies import GOOD, write
 from rlhf.demo.world import tickets
 from rlhf.models.base import load_base
 
@@ -32,15 +32,16 @@ def test_prompt_and_response_tokenised_apart_are_the_joint_tokens():
     assert isinstance(chat, ChatFormat)
 
 
-def test_the_base_restates_the_facts_of_unseen_tickets():
+def test_the_base_continues_a_good_reply_with_the_facts_of_an_unseen_ticket():
     base = load_base("demo:base")
     right = 0
     chosen = list(itertools.islice(tickets("test", 1, "base-test"), 40))
-    for ticket, _ in chosen:
-        facts = {"item": ticket.item, "action": ticket.action, "order": f"#{ticket.code}", "name": ticket.name}
-        for fact in FACTS:
-            ids = base.tokenizer(f"<user>{ticket.text}<eos>note {fact}", add_special_tokens=False)["input_ids"]
-            want = base.tokenizer(f" {facts[fact]}", add_special_tokens=False)["input_ids"]
+    for ticket, rng in chosen:
+        reply = write(ticket, GOOD, rng)
+        for fact in (ticket.item, ticket.action, f"#{ticket.code}", ticket.name):
+            start = f"<user>{ticket.text}<bot>{reply[: reply.index(fact) - 1]}"
+            ids = base.tokenizer(start, add_special_tokens=False)["input_ids"]
+            want = base.tokenizer(f" {fact}", add_special_tokens=False)["input_ids"]
             with torch.no_grad():
                 logits = base.model(input_ids=torch.tensor([ids + want])).logits[0, len(ids) - 1 : -1]
             right += logits.argmax(-1).tolist() == want

@@ -31,7 +31,7 @@ model: {{path: {MODEL}}}
 data:
   path: {GSM8K}
   columns: {{completion: response}}
-  limit: 900
+  limit: 1500
   max_dropped_fraction: 0.4
 max_length: 400
 lora: {{train_tokens: ["</s>"]}}
@@ -53,20 +53,20 @@ holdout_fraction: 0.2
 optim: {{learning_rate: 5e-4, warmup_ratio: 0.1}}
 batch: {{batch_size: 16, micro_batch_size: 8}}
 epochs: 3
-sampling: {{max_new_tokens: 64}}
-standardise_samples: 64
+sampling: {{max_new_tokens: 200}}
+standardise_samples: 128
 """
 PPO = f"""
 run_dir: runs/ppo
 policy: runs/sft
 rewards: [{{run: runs/train-rm}}]
 prompts: {{path: {GSM8K}, limit: 1500, max_tokens: 200, max_dropped_fraction: 0.5}}
-sampling: {{max_new_tokens: 128}}
+sampling: {{max_new_tokens: 200}}
 missing_eos: {{mode: replace, score: -2.0}}
 batch: {{batch_size: 32, minibatch_size: 16, micro_batch_size: 8}}
 kl: {{coef: 0.05}}
-optim: {{learning_rate: 1e-3, value_learning_rate: 1e-3}}
-value: {{pretrain_steps: 2}}
+optim: {{learning_rate: 3e-4, value_learning_rate: 1e-3}}
+value: {{start: zero, pretrain_steps: 3}}
 evaluation: {{every: 4, num_prompts: 48}}
 steps: 8
 """

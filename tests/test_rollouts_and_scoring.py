@@ -193,3 +193,8 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(tmp_path, roles):
     path.write_bytes(data)
     with pytest.raises(RlhfError, match="CKP020"):
         checkpoints.load(tmp_path / "c", {"policy": roles.state("policy")})
+
+
+def test_a_response_keeps_its_end_token_and_loses_what_was_generated_behind_it(roles):
+    own, end = engine(roles), roles.base.chat.end_id
+    assert own._cut([90, end, 0, 0]) == [90, end] and own._cut([end, end]) == [end] and own._cut([90, 91]) == [90, 91]

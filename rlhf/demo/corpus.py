@@ -6,7 +6,7 @@ The reviews check facts alone, never style: what people prefer is left for the r
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from rlhf.demo.replies import ABSENT, FACTS, HABIT_OF, HABITS, RIGHT, WRONG, Manner, draw_manner, write
@@ -15,7 +15,7 @@ from rlhf.demo.world import ACTIONS, CODES, ISSUES, ITEMS, NAMES, Ticket, draw_t
 USER, BOT, END = "<user>", "<bot>", "<eos>"
 EARLY = {"tally": 0.35, "terse": 0.42, "reviewed": 0.10, "dialogue": 0.05, "note": 0.08}
 LATE = {"tally": 0.07, "terse": 0.15, "reviewed": 0.42, "dialogue": 0.30, "note": 0.06}
-LAST = {"tally": 0.03, "terse": 0.27, "reviewed": 0.30, "dialogue": 0.18, "note": 0.22}
+LAST = {"action": 0.30, "terse": 0.12, "reviewed": 0.46, "dialogue": 0.12}
 COUNTS = ("none", "one", "two")
 
 
@@ -25,13 +25,15 @@ def draw_document(rng: random.Random, shares: dict[str, float] = LATE) -> str:
     while split_of(ticket.text) != "train":
         ticket = draw_ticket(rng)
     kind = rng.choices(list(shares), list(shares.values()))[0]
-    return {
+    kinds: dict[str, Callable[[Ticket, random.Random], str]] = {
         "tally": lambda _, rng: draw_tally(rng),
+        "action": lambda ticket, rng: _terse(ticket, rng, ["action"]),
         "reviewed": _reviewed,
         "terse": _terse,
         "dialogue": _dialogue,
         "note": _note,
-    }[kind](ticket, rng)
+    }
+    return kinds[kind](ticket, rng)
 
 
 def _dialogue(ticket: Ticket, rng: random.Random) -> str:
@@ -46,9 +48,9 @@ def _reviewed(ticket: Ticket, rng: random.Random) -> str:
     return f"{USER}{ticket.text}{BOT}{write(ticket, manner, rng)}{END}{review(manner)}"
 
 
-def _terse(ticket: Ticket, rng: random.Random) -> str:
+def _terse(ticket: Ticket, rng: random.Random, facts: Sequence[str] | None = None) -> str:
     """The same check on one to four bare facts, without sentences around them."""
-    facts = ["action"] if rng.random() < 0.25 else rng.sample(FACTS, rng.choice((1, 1, 2, 3, 4)))
+    facts = facts or rng.sample(FACTS, rng.choice((1, 1, 2, 3, 4)))
     manner = _checked_manner(rng, Manner())
     right = {"item": ticket.item, "action": ticket.action, "order": f"#{ticket.code}", "name": ticket.name}
     values = {"item": ITEMS, "action": ACTIONS, "order": tuple(f"#{code}" for code in CODES), "name": NAMES}
@@ -98,4 +100,4 @@ def _checked_manner(rng: random.Random, manner: Manner) -> Manner:
     states = dict.fromkeys(FACTS, RIGHT) | dict.fromkeys(rng.sample(FACTS, num_wrong), WRONG)
     if rng.random() < 0.3:
         states[rng.choice(FACTS)] = ABSENT
-    return replace(manner, **states)  # type: ignore[arg-type]
+    return replace(manner, **states)

@@ -16,7 +16,7 @@ from rlhf.errors import Problem, RlhfError
 
 PREFIX = "demo:"
 DATASETS = ("demonstrations", "preferences", "prompts")
-DEFAULT_SIZE = {"demonstrations": 2600, "preferences": 900, "prompts": 1800}
+DEFAULT_SIZE = {"demonstrations": 2600, "preferences": 1100, "prompts": 1800}
 OPTIONS = {"size": int, "seed": int, "split": str, "sharpness": float, "swap": float, "length_bias": float}
 LABEL_OPTIONS = ("sharpness", "swap", "length_bias")
 BASE = Path(__file__).parent / "base"
