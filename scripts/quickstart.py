@@ -177,8 +177,9 @@ def show(summary: dict[str, Any], shown: dict[str, Judged], out: Path) -> None:
     rows = []
     for name, found in shown.items():
         intervals = [grouped_bootstrap(found.axes[axis], list(range(NUM_PROMPTS))) for axis in axes]
-        rows.append((name, *(f"{i.estimate:.3f} [{i.low:.2f}, {i.high:.2f}]" for i in intervals)))
-    progress.console.print(progress.table(f"Gold on {NUM_PROMPTS} held-out prompts, 95 % intervals", ("", *axes), rows))
+        rows.append((name, *(f"{i.estimate:.2f} \u00b1{(i.high - i.low) / 2:.2f}" for i in intervals)))
+    title = f"Gold on {NUM_PROMPTS} held-out prompts, 95 % intervals over prompts"
+    progress.console.print(progress.table(title, ("", *axes), rows))
     reward = summary["reward_model"]
     facts = [(fact, f"{value:.2f}") for fact, value in reward["minimal_pairs"].items()]
     progress.console.print(progress.table("Reward model on minimal pairs", ("one thing differs", "accuracy"), facts))

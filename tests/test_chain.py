@@ -168,3 +168,30 @@ def test_the_same_seed_gives_the_same_bits(chain):
     rlhf("train-rm", "run_dir=runs/again", cwd=chain)
     first, second = manifest(chain, "train-rm"), manifest(chain, "again")
     assert first["files"] == second["files"] and first["identity"] == second["identity"]
+
+
+def test_every_other_way_of_ppo_runs_too(chain):
+    (chain / "my_reward.py").write_text(
+        "def short(prompts, responses):\n    return [-len(r) / 10 for r in responses]\n"
+    )
+    rlhf(
+        "ppo", "run_dir=runs/other-ppo", "steps=2", "samples_per_prompt=2", "kl.target=2.0", "kl.estimator=exact",
+        "rewards=[{run: runs/train-rm, weight: 0.5}, {function: 'my_reward:short', weight: 2.0}]",
+        "missing_eos.mode=subtract", "update.value_lam=1.0", "runtime.gradient_checkpointing=true", "use=last",
+        "evaluation.data={path: 'demo:prompts?split=validation&size=8'}", "report_to=none", "update.entropy_coef=0.01",
+        cwd=chain,
+    )  # fmt: skip
+    details = manifest(chain, "other-ppo")["details"]
+    assert details["used_step"] == 2 and details["kl_coef_at_the_end"] != 0.1
+    assert not (chain / "runs/other-ppo/tensorboard").exists() and (chain / "runs/ppo/tensorboard").is_dir()
+    rlhf(
+        "ppo", "run_dir=runs/loss-ppo", "steps=2", "kl.place=loss", "update.normalise_advantages=false",
+        "rewards=[{function: 'my_reward:short'}]", "value.start=reward", cwd=chain,
+    )  # fmt: skip
+    assert "head of zeros" in (chain / "runs/loss-ppo/run.log").read_text()
+
+
+def test_packing_and_checkpointing_learn_the_same_kind_of_adapter(chain):
+    rlhf("sft", "run_dir=runs/packed", "packing=true", "runtime.gradient_checkpointing=true", cwd=chain)
+    plain, packed = (manifest(chain, name)["metrics"] for name in ("sft", "packed"))
+    assert packed["eval/loss"] < packed["eval/base_loss"] and abs(packed["eval/loss"] - plain["eval/loss"]) < 0.1

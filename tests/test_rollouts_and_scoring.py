@@ -10,8 +10,9 @@ from rlhf import checkpoints
 from rlhf.data.batches import DataOrder
 from rlhf.data.records import Message
 from rlhf.errors import RlhfError
+from rlhf.models.base import load_base
 from rlhf.models.heads import ScalarHead
-from rlhf.models.roles import SharedBase
+from rlhf.models.roles import SeparateModels, SharedBase
 from rlhf.optimizer import Optimizer, schedule_factor
 from rlhf.rollouts.engine import Sampling, draw, uniforms
 from rlhf.rollouts.hf import HfEngine
@@ -198,3 +199,14 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(tmp_path, roles):
 def test_a_response_keeps_its_end_token_and_loses_what_was_generated_behind_it(roles):
     own, end = engine(roles), roles.base.chat.end_id
     assert own._cut([90, end, 0, 0]) == [90, end] and own._cut([end, end]) == [end] and own._cut([90, 91]) == [90, 91]
+
+
+def test_separate_models_sample_the_same_tokens_as_the_shared_base(tmp_path, roles):
+    separate = SeparateModels(roles.device)
+    own = load_base(str(tmp_path / "m"))
+    own.model.double()
+    separate.add("policy", own, adapter=lora(own), head=ScalarHead(32).double(), trained=True)
+    shake(separate, "policy", size=0.1)
+    how = Sampling(12, 1.0, seed=5)
+    found = HfEngine(separate, "policy", own.chat, 8).generate(PROMPTS, how, range(4)).tokens
+    assert found == engine(roles).generate(PROMPTS, how, range(4)).tokens

@@ -171,8 +171,9 @@ def _measure(config: SftConfig, base: Base, roles: SharedBase, held_out: Any, ru
     turns = tokenised.turns(held_out, base.chat, config.loss_on == "last_turn", config.max_length)
     before = measure.response_loss(roles, "base", turns, base.chat.pad_id, config.batch.micro_batch_size)
     after = measure.response_loss(roles, "policy", turns, base.chat.pad_id, config.batch.micro_batch_size)
-    prompts = [Prompt(record.messages[:-1], record.where) for record in held_out][: config.end_token_samples]
-    rows, _ = tokenised.prompt_rows(prompts, base.chat, config.max_length, 1.0, "data")
+    prompts = [Prompt(record.messages[:-1], record.where) for record in held_out]
+    room = min(config.max_length, base.context_length - config.sampling.max_new_tokens)
+    rows = tokenised.prompt_rows(prompts, base.chat, room, 1.0, "data")[0][: config.end_token_samples]
     engine = HfEngine(roles, "policy", base.chat, config.sampling.concurrency)
     seed = runtime.derived_seed(config.seed, "sft", "end token")
     samples = measure.respond(engine, base.chat, rows, measure.sampling_of(config.sampling, seed))

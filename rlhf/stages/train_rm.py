@@ -175,8 +175,9 @@ def _standardise(
     config: RewardConfig, roles: SharedBase, base: Base, records: Sequence[Any], run: Run
 ) -> dict[str, float]:
     """Set the head's shift and scale so that the SFT policy's samples have mean 0 and standard deviation 1."""
-    prompts = [Prompt(record.prompt, record.where) for record in records][: config.standardise_samples]
-    rows, _ = tokenised.prompt_rows(prompts, base.chat, config.max_length, 1.0, "data")
+    prompts = [Prompt(record.prompt, record.where) for record in records]
+    room = min(config.max_length, base.context_length - config.sampling.max_new_tokens)
+    rows = tokenised.prompt_rows(prompts, base.chat, room, 1.0, "data")[0][: config.standardise_samples]
     engine = HfEngine(roles, "policy", base.chat, config.sampling.concurrency)
     seed = runtime.derived_seed(config.seed, "train-rm", "standardise")
     samples = measure.respond(engine, base.chat, rows, measure.sampling_of(config.sampling, seed))
