@@ -100,4 +100,4 @@ def _checked_manner(rng: random.Random, manner: Manner) -> Manner:
     states = dict.fromkeys(FACTS, RIGHT) | dict.fromkeys(rng.sample(FACTS, num_wrong), WRONG)
     if rng.random() < 0.3:
         states[rng.choice(FACTS)] = ABSENT
-    return replace(manner, **states)
+    return replace(manner, **states)  # type: ignore[arg-type]
