@@ -158,6 +158,7 @@ def test_estimators_agree_with_the_exact_kl_in_expectation():
     assert float((p.exp() * objective.k1(p, q)).sum()) == pytest.approx(exact)
     assert float((p.exp() * objective.k3(p, q)).sum()) == pytest.approx(exact)
     assert (objective.k3(p, q) >= 0).all()
+    assert torch.allclose(objective.k2(p, q), (p - q) ** 2 / 2)
     assert float(tensors.full_kl(p, q)) == pytest.approx(exact)
 
 
@@ -189,6 +190,7 @@ def test_explained_variance_is_one_for_the_truth_and_zero_for_a_constant():
     returns = torch.randn(2, 3).masked_fill(~mask, NAN)
     assert float(tensors.explained_variance(returns, returns, mask)) == pytest.approx(1)
     assert float(tensors.explained_variance(torch.full((2, 3), 4.0), returns, mask)) == pytest.approx(0, abs=1e-6)
+    assert math.isnan(float(tensors.explained_variance(returns, torch.full((2, 3), 4.0), mask)))
 
 
 def test_the_adaptive_coefficient_moves_towards_the_target_by_a_bounded_step():

@@ -82,6 +82,8 @@ def test_paired_intervals_use_the_difference():
     first, second = numpy.arange(10.0), numpy.arange(10.0) - 1
     found = intervals.paired_bootstrap(first, second, list(range(10)))
     assert (found.estimate, found.low, found.high) == (1, 1, 1)
+    with pytest.raises(ValueError, match="same rows"):
+        intervals.paired_bootstrap(first, [1.0], list(range(10)))
 
 
 def test_pair_accuracy_counts_ties_as_half_and_bins_hold_everything():

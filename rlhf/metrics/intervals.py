@@ -48,5 +48,8 @@ def paired_bootstrap(
     first: ArrayLike, second: ArrayLike, groups: Sequence[Hashable], num_resamples: int = 2000, seed: int = 0
 ) -> Interval:
     """Mean of ``first - second`` [N], measured on the same rows, with a 95 % interval over groups."""
-    difference = numpy.asarray(first, dtype=float) - numpy.asarray(second, dtype=float)
+    pair = numpy.asarray(first, dtype=float), numpy.asarray(second, dtype=float)
+    if pair[0].shape != pair[1].shape:
+        raise ValueError(f"need two measurements of the same rows, got {pair[0].shape} and {pair[1].shape}")
+    difference = pair[0] - pair[1]
     return grouped_bootstrap(difference, groups, num_resamples=num_resamples, seed=seed)

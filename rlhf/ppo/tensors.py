@@ -66,4 +66,6 @@ def full_kl(logits_p: Tensor, logits_q: Tensor) -> Tensor:
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     """1 - Var(returns - values) / Var(returns) over ``mask``; NaN where the returns do not vary. 0-d."""
-    return 1.0 - masked_var(returns - values, mask) / masked_var(returns, mask)
+    spread = masked_var(returns, mask)
+    share = 1.0 - masked_var(returns - values, mask) / spread
+    return share.masked_fill(spread == 0, float("nan"))

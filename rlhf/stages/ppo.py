@@ -29,7 +29,7 @@ from rlhf.ppo.update import fit_value, update
 from rlhf.preflight import Plan
 from rlhf.progress import bar
 from rlhf.rollouts.hf import HfEngine
-from rlhf.runs import Run
+from rlhf.runs import Run, plain
 from rlhf.scoring.function import FunctionScorer
 from rlhf.scoring.scorer import Scorer, WeightedScorer
 from rlhf.scoring.shared import SharedScorer
@@ -241,7 +241,7 @@ def _pretrain_value(
         "Value pretraining ended at its limit of %d batches with explained variance %.2f, below %.2f.",
         config.value.pretrain_steps, explained, wanted,
     )  # fmt: skip
-    return {"batches": config.value.pretrain_steps, "reached": False, "explained_variance": explained}
+    return {"batches": config.value.pretrain_steps, "reached": False, "explained_variance": plain(explained)}
 
 
 def _say(step: int, figures: dict[str, float]) -> None:
