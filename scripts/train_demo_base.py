@@ -3,7 +3,7 @@
     python scripts/train_demo_base.py --out DIR [--seed 0]
 
 Writes a Hugging Face directory with fp16 weights and asserts, on tickets of the test split, that the base copies facts
-and finds wrong ones. The shipped files in rlhf/demo/base were made by the defaults; other machines round differently.
+and finds wrong ones. The shipped files in rlhf/demo/base come from these two rounds, run one after the other.
 """
 
 from __future__ import annotations
