@@ -85,7 +85,7 @@ def _run_stage(
     run_dir = Path(config.run_dir)
     reasons = runs.status(run_dir, plan.identity)
     if dry_run:
-        lines = importlib.import_module(stage.module).dry_run(config, plan)
+        lines = [f"{note}." for note in plan.notes()] + importlib.import_module(stage.module).dry_run(config, plan)
         lines += [f"run_dir {run_dir}: {'up to date' if reasons is None else '; '.join(reasons)}."]
         typer.echo(json.dumps({"stage": stage.id, "plan": lines}) if as_json else "\n".join(lines))
         return
@@ -94,6 +94,8 @@ def _run_stage(
         log.info("%s is up to date.", run_dir)
     else:
         with runs.open_run(run_dir, plan.identity, load.dump(config), overwrite) as run:
+            for note in plan.notes():
+                log.warning("%s.", note)
             importlib.import_module(stage.module).run(config, plan, run)
     if as_json:
         typer.echo(json.dumps(inspection.summary(run_dir)))

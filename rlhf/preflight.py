@@ -55,6 +55,10 @@ class Plan:
     identity: dict[str, Any]
     unchecked: tuple[str, ...]
 
+    def notes(self) -> list[str]:
+        """What is to be said of the data that was read."""
+        return [f"{key}: {note}" for key, loaded in self.data.items() for note in loaded.notes()]
+
     def parents_table(self, needs: Needs) -> dict[str, dict[str, str]]:
         """For the manifest: key -> run directory and digest of each parent."""
         return {
@@ -87,11 +91,25 @@ def prepare(config: StageConfig, needs: Needs, parents_may_be_missing: bool = Fa
             artifacts.verify(Path(parent.run_dir), parents[parent.key])
         except RlhfError as error:
             problems += error.problems
+    problems += _other_bases(parents)
     base_digest = _base_digest(needs.model, problems, unchecked)
     if problems:
         raise RlhfError(*problems)
     unchecked.append("token lengths and model weights (a --dry-run counts tokens)")
     return Plan(parents, data, _identity(config, data, parents, base_digest), tuple(unchecked))
+
+
+def _other_bases(parents: Mapping[str, Manifest]) -> list[Problem]:
+    """Roles share one base: a parent that was made on another one than the first parent is a problem."""
+    bases = [(key, manifest.base) for key, manifest in parents.items() if manifest.base]
+    return [
+        Problem(
+            "MOD021", key, f"made on another base ({base.source}) than {bases[0][0]} ({bases[0][1].source}).",
+            "train the reward model from this policy's SFT run",
+        )
+        for key, base in bases[1:]
+        if (base.digest, base.chat_template) != (bases[0][1].digest, bases[0][1].chat_template)
+    ]  # fmt: skip
 
 
 def _base_digest(model: ModelSection | None, problems: list[Problem], unchecked: list[str]) -> str | None:

@@ -14,6 +14,11 @@ from typing import Any
 CHUNK = 1 << 20
 
 
+def is_file(path: Path) -> bool:
+    """Also for names that no file can have, where ``Path.is_file`` raises."""
+    return os.path.isfile(path)  # noqa: PTH113
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Replace ``path`` whole: a temporary file beside it, fsync, rename, fsync of the directory."""
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")

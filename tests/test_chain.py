@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
+from safetensors import safe_open
 
 ROOT = Path(__file__).parents[1]
 
@@ -35,7 +37,7 @@ def chain(tmp_path_factory):
             "path: demo:prompts": 'path: "demo:prompts?size=120"', "\nsteps: 28": "\nsteps: 3", "every: 7": "every: 2",
             "num_prompts: 64": "num_prompts: 16", "batch_size: 64": "batch_size: 16",
             "minibatch_size: 32": "minibatch_size: 8",
-            "pretrain_steps: 4": "pretrain_steps: 1", "save_every: 14": "save_every: 2",
+            "pretrain_steps: 8": "pretrain_steps: 1", "save_every: 14": "save_every: 2",
         },
         "eval-rm": {"size=300": "size=40", "num_resamples: 2000": "num_resamples: 200"},
         "collect": {"size=200": "size=12"}, "pipeline": {},
@@ -195,3 +197,26 @@ def test_packing_and_checkpointing_learn_the_same_kind_of_adapter(chain):
     rlhf("sft", "run_dir=runs/packed", "packing=true", "runtime.gradient_checkpointing=true", cwd=chain)
     plain, packed = (manifest(chain, name)["metrics"] for name in ("sft", "packed"))
     assert packed["eval/loss"] < packed["eval/base_loss"] and abs(packed["eval/loss"] - plain["eval/loss"]) < 0.1
+
+
+def test_an_untied_end_token_is_learnt_and_another_base_is_refused_before_anything_runs(chain, tmp_path):
+    tiny.build(tmp_path / "model", tie=False)
+    rows = [{"prompt": f"hi {n % 20}", "completion": f"ok {n % 3}", "id": n} for n in range(40)]
+    (chain / "short.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
+    done = rlhf(
+        "sft", f"model.path={tmp_path / 'model'}", "data.path=short.jsonl", "run_dir=runs/untied", "epochs=20",
+        'lora.train_tokens=["<|im_end|>"]', "min_end_token_rate=0.9", "sampling.max_new_tokens=16", "max_length=64",
+        "save_every=100", "optim.learning_rate=5e-3", cwd=chain,
+    )  # fmt: skip
+    assert "data: ignored fields: id" in done.stderr and "data: blank lines skipped: 1" in done.stderr
+    with safe_open(chain / "runs/untied/adapter/adapter_model.safetensors", "pt") as file:
+        trained = {name: file.get_tensor(name) for name in file.keys() if "trainable_tokens" in name}  # noqa: SIM118
+    with safe_open(tmp_path / "model/model.safetensors", "pt") as file:
+        own = {name: file.get_tensor(name) for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    assert len(trained) == 2
+    for name, row in trained.items():
+        before = next(weight for key, weight in own.items() if key.split(".")[-2] in name)[2]
+        assert (row[0] - before).abs().max() > 1e-3, name
+    for command in (("ppo", "--dry-run"), ("check", "configs/ppo.yaml")):
+        done = rlhf(*command, "--set", "policy=runs/untied", cwd=chain, code=4)
+        assert "MOD021" in done.stderr and "rewards.0" in done.stderr

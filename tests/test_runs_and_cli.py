@@ -21,7 +21,7 @@ LAYERS = [
     ["storage"],
     ["config", "artifacts", "data.records"],
     ["demo"],
-    ["data.sources", "data.rows", "data.jsonl", "data.hub", "data.lines", "runs", "progress"],
+    ["data.sources", "data.rows", "data.jsonl", "data.hub", "data.settings", "data.lines", "runs", "progress"],
     ["preflight"],
     ["ppo.tensors", "ppo.objective", "metrics", "reward"],
     ["data.chat", "data.batches", "data.tokenised", "checkpoints", "runtime", "optimizer", "tracking"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,11 @@ from typing import Any
 import datasets
 
 from rlhf.config.sections import DataSection
+from rlhf.data.settings import refuse_settings
 from rlhf.errors import Problem, RlhfError
 
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+FILE_SUFFIXES = {".parquet", ".csv", ".json", ".tsv", ".txt", ".arrow", ".gz", ".zst", ".zip"}
 FORMATS = {".parquet": "parquet", ".csv": "csv", ".json": "json"}
 
 
@@ -24,10 +28,12 @@ def read(data: DataSection) -> Iterator[tuple[str, dict[str, Any]]]:
     path = Path(data.path)
     try:
         if path.is_dir() and ((path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()):
+            refuse_settings(data, "a saved data set", "name", "revision")
             found = datasets.load_from_disk(str(path))
         elif path.is_file() and path.suffix in FORMATS:
+            refuse_settings(data, f"a {FORMATS[path.suffix]} file", "name", "split", "revision")
             found = datasets.load_dataset(FORMATS[path.suffix], data_files=str(path))
-        elif path.exists() or not path.suffix:
+        elif path.exists() or (HUB_ID.fullmatch(data.path) and path.suffix not in FILE_SUFFIXES):
             found = datasets.load_dataset(data.path, data.name, revision=data.revision)
         else:
             raise RlhfError(Problem("DAT010", data.path, "no such file.", "check the path"))
@@ -44,5 +50,7 @@ def read(data: DataSection) -> Iterator[tuple[str, dict[str, Any]]]:
             what = f"splits are {', '.join(found)}; {'none is named' if data.split is None else f'no {data.split}'}."
             raise RlhfError(Problem("DAT010", data.path, what, "set split"))
         found = found[split]
+    elif data.split is not None:
+        refuse_settings(data, "a data set saved without splits", "split")
     for index, row in enumerate(found):
         yield f"{data.path}[{index}]", {key: value for key, value in row.items() if value is not None}

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from rlhf import storage
+from rlhf.config.sections import DataSection
+from rlhf.data.sources import Loaded
+
+log = logging.getLogger("rlhf")
 
 
-def stdin_as_file() -> Path:
-    """Standard input as a JSONL file in a temporary directory, so that its errors name lines."""
-    path = Path(tempfile.mkdtemp(prefix="rlhf-")) / "stdin.jsonl"
-    path.write_bytes(sys.stdin.buffer.read())
-    return path
+def load(read: Callable[[DataSection], Loaded], source: str) -> tuple[Any, ...]:
+    """The records of ``source``; ``-`` is JSONL on standard input, whose errors name lines. Warnings are logged."""
+    with tempfile.TemporaryDirectory(prefix="rlhf-") as directory:
+        path = source
+        if source == "-":
+            path = str(Path(directory) / "stdin.jsonl")
+            Path(path).write_bytes(sys.stdin.buffer.read())
+        loaded = read(DataSection(path=path))
+    for note in loaded.notes():
+        log.warning("%s: %s.", source, note)
+    return loaded.records
 
 
 def write(out: str, rows: Iterable[Mapping[str, Any]]) -> None:

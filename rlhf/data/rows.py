@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+import reprlib
+import sys
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rlhf.data.records import ROLES, Comparison, Demonstration, Judgement, Message, Messages, Prompt
 
 Row = Mapping[str, Any]
-TURN = "\n\nAssistant:"
+HUMAN, TURN = "\n\nHuman:", "\n\nAssistant:"
+MAX_NAMES = 20
 
 
 class RowError(ValueError):
     """What is wrong with a row: the field and the reason."""
+
+
+class MissingField(RowError):
+    """A row without a field that it needs."""
+
+    def __init__(self, field: str, row: Row) -> None:
+        self.field = field
+        super().__init__(f"'{field}': missing (this row has: {names(row)}).")
 
 
 class EqualResponses(RowError):
@@ -26,8 +36,10 @@ def demonstration(row: Row, where: str) -> Demonstration:
         found = messages(row["messages"], "messages")
     else:
         key = "completion" if "completion" in row or "response" not in row else "response"
-        found = (*prompt_of(_need(row, "prompt")), *_answer(_need(row, key), key))
-    check_turns(found, "messages", ends_with="assistant")
+        head = prompt_of(_need(row, "prompt"))
+        check_turns(head, "prompt", ends_with="user")
+        found = (*head, *_answer(_need(row, key), key))
+    check_turns(found, "messages" if "messages" in row else key, ends_with="assistant")
     return Demonstration(found, where)
 
 
@@ -59,9 +71,9 @@ def comparison(row: Row, where: str) -> Comparison:
         raise EqualResponses("'chosen' equals 'rejected'.")
     margin = row.get("margin")
     if margin is not None and (
-        isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin)
+        isinstance(margin, bool) or not isinstance(margin, int | float) or not abs(margin) <= sys.float_info.max
     ):
-        raise RowError(f"'margin': need a finite number, got {margin!r}.")
+        raise RowError(f"'margin': need a finite number, got {reprlib.repr(margin)}.")
     judgement = Judgement(0, 1, margin=None if margin is None else float(margin))
     return Comparison(head, (best, worst), (judgement,), where)
 
@@ -70,6 +82,9 @@ def _ranking(row: Row, where: str) -> Comparison:
     head = prompt_of(_need(row, "prompt"))
     check_turns(head, "prompt", ends_with="user")
     texts, ranks = _need(row, "responses"), _need(row, "ranks")
+    for name in ("chosen", "rejected", "margin"):
+        if name in row:
+            raise RowError(f"'{name}': belongs to a pair, this row is a ranking ('responses' and 'ranks').")
     if not isinstance(texts, list) or len(texts) < 2:
         raise RowError("'responses': need a list of at least two texts.")
     responses = tuple(_text(text, f"responses[{index}]") for index, text in enumerate(texts))
@@ -104,7 +119,7 @@ def messages(value: Any, field: str) -> Messages:
         if not isinstance(item, Mapping):
             raise RowError(f"'{place}': need an object with role and content.")
         if item.get("role") not in ROLES:
-            raise RowError(f"'{place}.role': need system, user or assistant, got {item.get('role')!r}.")
+            raise RowError(f"'{place}.role': need system, user or assistant, got {reprlib.repr(item.get('role'))}.")
         found.append(Message(item["role"], _text(item.get("content"), f"{place}.content")))
     return tuple(found)
 
@@ -149,25 +164,37 @@ def _shared_head(chosen: Any, rejected: Any) -> tuple[Messages, str, str]:
     if cut < 0 or second.rfind(TURN) != cut or first[:cut] != second[:cut]:
         raise RowError(f"'prompt': missing, and 'chosen' and 'rejected' share no head that ends with {TURN!r}.")
     answers = [_text(text[cut + len(TURN) :].strip(), name) for text, name in ((first, "chosen"), (second, "rejected"))]
+    for answer, name in zip(answers, ("chosen", "rejected"), strict=True):
+        if HUMAN in answer:
+            raise RowError(f"'{name}': goes on with a human turn after its last answer.")
     return _transcript(first[:cut]), answers[0], answers[1]
 
 
 def _transcript(text: str) -> Messages:
     """A conversation written as "\\n\\nHuman: ...\\n\\nAssistant: ..."."""
     found: list[Message] = []
-    for part in text.split("\n\nHuman:")[1:]:
+    for part in text.split(HUMAN)[1:]:
         user, *answers = part.split(TURN)
         found.append(Message("user", user.strip()))
         found += [Message("assistant", answer.strip()) for answer in answers]
-    if not found or not text.startswith("\n\nHuman:"):
+    if not found or not text.startswith(HUMAN):
         raise RowError("'chosen': the shared head does not begin with a human turn.")
+    for index, message in enumerate(found):
+        _text(message.content, f"prompt[{index}].content")
     return tuple(found)
 
 
 def _need(row: Row, field: str) -> Any:
     if field not in row:
-        raise RowError(f"'{field}': missing (this row has: {', '.join(map(str, row))}).")
+        raise MissingField(field, row)
     return row[field]
+
+
+def names(fields: Iterable[str]) -> str:
+    """Field names for a message: the first twenty, cut where long, escaped where a terminal could not show them."""
+    shown = [name[:40] if name.isprintable() else ascii(name[:40]) for name in fields]
+    more = [f"and {len(shown) - MAX_NAMES} more"] if len(shown) > MAX_NAMES else []
+    return ", ".join(shown[:MAX_NAMES] + more)
 
 
 def _text(value: Any, field: str) -> str:

@@ -13,7 +13,8 @@ from typing import Any
 from rlhf import storage
 from rlhf.config.sections import DataSection
 from rlhf.data import jsonl, rows
-from rlhf.data.rows import EqualResponses, RowError
+from rlhf.data.rows import EqualResponses, MissingField, RowError
+from rlhf.data.settings import refuse_settings
 from rlhf.demo import registry as demo
 from rlhf.errors import Problem, RlhfError
 
@@ -32,7 +33,7 @@ class Loaded:
 
     Args:
         num_rows: rows read; ``num_dropped`` says how many of them are no record, by reason.
-        digest: SHA-256 of the file, or of the rows where there is no single file, and of how they were read.
+        digest: SHA-256 of the file, or of the records where there is no single file.
     """
 
     records: tuple[Any, ...]
@@ -41,6 +42,10 @@ class Loaded:
     digest: str
     source: str
     warnings: tuple[str, ...] = ()
+
+    def notes(self) -> list[str]:
+        """What a person should know of the rows that were read: the dropped ones by reason, and the warnings."""
+        return [f"{count} rows dropped: {reason}" for reason, count in self.num_dropped.items()] + list(self.warnings)
 
 
 def load_demonstrations(data: DataSection) -> Loaded:
@@ -51,11 +56,9 @@ def load_demonstrations(data: DataSection) -> Loaded:
 def load_comparisons(data: DataSection) -> Loaded:
     """Pairs and rankings. A collect run's directory stands for the preferences in it."""
     collected = Path(data.path) / COLLECTED
-    return _load(
-        data.model_copy(update={"path": str(collected)}) if collected.is_file() else data,
-        "comparisons",
-        rows.comparison,
-    )
+    if storage.is_file(collected):
+        data = data.model_copy(update={"path": str(collected)})
+    return _load(data, "comparisons", rows.comparison)
 
 
 def load_prompts(data: DataSection) -> Loaded:
@@ -73,12 +76,15 @@ def check_dropped(num_rows: int, dropped: Mapping[str, int], max_dropped_fractio
 
 
 def _load(data: DataSection, kind: str, record: Callable[[Mapping[str, Any], str], Any]) -> Loaded:
+    _check_columns(data, kind)
     problems: list[Problem] = []
+    missing: dict[str, list[Problem]] = {}
     records: list[Any] = []
     ignored: dict[str, int] = {}
+    notes: list[str] = []
     present: set[str] = set()
     num_rows = num_equal = 0
-    for where, raw in islice(_rows(data, problems), data.limit):
+    for where, raw in islice(_rows(data, problems, notes), data.limit):
         num_rows += 1
         present |= raw.keys()
         row = _renamed(raw, data.columns)
@@ -90,35 +96,69 @@ def _load(data: DataSection, kind: str, record: Callable[[Mapping[str, Any], str
             num_equal += 1
             if not data.drop_equal:
                 problems.append(Problem("DAT012", where, str(error), "drop the row, or set drop_equal: true"))
+        except MissingField as error:
+            theirs = data.columns.get(error.field)
+            fix = f"columns.{error.field} names '{theirs}'" if theirs else ""
+            problems.append(Problem("DAT004", where, str(error), fix))
+            missing.setdefault(error.field, []).append(problems[-1])
         except RowError as error:
             problems.append(Problem("DAT004", where, str(error)))
-    _raise(data, problems, records, num_rows, present)
+    _raise(data, problems, records, num_rows, present, missing)
     dropped = {EQUAL: num_equal} if num_equal else {}
     check_dropped(num_rows, dropped, data.max_dropped_fraction, data.path)
-    notes = (f"ignored fields: {', '.join(sorted(ignored))}",) if ignored else ()
-    return Loaded(tuple(records), num_rows, dropped, _digest(data, records), data.path, notes)
+    if not records:
+        raise RlhfError(Problem("DAT013", data.path, f"no rows left: all {num_rows} were dropped."))
+    if ignored:
+        notes.append(f"ignored fields: {rows.names(sorted(ignored))}")
+    return Loaded(tuple(records), num_rows, dropped, _digest(data, records), data.path, tuple(notes))
 
 
-def _raise(data: DataSection, problems: list[Problem], records: list[Any], num_rows: int, present: set[str]) -> None:
+def _check_columns(data: DataSection, kind: str) -> None:
+    known = KNOWN[kind]
+    fix = f"one of {rows.names(known)}"
+    wrong = [
+        Problem("DAT003", data.path, f"columns.{ours}: {kind} have no such field.", fix)
+        for ours in data.columns
+        if ours not in known
+    ]
+    if wrong:
+        raise RlhfError(*wrong)
+
+
+def _raise(
+    data: DataSection,
+    problems: list[Problem],
+    records: list[Any],
+    num_rows: int,
+    present: set[str],
+    missing: Mapping[str, list[Problem]],
+) -> None:
     for ours, theirs in data.columns.items():
         if num_rows and theirs not in present:
-            what = f"no field '{theirs}' (columns.{ours}) in any row; found {', '.join(sorted(present))}."
+            what = f"no field '{theirs}' (columns.{ours}) in any row; found {rows.names(sorted(present))}."
             raise RlhfError(Problem("DAT003", data.path, what, "name a field that is there"))
     if problems and not records and len({problem.what for problem in problems}) == 1 and len(problems) == num_rows > 1:
         first = problems[0]
         fix = first.fix or "columns maps other names: {ours: theirs}"
         raise RlhfError(Problem(first.code, data.path, f"all {num_rows} rows: {first.what}", fix))
+    for field, found in missing.items():
+        if len(found) == num_rows > 1:
+            what = f"all {num_rows} rows: no field '{field}'; found {rows.names(sorted(present))}."
+            one = Problem("DAT003", data.path, what, "columns maps other names: {ours: theirs}")
+            raise RlhfError(one, *(problem for problem in problems if problem.code != "DAT004"))
     if problems:
         raise RlhfError(*problems)
     if not num_rows:
         raise RlhfError(Problem("DAT013", data.path, "no rows."))
 
 
-def _rows(data: DataSection, problems: list[Problem]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _rows(data: DataSection, problems: list[Problem], notes: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     if demo.is_demo(data.path):
+        refuse_settings(data, "the embedded world", "name", "split", "revision", fix=f"{data.path}?split=test")
         yield from ((f"{data.path}[{index}]", row) for index, row in enumerate(demo.rows(data.path)))
     elif data.path.endswith((".jsonl", ".jsonl.gz", ".json.gz", ".ndjson")):
-        yield from ((f"{data.path}:{number}", row) for number, row in jsonl.read(Path(data.path), problems))
+        refuse_settings(data, "a JSONL file", "name", "split", "revision")
+        yield from ((f"{data.path}:{number}", row) for number, row in jsonl.read(Path(data.path), problems, notes))
     else:
         # The one import inside a function below the command line: `datasets` takes seconds and pulls torch in, and
         # neither `rlhf --help` nor a check of JSONL files should pay for it.
@@ -141,5 +181,6 @@ def _digest(data: DataSection, records: list[Any]) -> str:
         return storage.sha256(path)
     digest = hashlib.sha256()
     for record in records:
-        digest.update(json.dumps(record, default=vars, ensure_ascii=False, sort_keys=True).encode())
+        held = vars(record) | {"where": None}  # the same rows under another path are the same
+        digest.update(json.dumps(held, default=vars, sort_keys=True).encode())
     return digest.hexdigest()

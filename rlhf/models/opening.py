@@ -62,13 +62,6 @@ def reopen_base(manifest: Manifest, device: torch.device) -> Base:
     return base
 
 
-def require_same_base(policy: BaseIdentity, reward: BaseIdentity, where: str) -> None:
-    """Roles share one base; raise MOD021 if a reward run was made on another one."""
-    if policy.digest != reward.digest or policy.chat_template != reward.chat_template:
-        what = f"made on another base ({reward.source}) than the policy ({policy.source})."
-        raise RlhfError(Problem("MOD021", where, what, "train the reward model from this policy's SFT run"))
-
-
 def require_context(base: Base, prompt_tokens: int, new_tokens: int, where: str) -> None:
     """Raise MOD022 where prompt and response together are longer than what the base was made for."""
     if prompt_tokens + new_tokens > base.context_length:

@@ -14,7 +14,6 @@ from rlhf.config.stages import CollectConfig
 from rlhf.data import tokenised
 from rlhf.evaluation import policy as measure
 from rlhf.models import opening
-from rlhf.models.base import Base
 from rlhf.models.heads import ScalarHead
 from rlhf.models.roles import SharedBase
 from rlhf.preflight import Plan
@@ -41,7 +40,7 @@ def run(config: CollectConfig, plan: Plan, run: Run) -> Manifest:
     )
     roles = SharedBase(base)
     roles.add("policy", adapter=Path(config.policy) / artifacts.ADAPTER, trained=False)
-    labeller = _labeller(config, plan, base, roles)
+    labeller = _labeller(config, roles)
     repeated = [prompt for prompt in prompts for _ in range(config.samples_per_prompt)]
     engine = HfEngine(roles, "policy", base.chat, config.sampling.concurrency)
     seed = runtime.derived_seed(config.seed, "collect")
@@ -85,13 +84,11 @@ def dry_run(config: CollectConfig, plan: Plan) -> list[str]:
     return [report.sentence("prompts"), f"{len(rows) * config.samples_per_prompt} responses to sample and rank."]
 
 
-def _labeller(config: CollectConfig, plan: Plan, base: Base, roles: SharedBase) -> Scorer:
+def _labeller(config: CollectConfig, roles: SharedBase) -> Scorer:
     if config.labeller.function:
         return FunctionScorer(config.labeller.function)
     run_dir = config.labeller.run
-    identity, policy = plan.parents["labeller"].base, plan.parents["policy"].base
-    assert run_dir and identity and policy
-    opening.require_same_base(policy, identity, f"labeller.run: {run_dir}")
+    assert run_dir
     head = ScalarHead.load(Path(run_dir) / artifacts.HEAD)
     roles.add("labeller", adapter=Path(run_dir) / artifacts.ADAPTER, head=head, trained=False)
     return SharedScorer(roles, "labeller", config.sampling.concurrency)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rlhf import artifacts, runtime
-from rlhf.config.sections import DataSection, RuntimeSection, SamplingSection
+from rlhf.config.sections import RuntimeSection, SamplingSection
 from rlhf.data import lines, sources, tokenised
 from rlhf.evaluation import policy as measure
 from rlhf.models import opening
@@ -20,8 +20,7 @@ def generate(
     """Read prompts (JSONL, ``-`` for stdin, or any data set), write prompt, response and whether it ended."""
     manifest = artifacts.read(run_dir, "policy")
     artifacts.verify(Path(run_dir), manifest)
-    path = lines.stdin_as_file() if prompts == "-" else prompts
-    records = sources.load_prompts(DataSection(path=str(path))).records
+    records = lines.load(sources.load_prompts, prompts)
     device = runtime.set_up(RuntimeSection(), seed)
     base = opening.reopen_base(manifest, device)
     runtime.set_threads(RuntimeSection(), base.model, device)

@@ -47,7 +47,7 @@ def _check_file(path: Path, stage_id: str, overrides: Sequence[str]) -> dict[str
     config = load.load(stage.config_class, path, overrides)
     plan = preflight.prepare(config, stage.needs(config), parents_may_be_missing=True)
     data = {
-        key: {"rows": len(loaded.records), "dropped": loaded.num_dropped, "warnings": list(loaded.warnings)}
+        key: {"rows": len(loaded.records), "dropped": loaded.num_dropped, "notes": loaded.notes()}
         for key, loaded in plan.data.items()
     }
     return {"config": str(path), "stage": stage_id, "data": data, "not_checked": list(plan.unchecked)}
@@ -61,9 +61,8 @@ def check_lines(results: Sequence[dict[str, Any]]) -> Iterator[str]:
     for result in results:
         yield f"{result['config']}: a sound {result['stage']} config."
         for key, entry in result.get("data", {}).items():
-            dropped = f", dropped {entry['dropped']}" if entry["dropped"] else ""
-            yield f"  {key}: {entry['rows']} rows{dropped}."
-            yield from (f"  {key}: {warning}" for warning in entry["warnings"])
+            yield f"  {key}: {entry['rows']} rows."
+            yield from (f"  {key}: {note}." for note in entry["notes"])
         yield from (f"  not checked: {note}." for note in result.get("not_checked", []))
 
 

@@ -68,7 +68,7 @@ def run(config: PpoConfig, plan: Plan, run: Run) -> Manifest:
     log.info(report.sentence("Prompts"))
     _require_room(config, base, report.longest)
 
-    roles = _roles(config, plan, base)
+    roles = _roles(config, base)
     scorer = _scorer(config, roles)
     engine = HfEngine(roles, "policy", base.chat, config.sampling.concurrency)
     updates = config.update.epochs * (config.batch.batch_size // config.batch.minibatch_size)
@@ -172,7 +172,7 @@ def _require_room(config: PpoConfig, base: Base, longest: int) -> None:
     opening.require_context(base, longest, config.sampling.max_new_tokens, "sampling.max_new_tokens")
 
 
-def _roles(config: PpoConfig, plan: Plan, base: Base) -> SharedBase:
+def _roles(config: PpoConfig, base: Base) -> SharedBase:
     """policy, reference, one slot for each reward run, and the value role, as the table in the README has them."""
     roles = SharedBase(base)
     adapter = Path(config.policy) / artifacts.ADAPTER
@@ -181,9 +181,6 @@ def _roles(config: PpoConfig, plan: Plan, base: Base) -> SharedBase:
     first: str | None = None
     for index, source in enumerate(config.rewards):
         if source.run:
-            identity, where = plan.parents[f"rewards.{index}"].base, f"rewards.{index}.run: {source.run}"
-            assert identity and plan.parents["policy"].base
-            opening.require_same_base(plan.parents["policy"].base, identity, where)
             head = ScalarHead.load(Path(source.run) / artifacts.HEAD)
             roles.add(f"reward/{index}", adapter=Path(source.run) / artifacts.ADAPTER, head=head, trained=False)
             first = first or source.run

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rlhf import artifacts, runtime
-from rlhf.config.sections import DataSection, RuntimeSection
+from rlhf.config.sections import RuntimeSection
 from rlhf.data import lines, sources
 from rlhf.models import opening
 from rlhf.models.heads import ScalarHead
@@ -18,8 +18,7 @@ def score(run_dir: str, data: str, out: str, micro_batch_size: int) -> None:
     """Read prompts with responses (JSONL, ``-`` for stdin), write them with their standardised scores."""
     manifest = artifacts.read(run_dir, "reward")
     artifacts.verify(Path(run_dir), manifest)
-    path = lines.stdin_as_file() if data == "-" else data
-    records = sources.load_demonstrations(DataSection(path=str(path))).records
+    records = lines.load(sources.load_demonstrations, data)
     device = runtime.set_up(RuntimeSection(), 0)
     base = opening.reopen_base(manifest, device)
     runtime.set_threads(RuntimeSection(), base.model, device)
