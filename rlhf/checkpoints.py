@@ -42,10 +42,10 @@ def load(directory: Path, state: Mapping[str, Stateful]) -> None:
     """
     try:
         manifest = json.loads((directory / MANIFEST).read_text("utf-8"))
-        for name, digest in manifest["files"].items():
-            if storage.sha256(directory / name) != digest:
+        for name in (TENSORS, VALUES):
+            if storage.sha256(directory / name) != manifest["files"][name]:
                 raise RlhfError(Problem("CKP020", str(directory / name), "differs from its hash.", "an earlier one"))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise RlhfError(
             Problem("CKP020", str(directory), f"not a whole checkpoint: {error}.", "an earlier one")
         ) from None
@@ -61,6 +61,7 @@ def load(directory: Path, state: Mapping[str, Stateful]) -> None:
 def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     """``value`` as JSON that says its types; tensors go to ``tensors`` under their path."""
     if isinstance(value, Tensor):
+        assert path not in tensors, f"{path}: two tensors of one name"
         tensors[path] = value.detach().cpu().clone().contiguous()
         return {"tensor": path}
     if isinstance(value, dict):

@@ -36,7 +36,8 @@ class Sequences:
 def collate(
     prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad_id: int, device: torch.device
 ) -> Sequences:
-    """Join and pad; every response has at least one token."""
+    """Join and pad; every prompt and every response has at least one token."""
+    assert all(len(prompt) > 0 for prompt in prompts), "the first token of a response is predicted from its prompt"
     assert all(len(response) > 0 for response in responses), "a response has at least its end token"
     whole = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
     lengths = torch.tensor([len(row) for row in whole])

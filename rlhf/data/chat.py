@@ -34,7 +34,8 @@ class ChatFormat:
         template: a named default for a tokenizer that has no template of its own.
 
     Raises:
-        RlhfError: MOD010 without a template, or with one that does not show where a response begins and ends.
+        RlhfError: MOD010 without a template, MOD010, MOD011 or MOD014 with one that does not show where a response
+            begins and ends.
     """
 
     def __init__(self, tokenizer: Any, template: str | None = None) -> None:
@@ -58,7 +59,10 @@ class ChatFormat:
                 Problem("MOD010", "chat template", "writes nothing after an assistant turn.", "another one")
             )
         self.end_id = tail_ids[0]
-        self.end_token = tokenizer.convert_ids_to_tokens(self.end_id)
+        self.end_token = str(tokenizer.convert_ids_to_tokens(self.end_id))
+        if self.end_id not in {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}:
+            what = f"writes {self.tail!r} after an assistant turn, which text may contain: no response could hold it."
+            raise RlhfError(Problem("MOD014", "chat template", what, "a template that ends turns with a special token"))
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.end_id
         self.pad_token = tokenizer.convert_ids_to_tokens(self.pad_id)
         head, body = self._render(probe[:1], True), self._body(probe[:1], SENTINEL)
@@ -151,7 +155,7 @@ class ChatFormat:
 
     def _refuse_special(self, messages: Messages) -> None:
         for message in messages:
-            for token in self.tokenizer.all_special_tokens:
+            for token in [*self.tokenizer.all_special_tokens, self.end_token]:
                 if token in message.content:
                     what = f"a {message.role} turn contains the special token {token!r}."
                     raise RlhfError(Problem("DAT060", "data", what, "remove it from the text"))

@@ -36,8 +36,17 @@ def fresh_lora(lora: LoraSection, model: Any, tokenizer: Any) -> LoraConfig:
     conv = any(isinstance(module, Conv1D) for module in model.modules())
     return LoraConfig(
         r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type="CAUSAL_LM",
-        bias="none", fan_in_fan_out=conv, trainable_token_indices=tokens or None,
+        bias="none", fan_in_fan_out=conv, trainable_token_indices=_token_rows(tokens, model),
     )  # fmt: skip
+
+
+def _token_rows(tokens: list[int], model: Any) -> list[int] | dict[str, list[int]] | None:
+    """Which rows PEFT trains. From a list it takes the embedding and a head tied to it; a head of its own, which
+    decides how often a token is written, must be named."""
+    if not tokens or model.config.get_text_config().tie_word_embeddings:
+        return tokens or None
+    names = {id(module): name.rpartition(".")[2] for name, module in model.named_modules()}
+    return {names[id(layer)]: tokens for layer in (model.get_input_embeddings(), model.get_output_embeddings())}
 
 
 def linear_names(model: Any) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import cached_file
@@ -59,28 +60,30 @@ def load_base(
     """Load, freeze, put in eval mode, switch dropout and the model's own generation settings off.
 
     Raises:
-        RlhfError: MOD001 where nothing can be loaded, MOD003 where the tokenizer is larger than the embeddings, MOD004
-            for logits that are scaled in a way the logprobs here do not follow, SEC005 for pickle weights.
+        RlhfError: MOD001 where nothing can be loaded, MOD003 where the tokenizer is larger than the embeddings,
+            MOD004 for logits that the logprobs here do not follow, MOD005 where weights are missing, SEC005 for pickle.
     """
     device = device or torch.device("cpu")
     tokenizer = load_tokenizer(source, revision, trust_remote_code)
     path = _resolve(source)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, report = AutoModelForCausalLM.from_pretrained(
             path, revision=revision, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code,
-            attn_implementation=attn_implementation, use_safetensors=True,
+            attn_implementation=attn_implementation, use_safetensors=True, output_loading_info=True,
         )  # fmt: skip
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         if Path(path).is_dir() and list(Path(path).glob("*.bin")) and not list(Path(path).glob("*.safetensors")):
             what = "has only pickle weights, which are refused."
             raise RlhfError(Problem("SEC005", source, what, "a revision with safetensors")) from None
         raise _cannot_load(source, "model", error) from None
+    _refuse_incomplete(source, report["missing_keys"])
     _refuse_unknown(source, model, tokenizer)
     model.requires_grad_(False)
     model.eval()
     model.generation_config = GenerationConfig()
     without_dropout(model)
     model.to(device)
+    _refuse_other_logits(source, model)
     directory = (
         Path(path) if Path(path).is_dir() else Path(str(cached_file(path, "config.json", revision=revision))).parent
     )
@@ -128,3 +131,21 @@ def _refuse_unknown(source: str, model: Any, tokenizer: Any) -> None:
         if value not in (None, 1, 1.0):
             what = f"scales its logits ({name} = {value}), which is not supported."
             raise RlhfError(Problem("MOD004", source, what, "another model"))
+
+
+def _refuse_incomplete(source: str, missing: set[str]) -> None:
+    """transformers fills a weight that the files lack with random numbers, and only warns."""
+    if missing:
+        what = f"lacks {len(missing)} weights: {', '.join(sorted(missing)[:3])}."
+        raise RlhfError(Problem("MOD005", source, what, "a whole download of a causal language model"))
+
+
+@torch.no_grad()
+def _refuse_other_logits(source: str, model: Any) -> None:
+    """The logprobs here are of head(backbone(ids)): whatever else a model does to its logits must show."""
+    ids = torch.tensor([[1, 2, 1]], device=model.device)
+    inner = getattr(model, model.base_model_prefix)
+    hidden = inner(input_ids=ids, use_cache=False).last_hidden_state
+    ours, own = model.get_output_embeddings()(hidden).float(), model(input_ids=ids, use_cache=False).logits.float()
+    if not torch.allclose(ours, own, rtol=1e-2, atol=1e-2 * float(own.abs().max()), equal_nan=True):
+        raise RlhfError(Problem("MOD004", source, "changes its logits behind the output head.", "another model"))

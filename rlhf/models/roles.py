@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -102,7 +103,7 @@ class SharedBase(_Slots):
         self._wrappers: list[Any] = []
         self._checkpointing = False
         self._active: str | None = None
-        self._summed: dict[int, Tensor] = {}
+        self._summed: small_lora.Cache = {}
 
     def add(
         self, name: str, *, adapter: Path | LoraConfig | None = None, head: ScalarHead | None = None,
@@ -135,7 +136,7 @@ class SharedBase(_Slots):
         Call ``backward()`` inside the block: checkpointing runs the forward again with whichever adapter is active
         then, so a later backward computes wrong gradients in silence.
         """
-        slot, before = self.slots[name], self._active
+        slot, before, training = self.slots[name], self._active, self.base.model.training
         self._switch(slot.adapter)
         if self._checkpointing:
             self.base.model.train(slot.trained and torch.is_grad_enabled())
@@ -144,7 +145,7 @@ class SharedBase(_Slots):
         finally:
             self._switch(before)
             if self._checkpointing:
-                self.base.model.eval()
+                self.base.model.train(training)
 
     def _switch(self, adapter: str | None) -> None:
         """Set the active adapter on every layer, directly: PEFT's own switch also flips ``requires_grad``."""
@@ -167,6 +168,7 @@ class SharedBase(_Slots):
         inside = {id(wrapper.token_adapter) for wrapper in self._wrappers}
         self._layers = [m for m in modules if isinstance(m, BaseTunerLayer) and id(m) not in inside]
         small_lora.install(self.base.model, self._summed)
+        self.base.model.eval()  # PEFT makes its dropout layers in train mode
         self._active = "?"
         self._switch(None)
 
@@ -241,13 +243,14 @@ def _load(model: PeftModel, name: str, state: dict[str, Tensor]) -> None:
     outcome = set_peft_model_state_dict(model, state, adapter_name=name)
     # A tied output head shares the embedding's trained rows, and PEFT writes them once.
     shared = "trainable_tokens_delta" if any("trainable_tokens_delta" in key for key in state) else "\0"
-    missing = [key for key in outcome.missing_keys if f".{name}." in f"{key}." and shared not in key]
+    missing = [key for key in outcome.missing_keys if _belongs(key, name) and shared not in key]
     assert not outcome.unexpected_keys and not missing, f"adapter {name}: {outcome.unexpected_keys} {missing}"
 
 
 def _adapter_parameters(model: PeftModel, adapter: str) -> list[nn.Parameter]:
-    return [
-        parameter
-        for name, parameter in model.named_parameters()
-        if f".{adapter}." in f"{name}." and ("lora_" in name or "trainable_tokens" in name)
-    ]
+    return [parameter for name, parameter in model.named_parameters() if _belongs(name, adapter)]
+
+
+def _belongs(parameter: str, adapter: str) -> bool:
+    """PEFT puts the adapter's name behind its own; a layer of the model may have the same name ("value")."""
+    return re.search(rf"\.(lora_\w+|trainable_tokens_\w+)\.{re.escape(adapter)}(\.|$)", parameter) is not None

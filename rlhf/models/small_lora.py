@@ -13,12 +13,15 @@ from torch.nn.functional import linear
 LARGEST_WIDTH = 512
 
 
-def install(model: nn.Module, cache: dict[int, Tensor] | None = None) -> int:
+Cache = dict[int, tuple[tuple[int, int], Tensor]]
+
+
+def install(model: nn.Module, cache: Cache | None = None) -> int:
     """Give every plain LoRA layer of a small model the one-product forward; returns how many took it.
 
     The function is the same, up to rounding. A layer wider than ``LARGEST_WIDTH``, with dropout, or of another kind
-    keeps PEFT's form. Without gradient the summed weight is kept in ``cache`` (where one is given), which its owner
-    clears when the active adapter or its weights change.
+    keeps PEFT's form. Without gradient the summed weight is kept in ``cache`` (where one is given) until its owner,
+    who clears it when the active adapter changes, or an optimizer step changes the weights.
     """
     count = 0
     for module in model.modules():
@@ -34,17 +37,17 @@ def _is_plain(layer: Any) -> bool:
     return narrow and undropped and not any(layer.use_dora.values()) and not layer.fan_in_fan_out
 
 
-def _forward(layer: Any, cache: dict[int, Tensor] | None, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _forward(layer: Any, cache: Cache | None, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     base = layer.base_layer
     names = [name for name in layer._active_adapter if name in layer.lora_A]
     if layer._disable_adapters or not names:
         return base(x)  # type: ignore[no-any-return]
-    kept = cache is not None and not torch.is_grad_enabled()
-    weight = cache.get(id(layer)) if cache is not None and kept else None
-    if weight is None:
-        name = names[0]
-        product = layer.lora_B[name].weight @ layer.lora_A[name].weight
-        weight = base.weight + (layer.scaling[name] * product).to(base.weight.dtype)
-        if cache is not None and kept:
-            cache[id(layer)] = weight
+    a, b = layer.lora_A[names[0]].weight, layer.lora_B[names[0]].weight
+    keep = cache is not None and not torch.is_grad_enabled()
+    version = (a._version, b._version)
+    if cache is not None and keep and cache.get(id(layer), (None,))[0] == version:
+        return linear(x, cache[id(layer)][1], base.bias)
+    weight = base.weight + (layer.scaling[names[0]] * (b @ a)).to(base.weight.dtype)
+    if cache is not None and keep:
+        cache[id(layer)] = (version, weight)
     return linear(x, weight, base.bias)

@@ -31,7 +31,12 @@ class FunctionScorer:
             RlhfError: GRD010 if they are not B finite numbers.
         """
         prompts = [prompt_text(sample.prompt) for sample in samples]
-        values = list(self.function(prompts, [sample.response for sample in samples]))
+        found = self.function(prompts, [sample.response for sample in samples])
+        try:
+            values = list(found)
+        except TypeError:
+            what = f"gave {type(found).__name__} instead of a list."
+            raise RlhfError(Problem("GRD010", self.name, what, "a list with one float a response")) from None
         if len(values) != len(samples):
             what = f"gave {len(values)} numbers for {len(samples)} responses."
             raise RlhfError(Problem("GRD010", self.name, what, "one float a response"))
@@ -55,7 +60,7 @@ def load(name: str) -> Function:
         sys.path.append(here)
     try:
         found = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, SyntaxError) as error:
         raise RlhfError(Problem("CFG030", name, f"cannot be imported: {error}.", "check module and name")) from None
     if not callable(found):
         raise RlhfError(Problem("CFG030", name, "is not a function."))
