@@ -175,6 +175,15 @@ def test_k2_in_the_loss_has_the_gradient_of_the_kl():
     assert torch.allclose(found, exact, atol=1e-12)
 
 
+def test_the_weight_of_a_response_in_the_k2_loss_is_its_ratio_cut_at_two():
+    mask = tensors.response_mask(torch.tensor([2, 2, 1]), 2)
+    old = torch.zeros(3, 2, dtype=torch.float64).masked_fill(~mask, NAN)
+    moved = torch.tensor([[-0.1, 0.3], [4.0, 1.0], [-0.5, NAN]], dtype=torch.float64)
+    ref = moved - torch.tensor([[1.0, 2.0], [0.5, 0.5], [3.0, NAN]], dtype=torch.float64)
+    wanted = (math.exp(0.2) * 3**2 + 2.0 * 1**2 + math.exp(-0.5) * 3**2) / 2 / 5
+    assert float(objective.k2_kl_loss(moved, old, ref, mask, 5)) == pytest.approx(wanted)
+
+
 def test_normalise_centre_and_rescale_see_only_the_mask():
     mask = tensors.response_mask(torch.tensor([2, 1]), 3)
     x = torch.tensor([[1.0, 3.0, NAN], [8.0, NAN, NAN]], dtype=torch.float64)

@@ -64,6 +64,19 @@ def test_calibration_error_by_hand_and_its_null():
     assert calibration.expected_calibration_error(confidences, overconfident, 10) > 2 * null
 
 
+def test_equal_confidences_are_binned_alike_in_any_order():
+    generator = numpy.random.default_rng(0)
+    p = numpy.repeat([0.5, 0.6, 0.8, 0.9], 25)
+    outcomes = (generator.random(100) < p).astype(float)
+    orders = [generator.permutation(100) for _ in range(5)]
+    for num_bins in (4, 7):
+        first, *others = [calibration.reliability_bins(p[o], outcomes[o], num_bins) for o in orders]
+        for bins in others:
+            assert [entry.accuracy for entry in bins] == pytest.approx([entry.accuracy for entry in first])
+    by_hand = sum(25 * abs(value - outcomes[p == value].mean()) for value in (0.5, 0.6, 0.8, 0.9)) / 100
+    assert calibration.expected_calibration_error(p, outcomes, 4) == pytest.approx(by_hand)
+
+
 def test_grouped_intervals_are_wider_than_rows_suggest_and_cover_the_truth():
     generator = numpy.random.default_rng(1)
     covered = 0

@@ -67,6 +67,14 @@ def test_samples_follow_the_tempered_distribution():
     assert torch.allclose(shares, (logits / 0.7).softmax(0), atol=0.025)
 
 
+def test_a_small_nucleus_holds_the_likeliest_token_alone(roles):
+    greedy, wide, narrow = (
+        engine(roles).generate(PROMPTS, how, range(4)).tokens
+        for how in (Sampling(10, 0.0, seed=0), Sampling(10, 1.0, seed=0), Sampling(10, 1.0, seed=0, top_p=1e-6))
+    )
+    assert narrow == greedy != wide
+
+
 def test_noise_at_the_edges_takes_only_tokens_that_have_probability():
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]]).expand(3, 5)
     assert draw(logits, torch.tensor([0.0, 0.5, 1.0 - 1e-16], dtype=torch.float64)).tolist() == [1, 3, 3]

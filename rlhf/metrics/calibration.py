@@ -26,10 +26,14 @@ class Bin:
 def reliability_bins(probabilities: Array, outcomes: Array, num_bins: int) -> list[Bin]:
     """Bins of equal mass (sizes differ by at most one) in order of confidence; fewer where N < ``num_bins``.
 
+    Equal confidences share the mean of their outcomes, so that the bins do not depend on the order of the input.
+
     Raises:
         ValueError: for no predictions, or two arrays of different length.
     """
     probabilities, outcomes = _pair(probabilities, outcomes)
+    _, group, counts = numpy.unique(probabilities, return_inverse=True, return_counts=True)
+    outcomes = (numpy.bincount(group, weights=outcomes) / counts)[group]
     order = numpy.argsort(probabilities, kind="stable")
     parts = [part for part in numpy.array_split(order, num_bins) if len(part)]
     return [Bin(float(probabilities[part].mean()), float(outcomes[part].mean()), len(part)) for part in parts]

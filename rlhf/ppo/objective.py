@@ -13,6 +13,8 @@ from torch import Tensor
 
 from rlhf.ppo.tensors import masked_sum
 
+MAX_WEIGHT = 2.0
+
 
 def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """[B, T] log(p / q) at the sampled token: unbiased for KL(p || q), of either sign.
@@ -165,16 +167,19 @@ def value_loss(
 def k2_kl_loss(logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, num_tokens: int) -> Tensor:
     """The KL to the reference as a loss: k2 of whole responses, weighted by the ratio to the policy that sampled; 0-d.
 
-        L = sum_b w_b * (sum_t log p_bt - log q_bt)^2 / 2 / num_tokens,   w_b = exp(sum_t new_bt - old_bt), no gradient
+        L = sum_b w_b * (sum_t log p_bt - log q_bt)^2 / 2 / num_tokens,   w_b = min(exp(sum_t new_bt - old_bt), 2)
 
-    Its gradient is that of the KL between the distributions of responses. Summed token by token instead, k2 forgets
+    The weight has no gradient. It is 1 for a policy that has not moved; uncut, its variance would grow with the length
+    of the responses (truncated importance sampling, Ionides 2008, https://doi.org/10.1198/106186008X320456).
+    The gradient is that of the KL between the distributions of responses. Summed token by token instead, k2 forgets
     that a token also chooses the states behind it, and misses the optimum; k1 in the loss has zero expected gradient,
     k3 follows another divergence (Liu et al. 2025, https://arxiv.org/abs/2510.01555). Go with centred, unscaled
     advantages.
     """
     log_weight = (logprobs - old_logprobs).masked_fill(~mask, 0.0).sum(1)
     log_ratio = (logprobs - ref_logprobs).masked_fill(~mask, 0.0).sum(1)
-    return (log_weight.detach().exp() * 0.5 * log_ratio.square()).sum() / num_tokens
+    weight = log_weight.detach().exp().clamp(max=MAX_WEIGHT)
+    return (weight * 0.5 * log_ratio.square()).sum() / num_tokens
 
 
 def adapted_coef(coef: float, kl: float, target: float, horizon: int, num_responses: int) -> float:

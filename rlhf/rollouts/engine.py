@@ -13,13 +13,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample. PPO leaves ``top_p`` and ``top_k`` alone, or the sampling policy is not the trained one."""
+    """How to sample. PPO leaves ``top_p`` alone, or the sampling policy is not the trained one."""
 
     max_new_tokens: int
     temperature: float
     seed: int
     top_p: float = 1.0
-    top_k: int = 0
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TopPLogitsWarper
 
 from rlhf.data.chat import ChatFormat
 from rlhf.errors import Problem, RlhfError
@@ -88,12 +88,11 @@ class _Choose(LogitsProcessor):
     def __init__(self, sampling: Sampling, rows: Sequence[int], width: int) -> None:
         self.noise = uniforms(sampling.seed, rows, sampling.max_new_tokens)
         self.sampling, self.width = sampling, width
-        self.filters: list[Any] = [TopKLogitsWarper(sampling.top_k)] if sampling.top_k else []
-        self.filters += [TopPLogitsWarper(sampling.top_p)] if sampling.top_p < 1.0 else []
+        self.keep = TopPLogitsWarper(sampling.top_p) if sampling.top_p < 1.0 else None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         logits = scores.float() / self.sampling.temperature
-        for keep in self.filters:
-            logits = keep(input_ids, logits)
+        if self.keep:
+            logits = self.keep(input_ids, logits)
         chosen = draw(logits, self.noise[:, input_ids.shape[1] - self.width].to(logits.device))
         return torch.full_like(scores, -torch.inf).scatter(1, chosen[:, None], 0.0)
