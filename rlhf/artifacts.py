@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from importlib import metadata
@@ -14,6 +15,7 @@ from rlhf.errors import Problem, RlhfError
 
 FORMAT = 1
 MANIFEST, CONFIG, METRICS, LOG = "manifest.json", "config.yaml", "metrics.jsonl", "run.log"
+STARTED, LOCK = "run.json", ".lock"
 ADAPTER, HEAD, TOKENIZER, CHECKPOINTS, SAMPLES, PLOTS = (
     "adapter", "head", "tokenizer", "checkpoints", "samples", "plots",
 )  # fmt: skip
@@ -95,7 +97,7 @@ def file_table(run_dir: Path) -> dict[str, dict[str, Any]]:
 
 
 def is_finished(run_dir: Path) -> bool:
-    return (run_dir / MANIFEST).is_file()
+    return storage.is_file(run_dir / MANIFEST)
 
 
 def read(run_dir: str | Path, *kinds: str, where: str = "") -> Manifest:
@@ -106,7 +108,7 @@ def read(run_dir: str | Path, *kinds: str, where: str = "") -> Manifest:
     """
     run_dir = Path(run_dir)
     place = f"{where}: {run_dir}" if where else str(run_dir)
-    if not run_dir.is_dir():
+    if not os.path.isdir(run_dir):  # noqa: PTH112
         raise RlhfError(Problem("CKP001", place, "no such run directory.", "run the stage that makes it first"))
     if not is_finished(run_dir):
         raise RlhfError(Problem("CKP002", place, f"unfinished: it has no {MANIFEST}.", "run its stage to the end"))
@@ -128,8 +130,14 @@ def read(run_dir: str | Path, *kinds: str, where: str = "") -> Manifest:
 
 
 def verify(run_dir: Path, manifest: Manifest) -> None:
-    """Raise CKP005 naming every file that is missing or differs from the manifest."""
-    problems = []
+    """Raise CKP005 naming every file that is missing or differs from the manifest.
+
+    A run is what stands in its directory (which may itself be reached through a link): a listed name or a symbolic
+    link that leads out of it is SEC009, and is not followed.
+    """
+    problems = _leading_out(run_dir, manifest)
+    if problems:
+        raise RlhfError(*problems)
     for name, entry in manifest.files.items():
         path = run_dir / name
         if not path.is_file():
@@ -141,6 +149,18 @@ def verify(run_dir: Path, manifest: Manifest) -> None:
             problems.append(Problem("CKP005", str(path), what, "restore the file, or make the run again"))
     if problems:
         raise RlhfError(*problems)
+
+
+def _leading_out(run_dir: Path, manifest: Manifest) -> list[Problem]:
+    home = Path(os.path.realpath(run_dir))
+    tops = [run_dir / name for name in (MANIFEST, CONFIG, *HASHED)]
+    held = [path for top in tops for path in (top, *(top.rglob("*") if not top.is_symlink() else ()))]
+    paths = sorted({*held, *(run_dir / name for name in manifest.files)})
+    return [
+        Problem("SEC009", str(path), "leads out of the run directory.", "put the file itself there")
+        for path in paths
+        if not Path(os.path.realpath(path)).is_relative_to(home)
+    ]
 
 
 def model_digest(directory: Path) -> str:

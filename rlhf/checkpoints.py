@@ -1,90 +1,143 @@
-"""Checkpoints: a dict of Stateful objects as safetensors and JSON, verified when it is read."""
+"""The checkpoints of a run: when one is written, which one a resumed run starts from, how many are kept."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-
-from rlhf import storage
+from rlhf import artifacts, interrupts, snapshots, storage
 from rlhf.errors import Problem, RlhfError
+from rlhf.runs import Run
+from rlhf.snapshots import Entry, Stateful
 
-TENSORS, VALUES, MANIFEST = "tensors.safetensors", "values.json", "checkpoint.json"
-
-
-class Stateful(Protocol):
-    """Whatever changes during a run and must come back exactly."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+log = logging.getLogger("rlhf")
+BEST = "best"
 
 
-def save(directory: Path, state: Mapping[str, Stateful]) -> None:
-    """Write every state, whole or not at all. No pickle: tensors in safetensors, all else in JSON."""
-    tensors: dict[str, Tensor] = {}
-    values = {name: _pack(part.state_dict(), name, tensors) for name, part in state.items()}
-    with storage.staged_directory(directory) as staging:
-        save_file(tensors, staging / TENSORS)
-        storage.write_json(staging / VALUES, values)
-        files = {name: storage.sha256(staging / name) for name in (TENSORS, VALUES)}
-        storage.write_json(staging / MANIFEST, {"format": 1, "states": sorted(state), "files": files})
+@dataclass
+class Position:
+    """Optimizer steps or rounds done so far. Stateful."""
+
+    step: int = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
 
 
-def load(directory: Path, state: Mapping[str, Stateful]) -> None:
-    """Give every state back.
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        state: everything that changes during the run.
+        every: steps between checkpoints (what precedes step 1 is saved part by part); None: only the last step, and
+            where a signal asks for it.
+        keep: newest ones that are kept, at least two, because the newest may turn out damaged.
+    """
+
+    def __init__(self, run: Run, state: Mapping[str, Stateful], every: int | None, keep: int = 2) -> None:
+        assert keep >= 2
+        self.run, self.state, self.every, self.keep = run, state, every, keep
+        self.directory = run.path / artifacts.CHECKPOINTS
+        self._started, self._seconds_before, self._order = time.perf_counter(), 0.0, 0
+
+    def seconds(self) -> float:
+        """Time that the run has taken, over all its processes."""
+        return self._seconds_before + time.perf_counter() - self._started
+
+    def resume(self) -> bool:
+        """Give the newest whole checkpoint back, if the run was opened to go on; whether there was one.
+
+        Raises:
+            RlhfError: CKP022 if there are checkpoints and none of them verifies.
+        """
+        if not self.run.resumed:
+            return False
+        found = newest(self.directory)
+        if found is None:
+            self.run.rewind(0)
+            log.info("No checkpoint was committed yet: %s starts at the beginning.", self.run.path)
+            return False
+        directory, entry = found
+        snapshots.load(directory, entry, self.state)
+        self._seconds_before, self._order = entry.seconds, entry.order
+        if self.run.metrics_size() < entry.metrics_size:
+            log.warning("metrics.jsonl is shorter than at %s: lines are missing from it.", directory.name)
+        self.run.rewind(entry.metrics_size)
+        log.info("Resumed from %s.", directory)
+        return True
+
+    def end_of_step(self, step: int, needs: Sequence[str] = (), last: bool = False) -> None:
+        """Save if it is time to, or if a signal came; then end the run in the second case.
+
+        Args:
+            needs: directories beside the checkpoint that belong to it, such as the best roles so far.
+
+        Raises:
+            Interrupted: once the checkpoint stands.
+        """
+        self._order += 1
+        signum = interrupts.pending()
+        if not (last or signum or (self.every and step % self.every == 0)):
+            return
+        clock = time.perf_counter()
+        name = f"step-{step}" if step else f"start-{self._order}"
+        snapshots.save(
+            self.directory / name, step, self._order, self.seconds(), self.run.metrics_size(), self.state, needs
+        )
+        self.retire(needs)
+        log.info("Saved %s in %.2f s.", name, time.perf_counter() - clock)
+        if signum:
+            raise interrupts.Interrupted(signum, name)
+
+    def retire(self, needs: Sequence[str]) -> None:
+        """Delete the checkpoints beyond the newest whole ones, and what none of these needs. A failure is only said."""
+        entries = {path: entry for path in candidates(self.directory) if (entry := snapshots.read_entry(path))}
+        ordered = sorted(entries, key=lambda path: entries[path].order, reverse=True)
+        whole = [path for path in ordered if snapshots.damaged(path, entries[path]) is None][: self.keep]
+        used = set(needs) | {file.split("/")[0] for path in whole for file in entries[path].files}
+        for path in [*candidates(self.directory), *self.directory.glob(f"{BEST}-*")]:
+            if path.name not in used:
+                try:
+                    storage.remove_directory(path)
+                except OSError as error:
+                    log.warning("%s could not be removed: %s.", path, error.strerror)
+
+
+def candidates(directory: Path) -> list[Path]:
+    """What looks like a checkpoint by its name."""
+    return sorted([*directory.glob("step-*"), *directory.glob("start-*")])
+
+
+def newest(directory: Path) -> tuple[Path, Entry] | None:
+    """The newest checkpoint that verifies; every one that does not is named in the log. None if there is none at all.
 
     Raises:
-        RlhfError: CKP020 if a file is missing or differs from its hash, CKP021 if the states are not the same ones.
+        RlhfError: CKP022 if there are some and none verifies; CKP023 for one of a later format.
     """
-    try:
-        manifest = json.loads((directory / MANIFEST).read_text("utf-8"))
-        for name in (TENSORS, VALUES):
-            if storage.sha256(directory / name) != manifest["files"][name]:
-                raise RlhfError(Problem("CKP020", str(directory / name), "differs from its hash.", "an earlier one"))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RlhfError(
-            Problem("CKP020", str(directory), f"not a whole checkpoint: {error}.", "an earlier one")
-        ) from None
-    if manifest["states"] != sorted(state):
-        what = f"holds {', '.join(manifest['states'])}; needed: {', '.join(sorted(state))}."
-        raise RlhfError(Problem("CKP021", str(directory), what, "a checkpoint of this stage"))
-    tensors = load_file(directory / TENSORS)
-    values = json.loads((directory / VALUES).read_text("utf-8"))
-    for name, part in state.items():
-        part.load_state_dict(_unpack(values[name], tensors))
-
-
-def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """``value`` as JSON that says its types; tensors go to ``tensors`` under their path."""
-    if isinstance(value, Tensor):
-        assert path not in tensors, f"{path}: two tensors of one name"
-        tensors[path] = value.detach().cpu().clone().contiguous()
-        return {"tensor": path}
-    if isinstance(value, dict):
-        items = [[_pack(key, "", tensors), _pack(item, f"{path}/{key}", tensors)] for key, item in value.items()]
-        return {"dict": items}
-    if isinstance(value, list | tuple):
-        kind = "list" if isinstance(value, list) else "tuple"
-        return {kind: [_pack(item, f"{path}/{index}", tensors) for index, item in enumerate(value)]}
-    if isinstance(value, float):
-        return {"float": value.hex()}
-    assert value is None or isinstance(value, bool | int | str), f"{path}: {type(value)} has no place in a checkpoint"
-    return value
-
-
-def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    if not isinstance(value, dict):
-        return value
-    kind, inner = next(iter(value.items()))
-    if kind == "tensor":
-        return tensors[inner]
-    if kind == "dict":
-        return {_unpack(key, tensors): _unpack(item, tensors) for key, item in inner}
-    if kind == "float":
-        return float.fromhex(inner)
-    found = [_unpack(item, tensors) for item in inner]
-    return found if kind == "list" else tuple(found)
+    paths = candidates(directory)
+    entries = {path: snapshots.read_entry(path) for path in paths}
+    problems = [f"{path.name}: {snapshots.MANIFEST} is missing or damaged" for path in paths if entries[path] is None]
+    for problem in problems:
+        log.warning("Checkpoint %s; an earlier one is used.", problem)
+    for path in sorted((p for p in paths if entries[p]), key=lambda p: entries[p].order, reverse=True):  # type: ignore[union-attr]
+        entry = entries[path]
+        assert entry is not None
+        if entry.format > snapshots.FORMAT:
+            what = f"checkpoint format {entry.format}, this version reads {snapshots.FORMAT}."
+            raise RlhfError(Problem("CKP023", str(path), what, "use the rlhf version that wrote it"))
+        bad = snapshots.damaged(path, entry)
+        if bad is None:
+            return path, entry
+        problems.append(f"{path.name}: {bad}")
+        log.warning("Checkpoint %s: %s; an earlier one is used.", path.name, bad)
+    if problems:
+        what = f"{len(paths)} checkpoints, none is whole: {'; '.join(problems[:5])}."
+        raise RlhfError(Problem("CKP022", str(directory), what, "restore a file, or start anew with --overwrite"))
+    return None

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-EXIT_OK, EXIT_BUG, EXIT_INTERRUPT = 0, 1, 130
-EXIT_CODES = {"CFG": 2, "DAT": 3, "MOD": 4, "CKP": 5, "RES": 6, "GRD": 7, "SEC": 8, "VER": 10}
+EXIT_OK, EXIT_BUG = 0, 1
+EXIT_CODES = {"BUG": EXIT_BUG, "CFG": 2, "DAT": 3, "MOD": 4, "CKP": 5, "RES": 6, "GRD": 7, "SEC": 8, "VER": 10}
 MAX_SHOWN = 20
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EMFILE}
 
 
 @dataclass(frozen=True)
@@ -57,3 +59,16 @@ def render(problems: Sequence[Problem]) -> str:
 def render_json(problems: Sequence[Problem], exit_code: int) -> str:
     """The same, whole, for programs: {"exit_code": int, "problems": [{code, where, what, fix}]}."""
     return json.dumps({"exit_code": exit_code, "problems": [asdict(problem) for problem in problems]})
+
+
+def of_the_machine(error: Exception) -> Problem | None:
+    """The problem behind an exception that says that the disk or the memory gave out; None for any other."""
+    fix = "--resume goes on from the last checkpoint, which is whole"
+    if isinstance(error, OSError) and error.errno in DISK:
+        return Problem("RES010", str(error.filename or "disk"), f"cannot be written or read: {error.strerror}.", fix)
+    text = str(error)
+    if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
+        first = text.splitlines()[0] if text else "out of memory"
+        fix = f"a smaller micro_batch_size or sampling.concurrency, gradient_checkpointing; {fix}"
+        return Problem("RES011", "memory", f"gave out: {first}", fix)
+    return None

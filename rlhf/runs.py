@@ -1,11 +1,12 @@
-"""A run directory while its stage is at work: opening it, the log, the metrics, the samples."""
+"""A run directory while its stage is at work: opening it, going on with it, the log, the metrics, the samples."""
 
 from __future__ import annotations
 
 import json
 import logging
 import math
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,17 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 def status(run_dir: Path, identity: Mapping[str, Any]) -> list[str] | None:
     """None: a finished run with this identity is there. Else the reasons why it is not, the first one telling most."""
-    if not run_dir.exists() or (run_dir.is_dir() and not any(run_dir.iterdir())):
+    if not run_dir.exists() or (run_dir.is_dir() and all(_is_nothing(path.name) for path in run_dir.iterdir())):
         return ["no run yet"]
     if not artifacts.is_finished(run_dir):
         return ["unfinished run"]
     return changes(artifacts.read(run_dir).identity, identity) or None
+
+
+def _is_nothing(name: str) -> bool:
+    """What stands in a run directory before the first step, evaluation or sample: nothing would be lost."""
+    preliminary = (artifacts.LOCK, artifacts.CONFIG, artifacts.STARTED, artifacts.LOG)
+    return name in preliminary or (name.startswith(".") and ".tmp-" in name)
 
 
 def mark_current(run_dir: Path) -> None:
@@ -39,39 +46,131 @@ def mark_current(run_dir: Path) -> None:
     (run_dir / artifacts.MANIFEST).touch()
 
 
-def open_run(run_dir: Path, identity: Mapping[str, Any], config_text: str, overwrite: bool) -> Run:
-    """A fresh run directory that holds ``config.yaml``; what stood there is refused, or moved aside if ``overwrite``.
+def open_run(
+    run_dir: Path, stage: str, identity: Mapping[str, Any], config_text: str, *, overwrite: bool = False,
+    resume: bool = False, allowed: Sequence[str] = (),
+) -> Run:  # fmt: skip
+    """The run directory of a stage that starts, or with ``resume`` of one that goes on where it was cut off.
+
+    What else stands there is refused, or moved aside if ``overwrite``. With both, an unfinished run of this identity
+    goes on, and anything else is moved aside.
+
+    Args:
+        allowed: identity keys (or their sections) whose change a resumed run may have.
 
     Raises:
-        RlhfError: CKP006 if another run stands there and ``overwrite`` is false; CFG010 if the path is a file.
+        RlhfError: CKP006 if another run stands there; CKP007 if another process writes it; CKP008 if the unfinished
+            run is not this one; CFG010 if the path is a file.
     """
     if run_dir.exists() and not run_dir.is_dir():
         raise RlhfError(Problem("CFG010", str(run_dir), "run_dir is a file.", "name a directory"))
-    reasons = status(run_dir, identity)
-    if reasons != ["no run yet"]:
-        if not overwrite:
-            what = "; ".join(reasons or ["a finished run stands there"])
-            fix = "another run_dir, or --overwrite, which moves the old run aside"
-            raise RlhfError(Problem("CKP006", str(run_dir), f"not empty, and not this run: {what}.", fix))
-        aside = storage.move_aside(run_dir)
-        log.warning("The run that stood in %s is now %s.", run_dir, aside)
+    lock = _lock(run_dir)
+    try:
+        reasons = status(run_dir, identity)
+        again = reasons == ["unfinished run"] and resume and _may_resume(run_dir, stage, identity, allowed, overwrite)
+        if not again and reasons != ["no run yet"]:
+            if not overwrite:
+                raise _not_this_run(run_dir, reasons)
+            aside = storage.move_aside(run_dir)
+            log.warning("The run that stood in %s is now %s.", run_dir, aside)
+            os.close(lock)
+            lock = _lock(run_dir)
+        if resume and not again:
+            log.info("Nothing to resume in %s: starts at the beginning.", run_dir)
+        storage.sweep(run_dir)
+        storage.write_text(run_dir / artifacts.CONFIG, config_text)
+        storage.write_json(run_dir / artifacts.STARTED, {"format": 1, "stage": stage, "identity": dict(identity)})
+    except BaseException:
+        os.close(lock)
+        raise
+    return Run(run_dir, lock, again)
+
+
+def started(run_dir: Path) -> dict[str, Any]:
+    """Stage and identity of a run that has been started.
+
+    Raises:
+        RlhfError: CKP001 where no stage was ever started, CKP003 if the file is not readable.
+    """
+    path = run_dir / artifacts.STARTED
+    if not path.is_file():
+        raise RlhfError(Problem("CKP001", str(run_dir), "no run was started here.", "run the stage that makes it"))
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        return {"stage": str(found["stage"]), "identity": dict(found["identity"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise RlhfError(Problem("CKP003", str(path), f"is not readable: {error}.", "make the run again")) from None
+
+
+def _not_this_run(run_dir: Path, reasons: Sequence[str] | None) -> RlhfError:
+    fix = "another run_dir, or --overwrite, which moves the old run aside"
+    if reasons == ["unfinished run"]:
+        fix = f"--resume, which goes on with it; {fix}"
+    what = f"not empty, and not this run: {'; '.join(reasons or ['a finished run stands there'])}."
+    return RlhfError(Problem("CKP006", str(run_dir), what, fix))
+
+
+def _lock(run_dir: Path) -> int:
     run_dir.mkdir(parents=True, exist_ok=True)
-    storage.write_text(run_dir / artifacts.CONFIG, config_text)
-    return Run(run_dir)
+    descriptor = storage.lock(run_dir / artifacts.LOCK)
+    if descriptor is None:
+        what = "another process is writing this run."
+        raise RlhfError(Problem("CKP007", str(run_dir), what, "wait for it, or name another run_dir"))
+    return descriptor
+
+
+def _may_resume(
+    run_dir: Path, stage: str, identity: Mapping[str, Any], allowed: Sequence[str], overwrite: bool
+) -> bool:
+    """Whether the unfinished run is this one, but for what is ``allowed`` to differ; raises CKP008 if not."""
+    if not (run_dir / artifacts.STARTED).is_file():
+        return False
+    before = started(run_dir)
+    old = before["identity"]
+    names = sorted(key for key in {*old, *identity} if old.get(key) != identity.get(key))
+    kept = [name for name in names if not _is_allowed(name, allowed) and not _is_mere_length(name, identity)]
+    if before["stage"] != stage:
+        kept.insert(0, "stage")
+        old, identity = {**old, "stage": before["stage"]}, {**identity, "stage": stage}
+    if not kept:
+        for change in changes({name: old.get(name) for name in names}, {name: identity.get(name) for name in names}):
+            log.warning("Resumes with a change: %s.", change)
+        return True
+    if overwrite:
+        return False
+    told = changes({name: old.get(name) for name in kept}, {name: identity.get(name) for name in kept})
+    fix = f"restore it, or --allow-change {kept[0]}"
+    raise RlhfError(*(Problem("CKP008", str(run_dir), f"was started with other inputs: {one}.", fix) for one in told))
+
+
+def _is_allowed(name: str, allowed: Sequence[str]) -> bool:
+    return any(name == key or name.startswith(f"{key}.") for key in allowed)
+
+
+def _is_mere_length(name: str, identity: Mapping[str, Any]) -> bool:
+    """With a constant learning rate the first steps do not depend on how many follow."""
+    constant = identity.get("optim.schedule") == "constant" and not identity.get("optim.warmup_ratio")
+    return name in ("steps", "epochs") and constant
 
 
 class Run:
-    """The only writer of a run directory."""
+    """The only writer of a run directory.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._handler = logging.FileHandler(path / artifacts.LOG, encoding="utf-8")
+    Args:
+        lock: descriptor that holds the directory's lock.
+        resumed: the directory holds the beginning of this run.
+    """
+
+    def __init__(self, path: Path, lock: int, resumed: bool = False) -> None:
+        self.path, self.resumed, self._lock = path, resumed, lock
+        self._handler = logging.FileHandler(path / artifacts.LOG, "a" if resumed else "w", encoding="utf-8")
         self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(self._handler)
 
     def close(self) -> None:
         log.removeHandler(self._handler)
         self._handler.close()
+        os.close(self._lock)
 
     def __enter__(self) -> Run:
         return self
@@ -83,6 +182,15 @@ class Run:
         """One line of metrics.jsonl. A value that is not finite is written as a string: "nan", never 0 or a gap."""
         row = {"step": step, **{key: plain(value) for key, value in values.items()}}
         storage.append_text(self.path / artifacts.METRICS, json.dumps(row) + "\n")
+
+    def metrics_size(self) -> int:
+        """Bytes of metrics.jsonl so far."""
+        path = self.path / artifacts.METRICS
+        return path.stat().st_size if path.is_file() else 0
+
+    def rewind(self, metrics_size: int) -> None:
+        """Cut metrics.jsonl back to ``metrics_size`` bytes: the lines after it are about to be written again."""
+        storage.truncate(self.path / artifacts.METRICS, metrics_size)
 
     def write_samples(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """samples/NAME.jsonl, whole."""

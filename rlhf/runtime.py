@@ -7,6 +7,7 @@ import logging
 import random
 import resource
 import sys
+from typing import Any
 
 import numpy
 import torch
@@ -53,6 +54,29 @@ def set_threads(section: RuntimeSection, model: nn.Module, device: torch.device)
     threads = section.threads or (1 if num_parameters < SMALL_MODEL else torch.get_num_threads())
     torch.set_num_threads(threads)
     log.info("Running on the CPU with %d thread%s.", threads, "" if threads == 1 else "s")
+
+
+class Generators:
+    """The random generators of python, numpy and torch. Stateful.
+
+    The stages draw from generators of their own; a reward function of the user's, or a library, may draw from these.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        kind, keys, *rest = numpy.random.get_state()
+        return {
+            "python": random.getstate(), "numpy": (str(kind), numpy.asarray(keys).tolist(), *rest),
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        random.setstate(state["python"])
+        kind, keys, *rest = state["numpy"]
+        numpy.random.set_state((kind, numpy.array(keys, dtype=numpy.uint32), *rest))
+        torch.set_rng_state(state["torch"])
+        if state["cuda"]:
+            torch.cuda.set_rng_state_all(state["cuda"])
 
 
 def derived_seed(seed: int, *names: str | int) -> int:

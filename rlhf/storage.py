@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -14,6 +15,10 @@ from typing import Any
 CHUNK = 1 << 20
 
 
+def before(operation: str, path: Path) -> None:
+    """Called before every operation (write, sync, rename, remove): the seam where a test fails or counts the Nth."""
+
+
 def is_file(path: Path) -> bool:
     """Also for names that no file can have, where ``Path.is_file`` raises."""
     return os.path.isfile(path)  # noqa: PTH113
@@ -22,11 +27,18 @@ def is_file(path: Path) -> bool:
 def write_bytes(path: Path, data: bytes) -> None:
     """Replace ``path`` whole: a temporary file beside it, fsync, rename, fsync of the directory."""
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        before("write", path)
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            before("sync", path)
+            os.fsync(file.fileno())
+        before("rename", path)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     sync_directory(path.parent)
 
 
@@ -40,8 +52,17 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def append_text(path: Path, text: str) -> None:
+    before("write", path)
     with path.open("a", encoding="utf-8") as file:
         file.write(text)
+
+
+def truncate(path: Path, size: int) -> None:
+    """Cut the file to ``size`` bytes; a shorter or missing one is left as it is."""
+    if path.is_file() and path.stat().st_size > size:
+        before("write", path)
+        os.truncate(path, size)
+        sync_file(path)
 
 
 @contextmanager
@@ -59,19 +80,51 @@ def staged_directory(target: Path) -> Iterator[Path]:
         for path in sorted(staging.rglob("*")):
             if path.is_file():
                 sync_file(path)
+        for path in sorted(path for path in staging.rglob("*") if path.is_dir()):
+            sync_directory(path)
+        sync_directory(staging)
         if target.exists():
             remove_directory(target)
+        before("rename", target)
         os.replace(staging, target)
         sync_directory(target.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def copy_directory(source: Path, target: Path) -> None:
+    """``target`` becomes a copy of ``source``, whole or not at all."""
+    with staged_directory(target) as staging:
+        shutil.copytree(source, staging, dirs_exist_ok=True)
+
+
 def remove_directory(path: Path) -> None:
     """Rename out of sight first, so that a half-removed directory is never taken for a whole one."""
     trash = path.with_name(f".{path.name}.trash-{os.getpid()}")
+    before("remove", path)
     os.replace(path, trash)
     shutil.rmtree(trash)
+
+
+def sweep(directory: Path) -> None:
+    """Remove what a killed process left behind: half-written and half-removed directories and files."""
+    for path in directory.glob(".*"):
+        if ".tmp-" in path.name or ".trash-" in path.name:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def lock(path: Path) -> int | None:
+    """An open descriptor that holds the lock of ``path`` until it is closed or the process ends; None if taken."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def move_aside(path: Path) -> Path:
@@ -84,11 +137,13 @@ def move_aside(path: Path) -> Path:
 
 
 def sync_file(path: Path) -> None:
+    before("sync", path)
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 def sync_directory(path: Path) -> None:
+    before("sync", path)
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

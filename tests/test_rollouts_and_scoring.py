@@ -1,4 +1,4 @@
-"""Sampling whose noise belongs to the row; scorers; checkpoints."""
+"""Sampling whose noise belongs to the row; scorers; optimizer steps."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import pytest
 import torch
 from tiny import base, lora, shake
 
-from rlhf import checkpoints
-from rlhf.data.batches import DataOrder
 from rlhf.data.records import Message
 from rlhf.errors import RlhfError
 from rlhf.models.base import load_base
@@ -149,59 +147,6 @@ def test_a_gradient_that_is_not_finite_is_never_applied():
     with pytest.raises(RlhfError, match="GRD001.*not applied"):
         optimizer.step("here")
     assert parameter.tolist() == [1.0, 1.0, 1.0] and optimizer.step_count == 0
-
-
-def train(roles, optimizer, order, steps):
-    for _ in range(steps):
-        rows = order.next()
-        with roles.acting_as("policy") as (model, head):
-            ids = torch.tensor([[60 + row, 61, 62] for row in rows])
-            head(model.model(input_ids=ids).last_hidden_state[:, -1]).square().sum().backward()
-        optimizer.step("test")
-
-
-def test_a_checkpoint_brings_training_back_bit_for_bit_and_every_part_counts(tmp_path, roles):
-    def fresh():
-        for parameter in roles.trained_parameters("policy"):
-            parameter.data.fill_(0.01)
-        optimizer = Optimizer(roles.trained_parameters("policy"), 0.05, 20, schedule="linear")
-        order = DataOrder(7, 2, seed=1)
-        return {"policy": roles.state("policy"), "optimizer": optimizer, "order": order}
-
-    def weights():
-        return torch.cat([parameter.detach().flatten() for parameter in roles.trained_parameters("policy")])
-
-    state = fresh()
-    train(roles, state["optimizer"], state["order"], 4)
-    checkpoints.save(tmp_path / "step-4", state)
-    train(roles, state["optimizer"], state["order"], 4)
-    wanted = weights()
-    for dropped in (None, *state):
-        again = fresh()
-        checkpoints.load(tmp_path / "step-4", {**again, **({dropped: Nothing()} if dropped else {})})
-        train(roles, again["optimizer"], again["order"], 4)
-        assert torch.equal(weights(), wanted) == (dropped is None), dropped
-    assert sorted(p.suffix for p in (tmp_path / "step-4").iterdir()) == [".json", ".json", ".safetensors"]
-
-
-class Nothing:
-    def state_dict(self):
-        return {}
-
-    def load_state_dict(self, state):
-        pass
-
-
-def test_a_damaged_or_foreign_checkpoint_is_refused(tmp_path, roles):
-    checkpoints.save(tmp_path / "c", {"policy": roles.state("policy")})
-    with pytest.raises(RlhfError, match="CKP021"):
-        checkpoints.load(tmp_path / "c", {"value": roles.state("policy")})
-    path = tmp_path / "c" / checkpoints.TENSORS
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(RlhfError, match="CKP020"):
-        checkpoints.load(tmp_path / "c", {"policy": roles.state("policy")})
 
 
 def test_a_response_keeps_its_end_token_and_loses_what_was_generated_behind_it(roles):

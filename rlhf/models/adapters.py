@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
-from peft.utils import get_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
+from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from rlhf.config.sections import LoraSection
 from rlhf.errors import Problem, RlhfError
-from rlhf.storage import staged_directory, write_json
+from rlhf.storage import staged_directory, write_bytes, write_json
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
 
 def fresh_lora(lora: LoraSection, model: Any, tokenizer: Any) -> LoraConfig:
@@ -74,8 +76,11 @@ def read(directory: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
     """Config and weights of an adapter directory; the config comes back without dropout, ready to train.
 
     Raises:
-        RlhfError: CKP010 if a file is missing.
+        RlhfError: CKP010 if a file is missing, SEC005 if there are only pickle weights.
     """
+    if (directory / PICKLED).is_file() and not (directory / WEIGHTS).is_file():
+        what = "pickle weights are refused."
+        raise RlhfError(Problem("SEC005", str(directory / PICKLED), what, f"an adapter with {WEIGHTS}"))
     for name in (CONFIG, WEIGHTS):
         if not (directory / name).is_file():
             raise RlhfError(Problem("CKP010", str(directory / name), "missing.", "make the run again"))
@@ -91,7 +96,16 @@ def weights(model: PeftModel, adapter: str) -> dict[str, Tensor]:
 
 
 def save(model: PeftModel, adapter: str, directory: Path) -> None:
-    """Write ``adapter_config.json`` and ``adapter_model.safetensors``, whole or not at all."""
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors``, whole or not at all.
+
+    Raises:
+        RlhfError: GRD005 if a weight is not finite; nothing is written then.
+    """
+    tensors = weights(model, adapter)
+    broken = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+    if broken:
+        what = f"{len(broken)} tensors are not finite, such as {broken[0]}; nothing was written."
+        raise RlhfError(Problem("GRD005", str(directory), what, "a lower learning rate"))
     with staged_directory(directory) as staging:
         config = model.peft_config[adapter]
         was = config.inference_mode
@@ -102,7 +116,21 @@ def save(model: PeftModel, adapter: str, directory: Path) -> None:
         written = json.loads((staging / CONFIG).read_text("utf-8"))
         written["target_modules"] = sorted(written["target_modules"])
         write_json(staging / CONFIG, written)
-        save_file(weights(model, adapter), staging / WEIGHTS, metadata={"format": "pt"})
+        write_bytes(staging / WEIGHTS, save_tensors(tensors, metadata={"format": "pt"}))
+
+
+def load(model: PeftModel, name: str, state: dict[str, Tensor]) -> None:
+    """Give an adapter its tensors, all of them and no others."""
+    outcome = set_peft_model_state_dict(model, state, adapter_name=name)
+    # A tied output head shares the embedding's trained rows, and PEFT writes them once.
+    shared = "trainable_tokens_delta" if any("trainable_tokens_delta" in key for key in state) else "\0"
+    missing = [key for key in outcome.missing_keys if belongs(key, name) and shared not in key]
+    assert not outcome.unexpected_keys and not missing, f"adapter {name}: {outcome.unexpected_keys} {missing}"
+
+
+def belongs(parameter: str, adapter: str) -> bool:
+    """PEFT puts the adapter's name behind its own; a layer of the model may have the same name ("value")."""
+    return re.search(rf"\.(lora_\w+|trainable_tokens_\w+)\.{re.escape(adapter)}(\.|$)", parameter) is not None
 
 
 def grow(config: LoraConfig, state: dict[str, Tensor], rank: int) -> tuple[LoraConfig, dict[str, Tensor]]:

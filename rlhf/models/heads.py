@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from rlhf.errors import Problem, RlhfError
-from rlhf.storage import staged_directory, write_text
+from rlhf.storage import staged_directory, write_bytes, write_text
 
 CONFIG, WEIGHTS = "head.json", "head.safetensors"
 
@@ -61,7 +61,7 @@ class ScalarHead(nn.Module):
         """Write ``head.json`` and ``head.safetensors``."""
         with staged_directory(directory) as staging:
             state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-            save_file(state, staging / WEIGHTS)
+            write_bytes(staging / WEIGHTS, save(state))
             description = {"kind": "scalar", "names": list(self.names), "hidden_size": self.linear.in_features}
             write_text(staging / CONFIG, json.dumps(description, indent=2) + "\n")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +13,6 @@ from typing import Any, Protocol
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import set_peft_model_state_dict
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
@@ -219,7 +217,7 @@ class SlotState:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         slot = self.roles.slots[self.name]
         assert slot.adapter
-        _load(self.roles.peft(self.name), slot.adapter, state["adapter"])
+        adapters.load(self.roles.peft(self.name), slot.adapter, state["adapter"])
         if slot.head:
             slot.head.load_state_dict(state["head"])
 
@@ -235,22 +233,9 @@ def _add_adapter(model: Any, name: str, adapter: Path | LoraConfig, rank: int | 
     else:
         model = get_peft_model(model, config, adapter_name=name)
     if state is not None:
-        _load(model, name, state)
+        adapters.load(model, name, state)
     return model
 
 
-def _load(model: PeftModel, name: str, state: dict[str, Tensor]) -> None:
-    outcome = set_peft_model_state_dict(model, state, adapter_name=name)
-    # A tied output head shares the embedding's trained rows, and PEFT writes them once.
-    shared = "trainable_tokens_delta" if any("trainable_tokens_delta" in key for key in state) else "\0"
-    missing = [key for key in outcome.missing_keys if _belongs(key, name) and shared not in key]
-    assert not outcome.unexpected_keys and not missing, f"adapter {name}: {outcome.unexpected_keys} {missing}"
-
-
 def _adapter_parameters(model: PeftModel, adapter: str) -> list[nn.Parameter]:
-    return [parameter for name, parameter in model.named_parameters() if _belongs(name, adapter)]
-
-
-def _belongs(parameter: str, adapter: str) -> bool:
-    """PEFT puts the adapter's name behind its own; a layer of the model may have the same name ("value")."""
-    return re.search(rf"\.(lora_\w+|trainable_tokens_\w+)\.{re.escape(adapter)}(\.|$)", parameter) is not None
+    return [parameter for name, parameter in model.named_parameters() if adapters.belongs(name, adapter)]
