@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 RLHF := $(BIN)/rlhf
 READY := $(VENV)/.ready
 RUNS := runs
+WORKERS := 2
 export OMP_WAIT_POLICY := PASSIVE
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup sft train-rm ppo eval-rm pipeline quickstart seeds test test-all lint types check clean
+.PHONY: help setup sft train-rm ppo eval-rm pipeline quickstart seeds torture test test-all lint types check clean
 
 help: ## Show the verbs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -27,18 +28,18 @@ train-rm: $(RUNS)/train-rm/manifest.json ## Reward model, and what it needs
 ppo: $(RUNS)/ppo/manifest.json ## PPO, and what it needs
 eval-rm: $(RUNS)/eval-rm/manifest.json ## Examine the reward model, and what it needs
 
-# A run that is up to date is left alone; a changed one is moved aside and made again.
+# A run that is up to date is left alone, an unfinished one goes on, a changed one is moved aside and made again.
 $(RUNS)/sft/manifest.json: configs/sft.yaml | $(READY)
-	$(RLHF) sft -c $< --overwrite
+	$(RLHF) sft -c $< --resume --overwrite
 
 $(RUNS)/train-rm/manifest.json: configs/train-rm.yaml $(RUNS)/sft/manifest.json | $(READY)
-	$(RLHF) train-rm -c $< --overwrite
+	$(RLHF) train-rm -c $< --resume --overwrite
 
 $(RUNS)/ppo/manifest.json: configs/ppo.yaml $(RUNS)/sft/manifest.json $(RUNS)/train-rm/manifest.json | $(READY)
-	$(RLHF) ppo -c $< --overwrite
+	$(RLHF) ppo -c $< --resume --overwrite
 
 $(RUNS)/eval-rm/manifest.json: configs/eval-rm.yaml $(RUNS)/train-rm/manifest.json | $(READY)
-	$(RLHF) eval-rm -c $< --overwrite
+	$(RLHF) eval-rm -c $< --resume --overwrite
 
 pipeline: $(READY) ## Bring all stages of configs/pipeline.yaml up to date
 	$(RLHF) pipeline -c configs/pipeline.yaml
@@ -49,11 +50,14 @@ quickstart: $(READY) ## SFT, reward model and PPO on the embedded world, with a 
 seeds: $(READY) ## The quickstart over ten seeds with its comparisons (an hour; resumable)
 	$(BIN)/python scripts/quickstart_seeds.py
 
+torture: $(READY) ## Kill, starve and damage runs; each must end with the same bits (half an hour)
+	$(BIN)/python scripts/torture.py
+
 test: $(READY) ## The tests that take minutes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
 
 test-all: $(READY) ## All tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: $(READY) ## Style and format
 	$(BIN)/ruff check .

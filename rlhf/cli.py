@@ -6,15 +6,15 @@ import importlib
 import json
 import logging
 import os
-import signal
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from rlhf import __version__, errors, preflight, progress, runs
+from rlhf import __version__, artifacts, errors, interrupts, masking, preflight, progress, runs
 from rlhf.config import load
 from rlhf.errors import Problem, RlhfError
 from rlhf.stages import inspection, pipeline
@@ -26,6 +26,10 @@ ANYWHERE = ("--debug", "--json-errors")
 ConfigFile = Annotated[Path | None, typer.Option("-c", "--config", help="Config file.", show_default=False)]
 Sets = Annotated[list[str] | None, typer.Option("--set", help="Override one key: a.b=c. Repeatable.")]
 Bare = Annotated[list[str] | None, typer.Argument(help="The same as --set: a.b=c.", show_default=False)]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the unfinished run in run_dir.")]
+AllowChange = Annotated[
+    list[str] | None, typer.Option("--allow-change", help="Config key that may differ when resuming. Repeatable.")
+]
 # Typer carries its own copy of click, and offers these two by no name of its own.
 UsageError: Any = typer.BadParameter.__mro__[1]
 ClickException: Any = typer.BadParameter.__mro__[2]
@@ -69,23 +73,35 @@ def _add_stage(stage: Stage) -> None:
             bool, typer.Option("--dry-run", help="Check, count tokens, show the plan; run nothing.")
         ] = False,
         overwrite: Annotated[bool, typer.Option("--overwrite", help="Move what stands in run_dir aside.")] = False,
+        resume: Resume = False,
+        allow_change: AllowChange = None,
         as_json: Json = False,
     ) -> None:
-        _run_stage(stage, config, [*(sets or []), *(bare or [])], dry_run, overwrite, as_json)
+        start = Start(dry_run, overwrite, resume, tuple(allow_change or ()))
+        _run_stage(stage, config, [*(sets or []), *(bare or [])], start, as_json)
 
     app.command(stage.id, help=f"{stage.summary} Without -c, reads {stage.default_config}.")(command)
 
 
-def _run_stage(
-    stage: Stage, path: Path | None, overrides: list[str], dry_run: bool, overwrite: bool, as_json: bool
-) -> None:
+@dataclass(frozen=True)
+class Start:
+    """How a stage is started: only planned, over what stands there, or where it was cut off."""
+
+    dry_run: bool = False
+    overwrite: bool = False
+    resume: bool = False
+    allowed: tuple[str, ...] = ()
+
+
+def _run_stage(stage: Stage, path: Path | None, overrides: list[str], start: Start, as_json: bool) -> None:
     config = load.load(stage.config_class, path or _default_config(stage.default_config), overrides)
     needs = stage.needs(config)
     plan = preflight.prepare(config, needs)
     run_dir = Path(config.run_dir)
     reasons = runs.status(run_dir, plan.identity)
-    if dry_run:
-        lines = [f"{note}." for note in plan.notes()] + importlib.import_module(stage.module).dry_run(config, plan)
+    if start.dry_run:
+        lines = [f"{note}." for note in (*plan.notes(), *plan.figures)]
+        lines += importlib.import_module(stage.module).dry_run(config, plan)
         lines += [f"run_dir {run_dir}: {'up to date' if reasons is None else '; '.join(reasons)}."]
         typer.echo(json.dumps({"stage": stage.id, "plan": lines}) if as_json else "\n".join(lines))
         return
@@ -93,7 +109,11 @@ def _run_stage(
         runs.mark_current(run_dir)
         log.info("%s is up to date.", run_dir)
     else:
-        with runs.open_run(run_dir, plan.identity, load.dump(config), overwrite) as run:
+        text = load.dump(config)
+        with runs.open_run(
+            run_dir, stage.id, plan.identity, text, overwrite=start.overwrite, resume=start.resume,
+            allowed=start.allowed,
+        ) as run:  # fmt: skip
             for note in plan.notes():
                 log.warning("%s.", note)
             importlib.import_module(stage.module).run(config, plan, run)
@@ -112,15 +132,26 @@ for _stage in STAGES.values():
     _add_stage(_stage)
 
 
+@app.command("resume")
+def _resume(
+    run: Annotated[Path, typer.Argument(help="Directory of an unfinished run.")], allow_change: AllowChange = None,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Go on with a run that was cut off, with the config that it was started with."""
+    stage = STAGES[runs.started(run)["stage"]]
+    start = Start(resume=True, allowed=tuple(allow_change or ()))
+    _run_stage(stage, run / artifacts.CONFIG, [f"run_dir={run}"], start, as_json)
+
+
 @app.command("generate")
 def _generate(
     run: Annotated[str, typer.Argument(help="Run directory of a policy.")],
     prompts: Annotated[str, typer.Option("--prompts", help="JSONL of prompts, a data set, or - for stdin.")] = "-",
     out: Annotated[str, typer.Option("--out", help="JSONL file, or - for stdout.")] = "-",
     samples: Annotated[int, typer.Option("-n", "--samples", min=1, help="Responses a prompt.")] = 1,
-    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy.")] = 1.0,
+    temperature: Annotated[float, typer.Option("--temperature", min=0.0, max=100.0, help="0 is greedy.")] = 1.0,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 64,
-    top_p: Annotated[float, typer.Option("--top-p", min=0.0, max=1.0)] = 1.0,
+    top_p: Annotated[float, typer.Option("--top-p", min=1e-6, max=1.0)] = 1.0,
     seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
 ) -> None:
     """Sample responses from any finished policy run."""
@@ -182,7 +213,7 @@ def _demo(
 def main() -> None:
     """Entry point: every outcome is an exit code, every mistake one block of text."""
     progress.log_to_console()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    interrupts.install()
     flags: dict[str, Any] = {name: name in sys.argv[1:] for name in ANYWHERE}
     try:
         code = app(standalone_mode=False) or errors.EXIT_OK
@@ -191,23 +222,25 @@ def main() -> None:
     except ClickException as error:
         where = error.ctx.command_path if isinstance(error, UsageError) and error.ctx else "rlhf"
         code = _report((Problem("CFG000", where, error.format_message(), f"see {where} --help"),), 2, flags)
-    except (typer.Abort, KeyboardInterrupt):
-        log.error("Interrupted; what was finished stays, the unfinished run has no manifest.")
-        code = errors.EXIT_INTERRUPT
+    except interrupts.Interrupted as signal:
+        saved = f"saved {signal.saved}" if signal.saved else "no step was under way"
+        log.error("Interrupted by %s; %s. --resume goes on with an unfinished run.", signal, saved)
+        code = signal.exit_code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = errors.EXIT_OK
     except Exception as error:
-        if flags["--debug"]:
-            raise
-        what = f"internal error, {type(error).__name__}: {error}"
-        code = _report((Problem("BUG001", "rlhf", what, "run again with --debug and report the traceback"),), 1, flags)
+        problem = errors.of_the_machine(error)
+        if problem is None:
+            what = f"internal error, {type(error).__name__}: {error}"
+            problem = Problem("BUG001", "rlhf", what, "run again with --debug and report the traceback")
+        code = _report((problem,), RlhfError(problem).exit_code, flags)
     sys.exit(code)
 
 
 def _report(problems: tuple[Problem, ...], code: int, flags: dict[str, Any]) -> int:
-    if flags["--debug"] and sys.exc_info()[1]:
-        sys.excepthook(*sys.exc_info())
+    if flags["--debug"] and (error := sys.exc_info()[1]):
+        masking.show_traceback(error)
     text = errors.render_json(problems, code) if flags["--json-errors"] else errors.render(problems)
     log.error(text)
     return code

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -128,7 +130,9 @@ def test_collected_preferences_train_a_reward_model(chain):
         order = sorted(range(len(row["ranks"])), key=lambda i: row["ranks"][i])
         scores = [row["scores"][i] for i in order]
         assert scores == sorted(scores, reverse=True)
-    shown = rlhf("train-rm", "run_dir=runs/rm2", "data.path=runs/collect", "--dry-run", cwd=chain).stdout
+    shown = rlhf(
+        "train-rm", "run_dir=runs/rm2", "data.path=runs/collect", "batch.batch_size=4", "--dry-run", cwd=chain
+    ).stdout
     assert f"{len(rows)} rows" in shown or "prompts with" in shown
 
 
@@ -191,6 +195,40 @@ def test_every_other_way_of_ppo_runs_too(chain):
         "rewards=[{function: 'my_reward:short'}]", "value.start=reward", cwd=chain,
     )  # fmt: skip
     assert "head of zeros" in (chain / "runs/loss-ppo/run.log").read_text()
+
+
+def interrupted(command, metrics, signum, cwd):
+    """Start, send the signal once a step is done, and return exit code and standard error."""
+    process = subprocess.Popen([sys.executable, "-m", "rlhf", *command], cwd=cwd, stderr=subprocess.PIPE, text=True)
+    while not (metrics.is_file() and '"step": 1' in metrics.read_text()) and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signum)
+    _, told = process.communicate()
+    return process.returncode, told
+
+
+def test_a_signal_ends_a_run_after_its_step_and_resume_ends_it_with_the_same_files(chain):
+    run = chain / "runs/cut"
+    code, told = interrupted(("ppo", "run_dir=runs/cut"), run / "metrics.jsonl", signal.SIGTERM, chain)
+    assert code == 143 and "Finishing this step" in told and "saved step-" in told and "Traceback" not in told
+    refused = rlhf("ppo", "run_dir=runs/cut", cwd=chain, code=5)
+    assert "unfinished run" in refused.stderr and "--resume" in refused.stderr
+    other = rlhf("ppo", "run_dir=runs/cut", "optim.learning_rate=1e-4", "--resume", cwd=chain, code=5)
+    assert "CKP008" in other.stderr and "optim.learning_rate: 0.0015 -> 0.0001" in other.stderr
+    assert "Resumed from runs/cut/checkpoints/step-" in rlhf("resume", "runs/cut", cwd=chain).stderr
+    assert manifest(chain, "cut")["files"] == manifest(chain, "ppo")["files"]
+    assert "up to date" in rlhf("resume", "runs/cut", cwd=chain).stderr
+
+
+def test_an_interrupted_pipeline_lets_its_stage_save_and_goes_on_with_it(chain):
+    text = (chain / "configs/train-rm.yaml").read_text().replace("run_dir: runs/train-rm", "run_dir: runs/cut-rm")
+    (chain / "cut.yaml").write_text(text)
+    (chain / "pipe.yaml").write_text("stages: [{stage: train-rm, config: cut.yaml}]\n")
+    metrics = chain / "runs/cut-rm/metrics.jsonl"
+    code, told = interrupted(("pipeline", "-c", "pipe.yaml"), metrics, signal.SIGINT, chain)
+    assert code == 130 and "saved step-" in told
+    assert "Resumed from runs/cut-rm/checkpoints/step-" in rlhf("pipeline", "-c", "pipe.yaml", cwd=chain).stderr
+    assert manifest(chain, "cut-rm")["files"] == manifest(chain, "train-rm")["files"]
 
 
 def test_packing_and_checkpointing_learn_the_same_kind_of_adapter(chain):

@@ -11,6 +11,7 @@ from torch import Tensor
 from rlhf.config.stages import KlSection, MissingEosSection, PpoConfig
 from rlhf.data.batches import Sequences, collate
 from rlhf.data.tokenised import PromptRow
+from rlhf.errors import Problem, RlhfError
 from rlhf.evaluation import policy as measure
 from rlhf.models import forward
 from rlhf.models.base import Base
@@ -86,6 +87,10 @@ def collect(
     numbers = range(first_row, first_row + len(repeated))
     samples = measure.respond(engine, base.chat, repeated, measure.sampling_of(config.sampling, seed), numbers)
     scores = measure.score_by_rule(scorer, settle(config.missing_eos), samples).float()
+    if not bool(torch.isfinite(scores).all()):
+        bad = ", ".join(str(row) for row in (~torch.isfinite(scores)).nonzero().flatten().tolist())
+        what = f"the scores of responses {bad} of this batch are not finite; nothing was learnt from it."
+        raise RlhfError(Problem("GRD006", f"response {first_row} and on", what, "look at the reward run or function"))
     mask = tensors.response_mask(torch.tensor([len(sample.response_ids) for sample in samples]), _width(samples))
     logprobs, ref_logprobs, exact_kl, entropy, values = (torch.zeros(mask.shape) for _ in range(5))
     for rows, sequences in measure.batched(samples, base.chat.pad_id, base.device, config.batch.micro_batch_size):

@@ -62,7 +62,7 @@ def update(
                 log.info("Step %d: update KL %.4f, epochs ended early.", step, figures["approx_kl"])
                 stopped = True
                 break
-            figures["grad_norm"] = policy_optimizer.step(f"policy, step {step}")
+            figures["grad_norm"] = policy_optimizer.step(_place("policy", step, chosen))
             policy_totals.add(figures)
             value_totals.add(value_step(config, roles, value_optimizer, base, experience, chosen, step))
         if stopped:
@@ -114,7 +114,7 @@ def value_step(
             outcome.loss.backward()
         totals["loss"] += float(outcome.loss.detach())
         totals["clip_fraction"] += float(outcome.clip_fraction)
-    totals["grad_norm"] = optimizer.step(f"value, step {step}")
+    totals["grad_norm"] = optimizer.step(_place("value", step, rows))
     return totals
 
 
@@ -160,6 +160,10 @@ def _parts(
 def _cutter(rows: list[int], mask: Tensor):  # type: ignore[no-untyped-def]
     """A function that takes these rows of a [B, T] tensor, as narrow as ``mask``, onto its device."""
     return lambda whole: whole[rows, : mask.shape[1]].to(mask.device)
+
+
+def _place(role: str, step: int, rows: Sequence[int]) -> str:
+    return f"{role}, step {step}, responses {', '.join(map(str, rows))} of the batch"
 
 
 def _clear(optimizer: Optimizer) -> None:

@@ -12,6 +12,7 @@ from rlhf import artifacts, runtime, storage
 from rlhf.artifacts import Manifest
 from rlhf.config.stages import CollectConfig
 from rlhf.data import tokenised
+from rlhf.data.tokenised import LengthReport, PromptRow
 from rlhf.evaluation import policy as measure
 from rlhf.models import opening
 from rlhf.models.heads import ScalarHead
@@ -34,10 +35,7 @@ def run(config: CollectConfig, plan: Plan, run: Run) -> Manifest:
     policy = plan.parents["policy"]
     base = opening.reopen_base(policy, device)
     runtime.set_threads(config.runtime, base.model, device)
-    records = plan.data["prompts"].records
-    prompts, report = tokenised.prompt_rows(
-        records, base.chat, base.context_length, config.prompts.max_dropped_fraction, "prompts"
-    )
+    prompts, report = _prompts(config, plan, base.chat)
     roles = SharedBase(base)
     roles.add("policy", adapter=Path(config.policy) / artifacts.ADAPTER, trained=False)
     labeller = _labeller(config, roles)
@@ -79,9 +77,15 @@ def run(config: CollectConfig, plan: Plan, run: Run) -> Manifest:
 def dry_run(config: CollectConfig, plan: Plan) -> list[str]:
     """Token counts, with the tokenizer but without weights."""
     chat = opening.open_chat(opening.model_of(plan.parents["policy"]))
-    limit = config.prompts.max_dropped_fraction
-    rows, report = tokenised.prompt_rows(plan.data["prompts"].records, chat, 10**9, limit, "prompts")
+    rows, report = _prompts(config, plan, chat)
     return [report.sentence("prompts"), f"{len(rows) * config.samples_per_prompt} responses to sample and rank."]
+
+
+def _prompts(config: CollectConfig, plan: Plan, chat: Any) -> tuple[list[PromptRow], LengthReport]:
+    records, dropped = plan.data["prompts"].records, config.prompts.max_dropped_fraction
+    rows, report = tokenised.prompt_rows(records, chat, chat.context_length or 10**9, dropped, "prompts")
+    opening.require_context(chat, report.longest, config.sampling.max_new_tokens, "sampling.max_new_tokens")
+    return rows, report
 
 
 def _labeller(config: CollectConfig, roles: SharedBase) -> Scorer:

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from typing import Any
 
+import torch
 from datasets import Dataset, disable_progress_bars
 from peft import PeftModel, get_peft_model
 from peft.utils.other import TrainableTokensWrapper
 from transformers import TrainerCallback
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
-from rlhf import artifacts, runtime
+from rlhf import artifacts, interrupts, runtime
 from rlhf.artifacts import Manifest
+from rlhf.checkpoints import Checkpoints
 from rlhf.config.stages import SftConfig
 from rlhf.data import tokenised
 from rlhf.data.records import Prompt, split_by_prompt
-from rlhf.data.tokenised import Dialogue
+from rlhf.data.tokenised import Dialogue, PromptRow
 from rlhf.errors import Problem, RlhfError
 from rlhf.evaluation import policy as measure
 from rlhf.models import adapters, opening, small_lora
@@ -29,6 +30,7 @@ from rlhf.progress import bar
 from rlhf.rollouts.hf import HfEngine
 from rlhf.runs import Run
 from rlhf.stages.registry import STAGES
+from rlhf.stages.sft_trainer import ResumableTrainer
 from rlhf.tracking import Tracker
 
 log = logging.getLogger("rlhf")
@@ -36,37 +38,42 @@ log = logging.getLogger("rlhf")
 
 def run(config: SftConfig, plan: Plan, run: Run) -> Manifest:
     """Train the adapter, measure what was written, and refuse a model that does not learn to stop."""
-    started = time.perf_counter()
     device = runtime.set_up(config.runtime, config.seed)
     base = opening.open_base(config.model, device)
     runtime.set_threads(config.runtime, base.model, device)
     train, held_out = split_by_prompt(plan.data["data"].records, config.holdout_fraction, config.seed)
     rows, report = _tokenise(config, train, base.chat)
+    sampled = _prompts_to_sample(config, held_out, base.chat)
     log.info(report.sentence("Training data"))
 
     model = get_peft_model(base.model, adapters.fresh_lora(config.lora, base.model, base.tokenizer))
     small_lora.install(base.model)
     trainer = _trainer(config, model, base, rows, run)
-    with bar("SFT", trainer.args.max_steps) as progress:
+    saved = Checkpoints(run, trainer.parts(), config.save_every, config.keep_checkpoints)
+    saved.resume()
+    trainer.save_step = saved.end_of_step
+    trainer.add_callback(_Record(run, Tracker(run.path, config.report_to, trainer.restored_step)))
+    with interrupts.deferred(), bar("SFT", trainer.args.max_steps) as progress:
+        progress.advance(progress.task_ids[0], trainer.restored_step)
         trainer.add_callback(_Advance(progress))
-        trainer.train()
+        trainer.train_from_here()
     adapters.save(model, "default", run.path / artifacts.ADAPTER)
     base.tokenizer.save_pretrained(run.path / artifacts.TOKENIZER)
-    train_seconds = time.perf_counter() - started
-    del trainer, model
+    train_seconds = saved.seconds()
+    del trainer, model, saved.state
 
     # The rest measures the artifact as every later stage will load it, on a base that TRL has not touched.
     base = opening.open_base(config.model, device)
     roles = SharedBase(base)
     roles.add("base")
     roles.add("policy", adapter=run.path / artifacts.ADAPTER, trained=False)
-    metrics = _measure(config, base, roles, held_out, run)
+    metrics = _measure(config, base, roles, held_out, sampled, run)
     metrics |= {"time/train_s": train_seconds, **runtime.peak_memory()}
     run.write_metrics(config.steps or 0, metrics)
     return run.finish(
         Manifest(
             kind="policy", stage="sft", seed=config.seed, identity=plan.identity, metrics=metrics,
-            seconds=time.perf_counter() - started, base=opening.identity_of(base, config.model),
+            seconds=saved.seconds(), base=opening.identity_of(base, config.model),
             parents=plan.parents_table(STAGES["sft"].needs(config)),
             details={"rows": vars(report), "prompts_held_out": len(held_out)},
         )
@@ -78,15 +85,25 @@ def dry_run(config: SftConfig, plan: Plan) -> list[str]:
     chat = opening.open_chat(config.model)
     train, held_out = split_by_prompt(plan.data["data"].records, config.holdout_fraction, config.seed)
     rows, report = _tokenise(config, train, chat)
+    _prompts_to_sample(config, held_out, chat)
     steps = _num_steps(config, len(rows))
     return [report.sentence("data"), f"held out: {len(held_out)} rows.", f"{steps} steps of {config.batch.batch_size}."]
 
 
 def _tokenise(config: SftConfig, records: Any, chat: Any) -> tuple[list[Dialogue], tokenised.LengthReport]:
-    return tokenised.dialogues(
+    rows, report = tokenised.dialogues(
         records, chat, config.loss_on == "last_turn", config.max_length, config.too_long,
         config.data.max_dropped_fraction, "data",
     )  # fmt: skip
+    tokenised.require_batch(len(rows), config.batch.batch_size, "data")
+    return rows, report
+
+
+def _prompts_to_sample(config: SftConfig, held_out: Any, chat: Any) -> list[PromptRow]:
+    prompts = [Prompt(record.messages[:-1], record.where) for record in held_out]
+    new_tokens = config.sampling.max_new_tokens
+    rows = tokenised.prompts_with_room(prompts, chat, config.max_length, new_tokens, "sampling.max_new_tokens")
+    return rows[: config.end_token_samples]
 
 
 def _num_steps(config: SftConfig, num_rows: int) -> int:
@@ -95,7 +112,7 @@ def _num_steps(config: SftConfig, num_rows: int) -> int:
     return max(1, math.ceil(num_rows * (config.epochs or 0) / config.batch.batch_size))
 
 
-def _trainer(config: SftConfig, model: PeftModel, base: Base, rows: list[Dialogue], run: Run) -> SFTTrainer:
+def _trainer(config: SftConfig, model: PeftModel, base: Base, rows: list[Dialogue], run: Run) -> ResumableTrainer:
     """TRL's trainer with every argument set that this stage relies upon."""
     for module in model.modules():
         if isinstance(module, TrainableTokensWrapper):
@@ -109,9 +126,6 @@ def _trainer(config: SftConfig, model: PeftModel, base: Base, rows: list[Dialogu
         }
     )
     micro = min(config.batch.micro_batch_size, config.batch.batch_size)
-    if config.batch.batch_size % micro:
-        what = f"micro_batch_size {micro} does not divide batch_size {config.batch.batch_size}."
-        raise RlhfError(Problem("CFG007", "batch", what))
     arguments = SFTConfig(
         output_dir=str(run.path / artifacts.CHECKPOINTS), max_length=config.max_length, packing=config.packing,
         per_device_train_batch_size=micro, gradient_accumulation_steps=config.batch.batch_size // micro,
@@ -124,10 +138,7 @@ def _trainer(config: SftConfig, model: PeftModel, base: Base, rows: list[Dialogu
         logging_steps=1, logging_nan_inf_filter=False, save_strategy="no", report_to=[], disable_tqdm=True,
         dataloader_pin_memory=False, remove_unused_columns=True, shuffle_dataset=False, loss_type="nll",
     )  # fmt: skip
-    callback = _Record(run, Tracker(run.path, config.report_to), config.save_every, base)
-    trainer = SFTTrainer(
-        model=model, args=arguments, train_dataset=dataset, processing_class=base.tokenizer, callbacks=[callback]
-    )
+    trainer = ResumableTrainer(model=model, args=arguments, train_dataset=dataset, processing_class=base.tokenizer)
     for shown in list(trainer.callback_handler.callbacks):
         if type(shown).__name__ in ("PrinterCallback", "ProgressCallback"):
             trainer.remove_callback(shown)
@@ -135,10 +146,10 @@ def _trainer(config: SftConfig, model: PeftModel, base: Base, rows: list[Dialogu
 
 
 class _Record(TrainerCallback):
-    """Metrics, checkpoints and the guard against a loss that is not finite."""
+    """Metrics, the guard against a loss that is not finite, and the end of each step."""
 
-    def __init__(self, run: Run, tracker: Tracker, save_every: int | None, base: Base) -> None:
-        self.run, self.tracker, self.save_every, self.base = run, tracker, save_every, base
+    def __init__(self, run: Run, tracker: Tracker) -> None:
+        self.run, self.tracker = run, tracker
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         known = {"loss": "train/loss", "grad_norm": "train/grad_norm", "learning_rate": "train/learning_rate"}
@@ -147,15 +158,17 @@ class _Record(TrainerCallback):
             return
         self.run.write_metrics(state.global_step, values)
         self.tracker.write(state.global_step, values)
-        for name in ("train/loss", "train/grad_norm"):
-            if not math.isfinite(values.get(name, 0.0)):
-                what = f"{name} is {values[name]}; nothing was written."
-                raise RlhfError(Problem("GRD001", f"sft step {state.global_step}", what, "a lower learning rate"))
 
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        if self.save_every and state.global_step % self.save_every == 0:
-            where = self.run.path / artifacts.CHECKPOINTS / f"step-{state.global_step}" / artifacts.ADAPTER
-            adapters.save(model, "default", where)
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """Before the step is applied."""
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
+            what = "the gradient is not finite; the step was not applied."
+            fix = "a lower learning rate, or look at the rows of this step"
+            raise RlhfError(Problem("GRD001", f"sft step {state.global_step + 1}", what, fix))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_save = True  # whether a checkpoint is due, Checkpoints decides
 
 
 class _Advance(TrainerCallback):
@@ -166,17 +179,16 @@ class _Advance(TrainerCallback):
         self.progress.advance(self.progress.task_ids[0])
 
 
-def _measure(config: SftConfig, base: Base, roles: SharedBase, held_out: Any, run: Run) -> dict[str, float]:
+def _measure(
+    config: SftConfig, base: Base, roles: SharedBase, held_out: Any, sampled: list[PromptRow], run: Run
+) -> dict[str, float]:
     """Held-out loss and perplexity of base and policy, and the policy's end-token rate."""
     turns = tokenised.turns(held_out, base.chat, config.loss_on == "last_turn", config.max_length)
     before = measure.response_loss(roles, "base", turns, base.chat.pad_id, config.batch.micro_batch_size)
     after = measure.response_loss(roles, "policy", turns, base.chat.pad_id, config.batch.micro_batch_size)
-    prompts = [Prompt(record.messages[:-1], record.where) for record in held_out]
-    room = min(config.max_length, base.context_length - config.sampling.max_new_tokens)
-    rows = tokenised.prompt_rows(prompts, base.chat, room, 1.0, "data")[0][: config.end_token_samples]
     engine = HfEngine(roles, "policy", base.chat, config.sampling.concurrency)
     seed = runtime.derived_seed(config.seed, "sft", "end token")
-    samples = measure.respond(engine, base.chat, rows, measure.sampling_of(config.sampling, seed))
+    samples = measure.respond(engine, base.chat, sampled, measure.sampling_of(config.sampling, seed))
     run.write_samples("held_out", measure.sample_rows(samples))
     rate = sum(sample.finished for sample in samples) / len(samples)
     log.info(

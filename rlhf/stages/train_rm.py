@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf import artifacts, checkpoints, runtime
+from rlhf import artifacts, interrupts, runtime
 from rlhf.artifacts import Manifest
+from rlhf.checkpoints import Checkpoints, Position
 from rlhf.config.stages import RewardConfig
 from rlhf.data import tokenised
 from rlhf.data.batches import DataOrder, collate
 from rlhf.data.records import Prompt, split_by_prompt
-from rlhf.data.tokenised import Group
+from rlhf.data.tokenised import Group, PromptRow
 from rlhf.errors import Problem, RlhfError
 from rlhf.evaluation import policy as measure
 from rlhf.evaluation import reward as examine
@@ -33,6 +33,7 @@ from rlhf.reward.loss import bradley_terry, centering
 from rlhf.rollouts.hf import HfEngine
 from rlhf.runs import Run
 from rlhf.scoring.shared import SharedScorer
+from rlhf.snapshots import Stateful
 from rlhf.stages.registry import STAGES
 from rlhf.tracking import Tracker
 
@@ -42,13 +43,14 @@ SMALL_SCALE = 0.1
 
 def run(config: RewardConfig, plan: Plan, run: Run) -> Manifest:
     """Train on groups, measure on held-out prompts, standardise on samples of the SFT policy, write."""
-    started = time.perf_counter()
     device = runtime.set_up(config.runtime, config.seed)
     base = opening.reopen_base(plan.parents["policy"], device)
     runtime.set_threads(config.runtime, base.model, device)
     train_records, held_out_records = split_by_prompt(plan.data["data"].records, config.holdout_fraction, config.seed)
     train, report = _tokenise(config, train_records, base.chat)
     held_out, _ = _tokenise(config, held_out_records, base.chat)
+    tokenised.require_batch(len(train), config.batch.batch_size, "data")
+    sampled = _prompts_to_sample(config, train_records, base.chat)
     log.info(report.sentence("Training data"))
 
     roles = _roles(config, base)
@@ -58,28 +60,35 @@ def run(config: RewardConfig, plan: Plan, run: Run) -> Manifest:
         warmup_ratio=config.optim.warmup_ratio, schedule=config.optim.schedule,
         max_grad_norm=config.optim.max_grad_norm,
     )  # fmt: skip
-    order = DataOrder(len(train), min(config.batch.batch_size, len(train)), config.seed)
-    state: dict[str, checkpoints.Stateful] = {"reward": roles.state("reward"), "optimizer": optimizer, "order": order}
-    tracker = Tracker(run.path, config.report_to)
-    with bar("Reward model", steps) as progress:
-        for step in range(1, steps + 1):
-            figures = _step(config, roles, optimizer, base, [train[index] for index in order.next()], step)
-            run.write_metrics(step, figures)
-            tracker.write(step, figures)
-            if config.save_every and step % config.save_every == 0:
-                checkpoints.save(run.path / artifacts.CHECKPOINTS / f"step-{step}", state)
+    order = DataOrder(len(train), config.batch.batch_size, config.seed)
+    position = Position()
+    state: dict[str, Stateful] = {
+        "reward": roles.state("reward"), "optimizer": optimizer, "order": order, "position": position,
+    }  # fmt: skip
+    saved = Checkpoints(run, state, config.save_every, config.keep_checkpoints)
+    saved.resume()
+    tracker = Tracker(run.path, config.report_to, position.step)
+    with interrupts.deferred(), bar("Reward model", steps) as progress:
+        progress.advance(progress.task_ids[0], position.step)
+        while position.step < steps:
+            position.step += 1
+            groups = [train[index] for index in order.next()]
+            figures = _step(config, roles, optimizer, base, groups, position.step)
+            run.write_metrics(position.step, figures)
+            tracker.write(position.step, figures)
+            saved.end_of_step(position.step, last=position.step == steps)
             progress.advance(progress.task_ids[0])
     tracker.close()
 
     metrics = _held_out(config, roles, base, held_out)
-    metrics |= _standardise(config, roles, base, train_records, run)
+    metrics |= _standardise(config, roles, base, sampled, run)
     run.write_metrics(steps, metrics)
     roles.save("reward", run.path)
     base.tokenizer.save_pretrained(run.path / artifacts.TOKENIZER)
     return run.finish(
         Manifest(
             kind="reward", stage="train-rm", seed=config.seed, identity=plan.identity,
-            metrics={**metrics, **runtime.peak_memory()}, seconds=time.perf_counter() - started,
+            metrics={**metrics, **runtime.peak_memory()}, seconds=saved.seconds(),
             base=plan.parents["policy"].base, parents=plan.parents_table(STAGES["train-rm"].needs(config)),
             details={"rows": vars(report), "heads": ["score"], "steps": steps, "prompts_held_out": len(held_out)},
         )
@@ -91,6 +100,8 @@ def dry_run(config: RewardConfig, plan: Plan) -> list[str]:
     chat = opening.open_chat(opening.model_of(plan.parents["policy"]))
     train, held_out = split_by_prompt(plan.data["data"].records, config.holdout_fraction, config.seed)
     groups, report = _tokenise(config, train, chat)
+    tokenised.require_batch(len(groups), config.batch.batch_size, "data")
+    _prompts_to_sample(config, train, chat)
     judgements = sum(len(group.judgements) for group in groups)
     return [
         report.sentence("data"),
@@ -103,6 +114,13 @@ def _tokenise(config: RewardConfig, records: Any, chat: Any) -> tuple[list[Group
     return tokenised.groups(
         records, chat, config.max_length, config.too_long, config.data.max_dropped_fraction, "data"
     )  # fmt: skip
+
+
+def _prompts_to_sample(config: RewardConfig, records: Sequence[Any], chat: Any) -> list[PromptRow]:
+    prompts = [Prompt(record.prompt, record.where) for record in records]
+    new_tokens = config.sampling.max_new_tokens
+    rows = tokenised.prompts_with_room(prompts, chat, config.max_length, new_tokens, "sampling.max_new_tokens")
+    return rows[: config.standardise_samples]
 
 
 def _num_steps(config: RewardConfig, num_groups: int) -> int:
@@ -135,7 +153,8 @@ def _step(
         totals["train/accuracy"] += float(preference.accuracy.sum()) / len(groups)
         totals["train/centering"] += float(spread.detach().sum()) / len(groups)
     totals["train/learning_rate"] = optimizer.learning_rate
-    totals["train/grad_norm"] = optimizer.step(f"train-rm step {step}")
+    rows = ", ".join(group.record.where for group in groups)
+    totals["train/grad_norm"] = optimizer.step(f"train-rm step {step}, rows {rows}")
     return totals
 
 
@@ -172,12 +191,9 @@ def _held_out(config: RewardConfig, roles: Roles, base: Base, groups: Sequence[G
 
 
 def _standardise(
-    config: RewardConfig, roles: SharedBase, base: Base, records: Sequence[Any], run: Run
+    config: RewardConfig, roles: SharedBase, base: Base, rows: Sequence[PromptRow], run: Run
 ) -> dict[str, float]:
     """Set the head's shift and scale so that the SFT policy's samples have mean 0 and standard deviation 1."""
-    prompts = [Prompt(record.prompt, record.where) for record in records]
-    room = min(config.max_length, base.context_length - config.sampling.max_new_tokens)
-    rows = tokenised.prompt_rows(prompts, base.chat, room, 1.0, "data")[0][: config.standardise_samples]
     engine = HfEngine(roles, "policy", base.chat, config.sampling.concurrency)
     seed = runtime.derived_seed(config.seed, "train-rm", "standardise")
     samples = measure.respond(engine, base.chat, rows, measure.sampling_of(config.sampling, seed))

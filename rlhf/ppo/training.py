@@ -1,0 +1,197 @@
+"""What PPO does in one step, and what it carries from step to step."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rlhf import runtime, storage
+from rlhf.checkpoints import BEST, Checkpoints
+from rlhf.config.stages import PpoConfig
+from rlhf.data.batches import DataOrder
+from rlhf.data.tokenised import PromptRow
+from rlhf.evaluation import policy as measure
+from rlhf.guards import Guard
+from rlhf.models.base import Base
+from rlhf.models.roles import Roles
+from rlhf.optimizer import Optimizer
+from rlhf.ppo import experience as experiences
+from rlhf.ppo import objective
+from rlhf.ppo.update import fit_value, update
+from rlhf.rollouts.engine import RolloutEngine
+from rlhf.runs import Run, plain
+from rlhf.scoring.scorer import Scorer
+from rlhf.snapshots import Stateful
+from rlhf.tracking import Tracker
+
+log = logging.getLogger("rlhf")
+
+
+@dataclass
+class Progress:
+    """What a run carries from step to step beside roles and optimizers. Stateful.
+
+    Args:
+        num_pretrained: batches that the value role was fitted to before step 1; ``pretraining`` is the outcome.
+        first, last, best_figures: the evaluations at the start, at the latest and at the best step.
+    """
+
+    kl_coef: float
+    step: int = 0
+    num_responses: int = 0
+    num_pretrained: int = 0
+    pretraining: dict[str, Any] | None = None
+    best_step: int = 0
+    best_objective: float = float("-inf")
+    first: dict[str, float] = field(default_factory=dict)
+    last: dict[str, float] = field(default_factory=dict)
+    best_figures: dict[str, float] = field(default_factory=dict)
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+
+
+class Training:
+    """The roles, optimizers and data of a run, and what is done with them in one step.
+
+    Args:
+        train, held_out: prompts that are answered, and those that the policy is measured on.
+    """
+
+    tracker: Tracker
+
+    def __init__(
+        self, config: PpoConfig, run: Run, base: Base, roles: Roles, engine: RolloutEngine, scorer: Scorer,
+        policy_optimizer: Optimizer, value_optimizer: Optimizer, train: list[PromptRow], held_out: list[PromptRow],
+    ) -> None:  # fmt: skip
+        self.config, self.run, self.base, self.roles = config, run, base, roles
+        self.engine, self.scorer, self.train, self.held_out = engine, scorer, train, held_out
+        self.policy_optimizer, self.value_optimizer = policy_optimizer, value_optimizer
+        self.order = DataOrder(len(train), config.batch.batch_size // config.samples_per_prompt, config.seed)
+        self.progress = Progress(config.kl.coef)
+        self.guard = Guard(config.guards)
+        self.saved = Checkpoints(run, self.state(), config.save_every, config.keep_checkpoints)
+
+    def state(self) -> dict[str, Stateful]:
+        """Everything that changes during the run."""
+        return {
+            "policy": self.roles.state("policy"), "value": self.roles.state("value"),
+            "policy_optimizer": self.policy_optimizer, "value_optimizer": self.value_optimizer, "order": self.order,
+            "progress": self.progress, "guard": self.guard, "generators": runtime.Generators(),
+        }  # fmt: skip
+
+    def record(self, step: int, values: dict[str, float]) -> None:
+        self.run.write_metrics(step, values)
+        self.tracker.write(step, values)
+
+    def roll_out(self) -> experiences.Experience:
+        """Answer the next prompts with the policy as it is."""
+        config, progress = self.config, self.progress
+        rows = [self.train[index] for index in self.order.next()]
+        seed = runtime.derived_seed(config.seed, "ppo", "rollouts")
+        batch = experiences.collect(
+            config, self.roles, self.engine, self.scorer, self.base, rows, seed, progress.num_responses,
+            progress.kl_coef,
+        )  # fmt: skip
+        progress.num_responses += len(batch.samples)
+        return batch
+
+    def evaluate(self) -> dict[str, float]:
+        """Measure the policy on the held-out prompts; the best one so far is written beside the checkpoints."""
+        config, progress = self.config, self.progress
+        seed = runtime.derived_seed(config.seed, "ppo", "evaluation")
+        outcome = measure.evaluate(
+            self.roles, self.engine, self.scorer, experiences.settle(config.missing_eos), self.base.chat,
+            self.held_out, config.sampling, seed, config.batch.micro_batch_size,
+        )  # fmt: skip
+        self.run.write_samples(f"step-{progress.step}", outcome.rows)
+        figures = outcome.metrics
+        figures["eval/objective"] = figures["eval/score"] - config.kl.coef * figures["eval/exact_kl_nats"]
+        self.record(progress.step, figures)
+        _say(progress.step, figures)
+        if figures["eval/objective"] > progress.best_objective:
+            progress.best_step, progress.best_objective = progress.step, figures["eval/objective"]
+            progress.best_figures = dict(figures)
+            save_roles(self.roles, self.saved.directory / f"{BEST}-{progress.best_step}")
+            self.saved.retire(self.needed())
+        progress.last = figures
+        return figures
+
+    def needed(self) -> tuple[str, ...]:
+        """What belongs to a checkpoint beside the state: the best roles so far."""
+        return (f"{BEST}-{self.progress.best_step}",) if self.progress.best_figures else ()
+
+    def pretrain_value(self) -> None:
+        """Fit the value role to one batch of the unmoved policy, or find that it explains enough of the returns.
+
+        The explained variance is of a fresh batch, before it is learnt from.
+        """
+        config, progress = self.config, self.progress
+        wanted, limit, number = (
+            config.value.min_explained_variance,
+            config.value.pretrain_steps,
+            progress.num_pretrained,
+        )
+        if not limit:
+            progress.pretraining = {"batches": 0, "reached": False, "explained_variance": None}
+            return
+        batch = self.roll_out()
+        explained = batch.metrics["rollout/explained_variance"]
+        self.record(0, {"pretrain/batch": number, "pretrain/explained_variance": explained})
+        if explained >= wanted:
+            log.info("Value pretraining: explained variance %.2f after %d batches.", explained, number)
+            progress.pretraining = {"batches": number, "reached": True, "explained_variance": explained}
+        elif number == limit:
+            log.warning(
+                "Value pretraining ended at its limit of %d batches with explained variance %.2f, below %.2f.",
+                limit, explained, wanted,
+            )  # fmt: skip
+            progress.pretraining = {"batches": number, "reached": False, "explained_variance": plain(explained)}
+        else:
+            seed = runtime.derived_seed(config.seed, "value", number)
+            fit_value(config, self.roles, self.value_optimizer, self.base, batch, seed, 0)
+            progress.num_pretrained += 1
+
+    def step(self) -> None:
+        """One rollout, its update, and where it is time to an evaluation."""
+        config, progress = self.config, self.progress
+        clock, step = time.perf_counter(), progress.step + 1
+        batch = self.roll_out()
+        rolled_out = time.perf_counter()
+        self.guard.check(step, batch.metrics)
+        seed = runtime.derived_seed(config.seed, "ppo", "minibatches", step)
+        figures = update(
+            config, self.roles, self.policy_optimizer, self.value_optimizer, self.base, batch, seed, step,
+            progress.kl_coef,
+        )  # fmt: skip
+        progress.step = step
+        if config.kl.target is not None:
+            progress.kl_coef = objective.adapted_coef(
+                progress.kl_coef, batch.metrics["rollout/kl_nats"], config.kl.target, config.kl.horizon,
+                len(batch.samples),
+            )  # fmt: skip
+        times = {"time/rollout_s": rolled_out - clock, "time/update_s": time.perf_counter() - rolled_out}
+        self.record(step, {**batch.metrics, **figures, **times})
+        self.guard.check(step, figures)
+        if step % config.evaluation.every == 0 or step == config.steps:
+            self.evaluate()
+
+
+def save_roles(roles: Roles, directory: Path) -> None:
+    """Policy and value role under ``directory``, whole or not at all."""
+    with storage.staged_directory(directory) as staging:
+        for slot in ("policy", "value"):
+            roles.save(slot, staging / slot)
+
+
+def _say(step: int, figures: dict[str, float]) -> None:
+    log.info(
+        "Step %d: held-out score %.3f, exact KL %.2f nats, %.1f tokens, %.0f %% ended.", step, figures["eval/score"],
+        figures["eval/exact_kl_nats"], figures["eval/response_tokens"], 100 * figures["eval/end_token_rate"],
+    )  # fmt: skip

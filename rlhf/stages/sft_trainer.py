@@ -1,0 +1,91 @@
+"""TRL's SFTTrainer with the project's checkpoints: its loop, no pickle, and a resume that is exact."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer import TRAINER_STATE_NAME
+from trl import SFTTrainer
+
+from rlhf import runtime
+from rlhf.models import adapters
+from rlhf.snapshots import Stateful
+
+
+class Part:
+    """One part of a trainer's state. What is given back is kept until the trainer asks for it. Stateful."""
+
+    def __init__(self, trainer: ResumableTrainer, name: str) -> None:
+        self.trainer, self.name = trainer, name
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.trainer.part(self.name)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.trainer.restored[self.name] = state
+
+
+class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
+    """The trainer calls ``save_step`` at the end of each step; see ``Checkpoints.end_of_step``.
+
+    Everything below that begins with an underscore is a method of transformers' Trainer that reads or writes pickles
+    there. The adapter is called "default", as PEFT does.
+    """
+
+    PARTS = ("adapter", "optimizer", "scheduler", "generators", "progress")
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.generators = runtime.Generators()
+        self.restored: dict[str, dict[str, Any]] = {}
+        self.save_step: Any = None
+
+    def parts(self) -> dict[str, Stateful]:
+        return {name: Part(self, name) for name in self.PARTS}
+
+    def part(self, name: str) -> dict[str, Any]:
+        """The present state of one part."""
+        if name == "adapter":
+            return {"weights": adapters.weights(self.model, "default")}
+        if name == "optimizer":
+            return self.optimizer.state_dict()  # type: ignore[no-any-return]
+        if name == "scheduler":
+            return self.lr_scheduler.state_dict()  # type: ignore[no-any-return]
+        if name == "generators":
+            return self.generators.state_dict()
+        return {"json": json.dumps({**asdict(self.state), "log_history": []})}
+
+    @property
+    def restored_step(self) -> int:
+        """Steps that were done before this process; 0 for a fresh start."""
+        return int(json.loads(self.restored["progress"]["json"])["global_step"]) if self.restored else 0
+
+    def train_from_here(self) -> None:
+        """Train to the end from the restored step, or from the beginning."""
+        if not self.restored:
+            self.train()
+        elif self.restored_step >= self.args.max_steps:
+            self._load_from_checkpoint("")  # nothing is left to train, and ``train`` would take one step more
+        else:
+            with tempfile.TemporaryDirectory(prefix="rlhf-") as directory:
+                (Path(directory) / TRAINER_STATE_NAME).write_text(self.restored["progress"]["json"], "utf-8")
+                self.train(resume_from_checkpoint=directory)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self.save_step(self.state.global_step, last=self.state.global_step == self.args.max_steps)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        adapters.load(self.model, "default", self.restored["adapter"]["weights"])
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            self.optimizer.load_state_dict(self.restored["optimizer"])
+            self.lr_scheduler.load_state_dict(self.restored["scheduler"])
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            self.generators.load_state_dict(self.restored["generators"])
