@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rlhf import artifacts
+from rlhf import artifacts, model_files, names, resources, runs
 from rlhf.artifacts import Manifest
 from rlhf.config.load import flatten
 from rlhf.config.sections import DataSection, ModelSection
 from rlhf.config.stages import StageConfig
+from rlhf.data.records import count_shared_prompts
 from rlhf.data.sources import Loaded
 from rlhf.demo import registry as demo
 from rlhf.errors import Problem, RlhfError
 
-NOT_IDENTITY = ("run_dir", "runtime", "report_to", "save_every")
+NOT_IDENTITY = ("run_dir", "runtime", "report_to", "save_every", "keep_checkpoints", "guards")
+DATA_FILES = (".jsonl", ".ndjson", ".json", ".gz", ".parquet", ".csv", ".tsv", ".txt", ".arrow", ".zst", ".zip")
 
 
 @dataclass(frozen=True)
@@ -48,12 +50,13 @@ class Needs:
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked start: the parents' manifests, the data rows, the identity, and what could not be checked."""
+    """A checked start: parents' manifests, data rows, identity, what could not be checked, disk and memory figures."""
 
     parents: dict[str, Manifest]
     data: dict[str, Loaded]
     identity: dict[str, Any]
     unchecked: tuple[str, ...]
+    figures: tuple[str, ...] = ()
 
     def notes(self) -> list[str]:
         """What is to be said of the data that was read."""
@@ -75,28 +78,70 @@ def prepare(config: StageConfig, needs: Needs, parents_may_be_missing: bool = Fa
     """
     unchecked: list[str] = []
     problems: list[Problem] = []
-    data: dict[str, Loaded] = {}
-    parents: dict[str, Manifest] = {}
-    for item in needs.inputs:
-        try:
-            data[item.key] = item.read(item.section)
-        except RlhfError as error:
-            problems += error.problems
-    for parent in needs.parents:
-        if parents_may_be_missing and not artifacts.is_finished(Path(parent.run_dir)):
-            unchecked.append(f"{parent.key}: {parent.run_dir} has not been run yet")
-            continue
-        try:
-            parents[parent.key] = artifacts.read(parent.run_dir, *parent.kinds, where=parent.key)
-            artifacts.verify(Path(parent.run_dir), parents[parent.key])
-        except RlhfError as error:
-            problems += error.problems
+    data = _read_data(needs, problems)
+    parents = _read_parents(needs, parents_may_be_missing, problems, unchecked)
     problems += _other_bases(parents)
+    data |= _overlaps(data, parents)
     base_digest = _base_digest(needs.model, problems, unchecked)
+    identity = {} if problems else _identity(config, data, parents, base_digest)
+    figures: list[str] = []
+    if problems or not _is_current(config.run_dir, identity):
+        figures = _resources(config, needs, data, parents, problems, unchecked)
     if problems:
         raise RlhfError(*problems)
     unchecked.append("token lengths and model weights (a --dry-run counts tokens)")
-    return Plan(parents, data, _identity(config, data, parents, base_digest), tuple(unchecked))
+    return Plan(parents, data, identity, tuple(unchecked), tuple(figures))
+
+
+def _read_data(needs: Needs, problems: list[Problem]) -> dict[str, Loaded]:
+    data: dict[str, Loaded] = {}
+    for item in needs.inputs:
+        try:
+            if refused := _refused_data(item):
+                raise RlhfError(*refused)
+            data[item.key] = item.read(item.section)
+        except RlhfError as error:
+            problems += error.problems
+    return data
+
+
+def _refused_data(item: Input) -> list[Problem]:
+    path, key = item.section.path, f"{item.key}.path"
+    found = (
+        None if demo.is_demo(path) else names.refused(path, key, "DAT010", path.endswith(DATA_FILES)),
+        names.refused_revision(item.section.revision, f"{item.key}.revision"),
+    )
+    return [problem for problem in found if problem]
+
+
+def _read_parents(
+    needs: Needs, may_be_missing: bool, problems: list[Problem], unchecked: list[str]
+) -> dict[str, Manifest]:
+    parents: dict[str, Manifest] = {}
+    for parent in needs.parents:
+        if may_be_missing and not artifacts.is_finished(Path(parent.run_dir)):
+            unchecked.append(f"{parent.key}: {parent.run_dir} has not been run yet")
+            continue
+        try:
+            manifest = artifacts.read(parent.run_dir, *parent.kinds, where=parent.key)
+            artifacts.verify(Path(parent.run_dir), manifest)
+            parents[parent.key] = manifest
+        except RlhfError as error:
+            problems += error.problems
+    return parents
+
+
+def _overlaps(data: Mapping[str, Loaded], parents: Mapping[str, Manifest]) -> dict[str, Loaded]:
+    """Data that measures, with a warning where it holds what was trained on."""
+    said: dict[str, str] = {}
+    if {"prompts", "evaluation.data"} <= data.keys():
+        count = count_shared_prompts(data["prompts"].records, data["evaluation.data"].records)
+        if count:
+            said["evaluation.data"] = f"{count} of its prompts are trained on"
+    reward = parents.get("reward")
+    if reward and "data" in data and reward.identity.get("data.rows") == data["data"].digest:
+        said["data"] = "the very rows that the reward model was trained on"
+    return {key: replace(data[key], warnings=(*data[key].warnings, text)) for key, text in said.items()}
 
 
 def _other_bases(parents: Mapping[str, Manifest]) -> list[Problem]:
@@ -115,19 +160,77 @@ def _other_bases(parents: Mapping[str, Manifest]) -> list[Problem]:
 def _base_digest(model: ModelSection | None, problems: list[Problem], unchecked: list[str]) -> str | None:
     if model is None:
         return None
-    if model.trust_remote_code and not model.revision:
-        what = "remote code without a pinned revision refused."
-        problems.append(Problem("SEC004", "model.trust_remote_code", what, "set model.revision to a commit"))
-        return None
     if demo.is_demo(model.path):
         return artifacts.model_digest(demo.resolve_model(model.path))
-    if (directory := Path(model.path)).is_dir():
-        if not (directory / "config.json").is_file():
-            what = "has no config.json."
-            problems.append(Problem("MOD001", f"model.path: {model.path}", what, "name a Hugging Face model directory"))
-        return artifacts.model_digest(directory)
+    refused = (
+        names.refused(model.path, "model.path", "MOD001"),
+        names.refused_revision(model.revision, "model.revision"),
+        names.unpinned_code(model.trust_remote_code, model.revision, "model.trust_remote_code"),
+    )
+    if found := [problem for problem in refused if problem]:
+        problems += found
+        return None
+    if names.exists(model.path):
+        return artifacts.model_digest(Path(model.path))
     unchecked.append(f"model {model.path}: not a local directory, taken for a hub id")
     return None
+
+
+def _resources(
+    config: StageConfig,
+    needs: Needs,
+    data: Mapping[str, Loaded],
+    parents: Mapping[str, Manifest],
+    problems: list[Problem],
+    unchecked: list[str],
+) -> list[str]:
+    """Rights, disk and memory; what is found wrong goes to ``problems``, and the figures come back for the plan."""
+    unwritable = resources.run_dir_problem(config.run_dir)
+    problems += [unwritable] if unwritable else []
+    base = _base_of(needs, parents)
+    if base is None or len(parents) < len(needs.parents):
+        unchecked.append("disk and memory: they follow from the runs that this one is made from")
+        return []
+    source, dtype, where = base
+    directory = demo.resolve_model(source) if demo.is_demo(source) else Path(source)
+    if not demo.is_demo(source) and (refused := names.refused(source, where, "MOD001")):
+        problems += [] if needs.model else [refused]
+        return []
+    if not names.exists(str(directory)):
+        unchecked.append(f"disk and memory: the layers of {source} are not here to be counted")
+        return []
+    try:
+        tensors = model_files.read(directory, f"{where}: {source}")
+    except RlhfError as error:
+        problems += error.problems
+        return []
+    num_rows = max((len(loaded.records) for loaded in data.values()), default=0)
+    written = resources.written(config, tensors, parents, num_rows)
+    memory = resources.base_bytes(tensors, dtype) + written.largest
+    available = resources.available_memory()
+    if available is None:
+        unchecked.append("memory: this system does not say how much is available")
+    elif scarce := resources.memory_problem(source, memory, available):
+        problems.append(scarce)
+    if unwritable:
+        return []
+    free = resources.free_disk(config.run_dir)
+    if full := resources.disk_problem(config.run_dir, written, free):
+        problems.append(full)
+    return resources.figures(written, free, memory, available)
+
+
+def _base_of(needs: Needs, parents: Mapping[str, Manifest]) -> tuple[str, str, str] | None:
+    """Source and dtype of the base, and the key that names it."""
+    if needs.model:
+        return needs.model.path, needs.model.dtype, "model.path"
+    found = ((m.base.source, m.base.dtype, f"{key}: base") for key, m in parents.items() if m.base)
+    return next(found, None)
+
+
+def _is_current(run_dir: str, identity: Mapping[str, Any]) -> bool:
+    """Whether the run stands finished already, so that nothing will be written."""
+    return artifacts.is_finished(Path(run_dir)) and runs.status(Path(run_dir), identity) is None
 
 
 def _identity(

@@ -12,6 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from rlhf import masking
+
+WIDE = 150
 Item = TypeVar("Item")
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -23,7 +26,7 @@ class _ConsoleHandler(logging.Handler):
 
 
 def log_to_console(quiet: bool = False) -> None:
-    """Send the package's log to standard error, once."""
+    """Send the package's log to standard error, once; secrets are masked there and in run logs."""
     logger = logging.getLogger("rlhf")
     logger.setLevel(logging.INFO)
     logger.propagate = False
@@ -32,6 +35,7 @@ def log_to_console(quiet: bool = False) -> None:
     handler = _ConsoleHandler(logging.WARNING if quiet else logging.INFO)
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger.addHandler(handler)
+    masking.guard(logger)
 
 
 @contextmanager
@@ -55,10 +59,15 @@ def track(items: Iterable[Item], title: str, total: int) -> Iterator[Item]:
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """A table for ``console.print``; the first column is text, the others are numbers."""
+    """A table for ``show``; the first column is text, the others are numbers."""
     shown = Table(title=title, title_justify="left", title_style="bold")
     for index, column in enumerate(columns):
         shown.add_column(column, justify="left" if index == 0 else "right")
     for row in rows:
         shown.add_row(*row)
     return shown
+
+
+def show(shown: Table) -> None:
+    """Print a table, whole also where the terminal is narrow or none."""
+    Console(stderr=True, width=max(console.width, WIDE)).print(shown)

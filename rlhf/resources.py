@@ -1,0 +1,191 @@
+"""Whether a run has the disk, the memory and the rights that it will need, worked out before anything is computed."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlhf import artifacts, names
+from rlhf.artifacts import Manifest
+from rlhf.config.stages import PpoConfig, RewardConfig, SftConfig, StageConfig
+from rlhf.errors import Problem
+from rlhf.model_files import StoredTensor
+
+FLOAT32 = 4
+WITH_MOMENTS = 3  # a trained parameter and its two Adam moments
+SPARE = 1.2  # the checkpoint that is being written stands beside those that are kept, and a margin
+BESIDES = 32 << 20  # tokenizer, log, metrics and samples
+MAX_NAME = 255
+ADAPTER_WEIGHTS, ADAPTER_CONFIG = (
+    f"{artifacts.ADAPTER}/{name}" for name in ("adapter_model.safetensors", "adapter_config.json")
+)
+BYTES_OF = {"float32": 4, "bfloat16": 2}
+FLOATING = ("F64", "F32", "F16", "BF16")
+NOT_ADAPTED = ("embed", "wte", "wpe", "lm_head")
+MEMINFO = Path("/proc/meminfo")
+
+
+@dataclass(frozen=True)
+class Written:
+    """Bytes that a run writes: its largest checkpoint, and all that it keeps at the end."""
+
+    largest: int
+    kept: int
+
+    @property
+    def needed(self) -> int:
+        """Free disk that the run must find: 2.2 times its only checkpoint, or all that it keeps and 1.2 times one."""
+        return math.ceil(self.kept + SPARE * self.largest) + BESIDES
+
+
+def lora_parameters(tensors: Mapping[str, StoredTensor], rank: int, target_modules: str | list[str]) -> int:
+    """Parameters of a LoRA adapter: rank times inputs and outputs of every linear layer that gets one."""
+    return rank * sum(
+        sum(tensor.shape)
+        for name, tensor in tensors.items()
+        if len(tensor.shape) == 2 and name.endswith(".weight") and not any(word in name for word in NOT_ADAPTED)
+        if target_modules == "all-linear" or name.split(".")[-2] in target_modules
+    )
+
+
+def base_bytes(tensors: Mapping[str, StoredTensor], dtype: str) -> int:
+    """Memory that the weights take in ``dtype``; what is stored quantised stays as it is."""
+    return sum(
+        tensor.num_elements * BYTES_OF[dtype] if tensor.dtype in FLOATING else tensor.num_bytes
+        for tensor in tensors.values()
+    )
+
+
+def written(
+    config: StageConfig, tensors: Mapping[str, StoredTensor], parents: Mapping[str, Manifest], num_rows: int
+) -> Written:
+    """An estimate of what the stage writes, from the base's layers and the sizes of the parents' adapters."""
+    hidden = _hidden_size(tensors)
+    head = FLOAT32 * (hidden + 1)
+    if isinstance(config, SftConfig):
+        tokens = 2 * hidden * len(config.lora.train_tokens)
+        adapter = FLOAT32 * (lora_parameters(tensors, config.lora.r, config.lora.target_modules) + tokens)
+        return _with_checkpoints(adapter, adapter, _num_checkpoints(config, num_rows))
+    if isinstance(config, RewardConfig):
+        slot = _stored_adapter(parents["policy"]) + head
+        if config.lora_r:
+            slot = math.ceil(slot * config.lora_r / _rank(config.policy))
+        return _with_checkpoints(slot, slot, _num_checkpoints(config, num_rows))
+    if isinstance(config, PpoConfig):
+        policy = _stored_adapter(parents["policy"])
+        rewards = [manifest for key, manifest in parents.items() if key.startswith("rewards.")]
+        value = _stored_adapter(rewards[0]) if rewards and config.value.start == "reward" else policy
+        num_saved, slots = _num_checkpoints(config, num_rows), policy + value + head
+        # the result, best and last, and the best roles so far that belong to each checkpoint
+        return _with_checkpoints(slots, policy + (2 + num_saved) * slots, num_saved)
+    return Written(0, 0)
+
+
+def run_dir_problem(run_dir: str) -> Problem | None:
+    """Why the run directory cannot be made or written to; None if nothing speaks against it."""
+    where, path = f"run_dir: {names.shown(run_dir)}", Path(run_dir)
+    if not run_dir.isprintable():
+        return Problem("SEC006", where, "has a control character.", "name a directory")
+    if any(len(os.fsencode(part)) > MAX_NAME for part in path.parts):
+        return Problem("RES002", where, f"has a part longer than {MAX_NAME} bytes.", "a shorter name")
+    place = nearest_existing(path)
+    if not place.is_dir():
+        what = "run_dir is a file." if place == path else f"cannot be made: {place} is a file."
+        return Problem("RES002", where, what, "name a directory")
+    if path.is_symlink() and place != path:
+        return Problem("RES002", where, "is a symbolic link to what is not there.", "name a directory")
+    if not os.access(place, os.W_OK | os.X_OK):
+        what = "cannot be written to." if place == path else f"cannot be made: {place} is not writable."
+        return Problem("RES002", where, what, "another run_dir, or the right to write there")
+    return None
+
+
+def disk_problem(run_dir: str, need: Written, free: int) -> Problem | None:
+    """RES003 where the file system of the run directory has less free than the run writes."""
+    if free >= need.needed:
+        return None
+    what = f"needs {size(need.needed)} of disk, free are {size(free)}: {_disk_parts(need)}."
+    return Problem("RES003", f"run_dir: {run_dir}", what, "free some, name another run_dir, or save less often")
+
+
+def memory_problem(source: str, need: int, available: int) -> Problem | None:
+    """RES004 where the weights, and what is trained beside them, do not fit into the memory that is available now."""
+    if available >= need:
+        return None
+    what = f"needs {size(need)} of memory at least, available are {size(available)}."
+    return Problem("RES004", f"model {source}", what, "a smaller model, dtype: bfloat16, or end other programs")
+
+
+def free_disk(run_dir: str) -> int:
+    """Bytes that may still be written where the run directory stands or will stand."""
+    return shutil.disk_usage(nearest_existing(Path(run_dir))).free
+
+
+def available_memory() -> int | None:
+    """Bytes that Linux can give without swapping; None where it does not say."""
+    try:
+        lines = MEMINFO.read_text("ascii").splitlines()
+    except OSError:
+        return None
+    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return int(found[0]) * 1024 if found else None
+
+
+def figures(need: Written, free: int, memory: int, available: int | None) -> list[str]:
+    """The same for a plan, as sentences without their final full stop."""
+    known = f"{size(available)} available" if available is not None else "what is available is not known here"
+    return [
+        f"disk: {size(need.needed)} needed, {size(free)} free ({_disk_parts(need)})",
+        f"memory: {size(memory)} at least for the weights and what is trained, {known}",
+    ]
+
+
+def nearest_existing(path: Path) -> Path:
+    """The path itself, or the first directory above it that is there."""
+    return next((place for place in (path, *path.absolute().parents) if names.exists(str(place))), Path("/"))
+
+
+def size(num_bytes: float) -> str:
+    """Bytes for people: 1.4 GiB."""
+    for unit in ("bytes", "KiB", "MiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.0f} {unit}" if unit == "bytes" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} GiB"
+
+
+def _disk_parts(need: Written) -> str:
+    return f"{size(need.kept)} kept, {SPARE} x the largest checkpoint of {size(need.largest)}, {size(BESIDES)} besides"
+
+
+def _num_checkpoints(config: SftConfig | RewardConfig | PpoConfig, num_rows: int) -> int:
+    """How many stand at the end. Rows may still be dropped or held out, so that this is the most."""
+    epochs = 0 if isinstance(config, PpoConfig) else config.epochs or 0
+    steps = config.steps or math.ceil(num_rows * epochs / config.batch.batch_size)
+    return min(config.keep_checkpoints, 1 + steps // config.save_every) if config.save_every else 1
+
+
+def _with_checkpoints(trained: int, results: int, num_saved: int) -> Written:
+    largest = WITH_MOMENTS * trained
+    return Written(largest, results + num_saved * largest)
+
+
+def _stored_adapter(manifest: Manifest) -> int:
+    """Size of a finished run's adapter."""
+    return int(manifest.files.get(ADAPTER_WEIGHTS, {}).get("size", 0))
+
+
+def _rank(run_dir: str) -> int:
+    return int(json.loads((Path(run_dir) / ADAPTER_CONFIG).read_text("utf-8"))["r"])
+
+
+def _hidden_size(tensors: Mapping[str, StoredTensor]) -> int:
+    """Width of the embeddings, by the names that the architectures give them; 0 where none is known."""
+    known = (tensor.shape[-1] for name, tensor in tensors.items() if re.search(r"embed_tokens|wte|embed_in", name))
+    return next(known, 0)
