@@ -51,11 +51,11 @@ def another_shape(directory):
     (directory / "config.json").write_text(json.dumps(config | {"intermediate_size": 64}), "utf-8")
 
 
-@pytest.mark.parametrize("damage", [cut_short, another_shape])
-def test_damaged_models_are_a_message_and_no_traceback(tmp_path, damage):
+@pytest.mark.parametrize(("damage", "code"), [(cut_short, "MOD006"), (another_shape, "MOD001")])
+def test_damaged_models_are_a_message_and_no_traceback(tmp_path, damage, code):
     directory = build(tmp_path / "m")
     damage(directory)
-    with pytest.raises(RlhfError, match="MOD001"):
+    with pytest.raises(RlhfError, match=code):
         load_base(str(directory))
 
 

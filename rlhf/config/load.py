@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import difflib
+import re
 import types
 import typing
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from rlhf import masking
 from rlhf.config import yaml_reader
 from rlhf.config.sections import Section
 from rlhf.errors import Problem, RlhfError
 
 Config = TypeVar("Config", bound=Section)
 Path_ = tuple[str | int, ...]
+INDEX = re.compile(r"[0-9]{1,6}")
+VARIABLE = re.compile(r"\$\{[^}]*\}")
 
 HINTS = {
     "lr": "optim.learning_rate", "beta": "kl.coef", "kl_coef": "kl.coef", "init_kl_coef": "kl.coef",
@@ -31,27 +36,49 @@ HINTS = {
 }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class _Source:
+    """What was read, and where each part of it stands: in the file, or in an override by the path that it set."""
+
+    name: str
+    value: Any
+    places: yaml_reader.Places
+    origins: dict[Path_, str]
+
+    def where(self, path: Path_) -> tuple[tuple[int, int, int], str]:
+        """A key for sorting by appearance, and the place as a message says it."""
+        key = yaml_reader.shown(masking.mask(".".join(map(str, path))))
+        for index, (set_path, text) in enumerate(self.origins.items()):
+            if path and path[: len(set_path)] == set_path:
+                return (1, index, 0), f"{text} ({key})"
+        line, column = self.places.get(path) or self.places.get(path[:-1]) or (1, 1)
+        return (0, line, column), f"{self.name}:{line}:{column} {key}".rstrip()
+
+
 def load(config_class: type[Config], path: Path | None, overrides: Sequence[str] = ()) -> Config:
     """Read and validate a stage config; precedence is defaults, file, ``overrides`` ('a.b=c').
 
     Raises:
-        RlhfError: with every problem, in the order of the file, then of the overrides.
+        RlhfError: with every problem, in the order of the file, then of the overrides; SEC alone, where a secret
+            stands in it, and without the secret.
     """
     value, places = yaml_reader.read_file(path) if path else ({}, {})
     if not isinstance(value, dict):
         what = f"expected a mapping at the top level, got {_kind(value)}."
         raise RlhfError(Problem("CFG002", f"{path}:1", what, "write key: value"))
-    origins: dict[Path_, str] = {}
+    source = _Source(str(path) if path else "config", value, places, {})
     for item in overrides:
-        _override(value, item, origins)
+        _override(value, item, source.origins)
+    if secret := list(_secrets(source, config_class)):
+        raise RlhfError(*secret)
+    found = list(_variables(source))
     try:
-        return config_class.model_validate(value)
+        config = config_class.model_validate(value)
     except ValidationError as error:
-        found = [
-            _problem(entry, config_class, value, str(path) if path else "config", places, origins)
-            for entry in error.errors()
-        ]
-    raise RlhfError(*[problem for _, problem in sorted(dict.fromkeys(found), key=lambda item: item[0])])
+        found += [_problem(entry, config_class, source) for entry in error.errors()]
+    if found:
+        raise RlhfError(*[problem for _, problem in sorted(dict.fromkeys(found), key=lambda item: item[0])])
+    return config
 
 
 def dump(config: Section) -> str:
@@ -77,50 +104,66 @@ def flatten(config: Section) -> dict[str, Any]:
 
 def _override(config: dict[str, Any], item: str, origins: dict[Path_, str]) -> None:
     key, equals, text = item.partition("=")
-    where = f"--set {item}"
+    where = f"--set {yaml_reader.shown(key if masking.is_secret_name(key) else masking.mask(item))}"
     if not equals or not all(key.split(".")):
         raise RlhfError(Problem("CFG005", where, "not of the form key.subkey=value.", "for instance --set steps=10"))
+    if found := yaml_reader.UNWRITABLE.search(key):
+        raise RlhfError(Problem("CFG005", where, f"contains the character {found[0]!a}, which no text can hold."))
     value, _ = yaml_reader.read_text(text, where)
-    path: Path_ = tuple(int(part) if part.isdigit() else part for part in key.split("."))
+    path: Path_ = ()
     here: Any = config
-    for depth, part in enumerate(path):
-        last = depth == len(path) - 1
-        if isinstance(here, list) and isinstance(part, int):
-            if part >= len(here):
-                raise RlhfError(Problem("CFG005", where, f"the list has {len(here)} items, counted from 0."))
-        elif not isinstance(here, dict):
-            prefix = ".".join(map(str, path[:depth]))
-            raise RlhfError(Problem("CFG005", where, f"{prefix} is {_kind(here)}, which has no key {part}."))
-        if last:
-            here[part] = value
-        elif isinstance(here, dict) and not isinstance(here.get(part), dict | list):
+    for word in key.split("."):
+        part = int(word) if isinstance(here, list) and INDEX.fullmatch(word) else word
+        if isinstance(part, int) and part >= len(here):
+            raise RlhfError(Problem("CFG005", where, f"the list has {len(here)} items, counted from 0."))
+        if not isinstance(here, dict) and not isinstance(part, int):
+            prefix = yaml_reader.shown(".".join(map(str, path)))
+            raise RlhfError(
+                Problem("CFG005", where, f"{prefix} is {_kind(here)}, which has no key {yaml_reader.shown(str(part))}.")
+            )
+        path, parent = (*path, part), here
+        if isinstance(here, dict) and not isinstance(here.get(part), dict | list):
             here[part] = {}
         here = here[part]
+    parent[part] = value
     origins[path] = where
 
 
-def _problem(
-    entry: Any,
-    config_class: type[Section],
-    value: Any,
-    name: str,
-    places: yaml_reader.Places,
-    origins: dict[Path_, str],
-) -> tuple[tuple[int, int, int], Problem]:
-    path = _existing(entry["loc"], value)
-    key = ".".join(map(str, path))
-    origin = next((text for set_path, text in origins.items() if path[: len(set_path)] == set_path and path), None)
-    line, column = places.get(path) or places.get(path[:-1]) or (1, 1)
-    where = f"{origin} ({key})" if origin else f"{name}:{line}:{column} {key}".rstrip()
-    order = (
-        (1, list(origins).index(next(p for p, t in origins.items() if t == origin)), 0) if origin else (0, line, column)
-    )
+def _secrets(source: _Source, config_class: type[Section]) -> Iterator[Problem]:
+    """A key that asks for a secret and is none of ours, and text that holds one; the message never shows it."""
+    known = {key.rpartition(".")[2] for key in _keys(config_class)}
+    for path, value in _leaves((), source.value):
+        asks = value is not None and any(masking.is_secret_name(str(part)) and part not in known for part in path)
+        if asks or any(masking.holds_secret(str(part)) for part in (*path, value)):
+            fix = "remove it, and set the variable that the tool reads, such as HF_TOKEN, in the environment"
+            yield Problem("SEC008", source.where(path)[1], "a secret in a config is refused.", fix)
+
+
+def _variables(source: _Source) -> Iterator[tuple[tuple[int, int, int], Problem]]:
+    for path, value in _leaves((), source.value):
+        if isinstance(value, str) and (found := VARIABLE.search(value)):
+            order, where = source.where(path)
+            what = f"{yaml_reader.shown(found[0])} is not filled in: a config takes no environment variables."
+            yield order, Problem("CFG011", where, what, "write the value, or hand it over with --set")
+
+
+def _leaves(path: Path_, value: Any) -> Iterator[tuple[Path_, Any]]:
+    items: Any = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    if not items:
+        yield path, value
+    for part, item in items:
+        yield from _leaves((*path, part), item)
+
+
+def _problem(entry: Any, config_class: type[Section], source: _Source) -> tuple[tuple[int, int, int], Problem]:
+    path = _existing(entry["loc"], source.value)
+    order, where = source.where(path)
     given = entry.get("input")
     match entry["type"]:
         case "extra_forbidden":
             return order, Problem("CFG001", where, "unknown key.", _suggestion(path, config_class))
         case "missing":
-            return order, Problem("CFG006", where, "required, and not set.", f"set {key}")
+            return order, Problem("CFG006", where, "required, and not set.", f"set {'.'.join(map(str, path))}")
         case "value_error":
             return order, Problem("CFG007", where, f"{entry['ctx']['error']!s}.")
     message = entry["msg"].replace("Input should be", "must be")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -38,6 +39,7 @@ class TrainedForAWhile(Section):
     epochs: Positive | None = Field(None, description="passes over the training data; instead of steps")
     steps: Count | None = Field(None, description="optimizer steps; instead of epochs")
     save_every: Count | None = Field(None, description="steps between checkpoints; null: none before the end")
+    keep_checkpoints: Annotated[int, Field(ge=2)] = Field(2, description="newest checkpoints that are kept")
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainedForAWhile:
@@ -75,6 +77,14 @@ class SftConfig(StageConfig, TrainedForAWhile, LongRows):
     end_token_samples: Count = Field(128, description="held-out prompts sampled to measure the end-token rate")
     min_end_token_rate: Fraction = Field(0.9, description="fewer responses that end by themselves is an error")
     report_to: Literal["none", "tensorboard"] = "none"
+
+    @model_validator(mode="after")
+    def _micro_batches_fill_a_batch(self) -> SftConfig:
+        micro, whole = self.batch.micro_batch_size, self.batch.batch_size
+        if whole % min(micro, whole):
+            fits = math.gcd(micro, whole)
+            raise ValueError(f"batch.micro_batch_size {micro} does not divide batch.batch_size {whole}; {fits} does")
+        return self
 
 
 class RewardConfig(StageConfig, TrainedForAWhile, LongRows):
@@ -147,7 +157,10 @@ class PpoBatchSection(Section):
     @model_validator(mode="after")
     def _divides(self) -> PpoBatchSection:
         if self.batch_size % self.minibatch_size:
-            raise ValueError(f"minibatch_size {self.minibatch_size} does not divide batch_size {self.batch_size}")
+            fits = math.gcd(self.batch_size, self.minibatch_size)
+            raise ValueError(
+                f"minibatch_size {self.minibatch_size} does not divide batch_size {self.batch_size}; {fits} does"
+            )
         return self
 
 
@@ -199,6 +212,31 @@ class ValueSection(Section):
     min_explained_variance: Annotated[float, Field(le=1)] = Field(0.3, description="ends the value pretraining")
 
 
+class Limit(Section):
+    """Where a figure is warned about, and where it stops the run."""
+
+    warn: Finite | None = Field(None, description="said once when the figure goes beyond; null: never")
+    stop: Finite | None = Field(None, description="exit 7 after guards.patience steps beyond; null: never")
+
+
+class GuardSection(Section):
+    """What PPO is watched by; see rlhf/guards.py."""
+
+    patience: Count = Field(3, description="steps in a row beyond a stop limit that end the run")
+    kl_nats: Limit = Field(
+        default_factory=lambda: Limit(warn=50.0, stop=None), description="above: exact KL a response to the reference"
+    )
+    entropy_nats: Limit = Field(
+        default_factory=lambda: Limit(warn=0.02, stop=None), description="below: mean entropy of a token"
+    )
+    score_std: Limit = Field(
+        default_factory=lambda: Limit(warn=1e-4, stop=None), description="below: spread of a batch's scores"
+    )
+    clip_fraction: Limit = Field(
+        default_factory=lambda: Limit(warn=0.5, stop=None), description="above: share of clipped tokens in an update"
+    )
+
+
 class EvaluationSection(Section):
     """Measuring on held-out prompts during PPO."""
 
@@ -227,7 +265,9 @@ class PpoConfig(StageConfig):
     value: ValueSection = Field(default_factory=ValueSection)
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
     steps: Count = Field(200, description="rollouts, each with its update")
-    save_every: Count | None = Field(None, description="steps between checkpoints; null: only best and last")
+    save_every: Count | None = Field(None, description="steps between checkpoints; null: none before the end")
+    keep_checkpoints: Annotated[int, Field(ge=2)] = Field(2, description="newest checkpoints that are kept")
+    guards: GuardSection = Field(default_factory=GuardSection)
     use: Literal["best", "last"] = Field("best", description="the step that downstream commands get")
     report_to: Literal["none", "tensorboard"] = "tensorboard"
 

@@ -32,14 +32,15 @@ class ChatFormat:
 
     Args:
         template: a named default for a tokenizer that has no template of its own.
+        context_length: how many tokens the model was made for; None: no limit is known.
 
     Raises:
         RlhfError: MOD010 without a template, MOD010, MOD011 or MOD014 with one that does not show where a response
             begins and ends.
     """
 
-    def __init__(self, tokenizer: Any, template: str | None = None) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, template: str | None = None, context_length: int | None = None) -> None:
+        self.tokenizer, self.context_length = tokenizer, context_length
         own = tokenizer.chat_template
         if template is None and not own:
             fix = f"model.chat_template: one of {', '.join(TEMPLATES)}"
@@ -63,6 +64,7 @@ class ChatFormat:
         if self.end_id not in {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}:
             what = f"writes {self.tail!r} after an assistant turn, which text may contain: no response could hold it."
             raise RlhfError(Problem("MOD014", "chat template", what, "a template that ends turns with a special token"))
+        self._control = self._control_tokens(rendered)
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.end_id
         self.pad_token = tokenizer.convert_ids_to_tokens(self.pad_id)
         head, body = self._render(probe[:1], True), self._body(probe[:1], SENTINEL)
@@ -153,9 +155,14 @@ class ChatFormat:
     def _encode(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
+    def _control_tokens(self, rendered: str) -> list[str]:
+        """Tokens that text must not write: the special ones, and the added ones that the template marks turns with."""
+        added = [token for token in self.tokenizer.get_added_vocab() if token.strip() and token in rendered]
+        return sorted({*self.tokenizer.all_special_tokens, *added, self.end_token})
+
     def _refuse_special(self, messages: Messages) -> None:
         for message in messages:
-            for token in [*self.tokenizer.all_special_tokens, self.end_token]:
+            for token in self._control:
                 if token in message.content:
                     what = f"a {message.role} turn contains the special token {token!r}."
                     raise RlhfError(Problem("DAT060", "data", what, "remove it from the text"))

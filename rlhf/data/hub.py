@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
+from datasets import packaged_modules
 
+from rlhf import names
 from rlhf.config.sections import DataSection
 from rlhf.data.settings import refuse_settings
 from rlhf.errors import Problem, RlhfError
 
-HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 FILE_SUFFIXES = {".parquet", ".csv", ".json", ".tsv", ".txt", ".arrow", ".gz", ".zst", ".zip"}
 FORMATS = {".parquet": "parquet", ".csv": "csv", ".json": "json"}
 
@@ -33,7 +33,10 @@ def read(data: DataSection) -> Iterator[tuple[str, dict[str, Any]]]:
         elif path.is_file() and path.suffix in FORMATS:
             refuse_settings(data, f"a {FORMATS[path.suffix]} file", "name", "split", "revision")
             found = datasets.load_dataset(FORMATS[path.suffix], data_files=str(path))
-        elif path.exists() or (HUB_ID.fullmatch(data.path) and path.suffix not in FILE_SUFFIXES):
+        elif not path.exists() and data.path in packaged_modules._PACKAGED_DATASETS_MODULES:
+            what = "is a format of the datasets library, which would read whatever files stand here."
+            raise RlhfError(Problem("DAT010", data.path, what, "name the file"))
+        elif path.exists() or (names.HUB_ID.fullmatch(data.path) and path.suffix not in FILE_SUFFIXES):
             found = datasets.load_dataset(data.path, data.name, revision=data.revision)
         else:
             raise RlhfError(Problem("DAT010", data.path, "no such file.", "check the path"))

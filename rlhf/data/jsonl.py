@@ -33,7 +33,7 @@ def read(path: Path, problems: list[Problem], notes: list[str]) -> Iterator[tupl
     """
     try:
         if not path.exists():
-            raise RlhfError(Problem("DAT010", str(path), "no such file."))
+            raise RlhfError(Problem("DAT010", str(path), "no such file.", "check the path"))
         if path.is_dir():
             raise RlhfError(Problem("DAT010", str(path), "is a directory, need a JSONL file."))
         raw = path.open("rb")

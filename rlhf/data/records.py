@@ -93,3 +93,9 @@ def split_by_prompt(records: Sequence[Record], fraction: float, seed: int) -> tu
     held_out = set(order[: min(len(order) - 1, max(1, round(fraction * len(order))))])
     rest = [record for record in records if prompt_key(record.prompt) not in held_out]
     return rest, [record for record in records if prompt_key(record.prompt) in held_out]
+
+
+def count_shared_prompts(records: Sequence[Record], others: Sequence[Record]) -> int:
+    """How many of the distinct prompts of ``others`` are prompts of ``records`` as well."""
+    known = {prompt_key(record.prompt) for record in records}
+    return len(known & {prompt_key(record.prompt) for record in others})

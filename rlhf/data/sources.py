@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -84,6 +84,7 @@ def _load(data: DataSection, kind: str, record: Callable[[Mapping[str, Any], str
     notes: list[str] = []
     present: set[str] = set()
     num_rows = num_equal = 0
+    before = _stamp(data.path)
     for where, raw in islice(_rows(data, problems, notes), data.limit):
         num_rows += 1
         present |= raw.keys()
@@ -103,14 +104,25 @@ def _load(data: DataSection, kind: str, record: Callable[[Mapping[str, Any], str
             missing.setdefault(error.field, []).append(problems[-1])
         except RowError as error:
             problems.append(Problem("DAT004", where, str(error)))
-    _raise(data, problems, records, num_rows, present, missing)
+    _raise(data, problems, records, num_rows, present, missing, notes)
     dropped = {EQUAL: num_equal} if num_equal else {}
     check_dropped(num_rows, dropped, data.max_dropped_fraction, data.path)
     if not records:
         raise RlhfError(Problem("DAT013", data.path, f"no rows left: all {num_rows} were dropped."))
     if ignored:
         notes.append(f"ignored fields: {rows.names(sorted(ignored))}")
-    return Loaded(tuple(records), num_rows, dropped, _digest(data, records), data.path, tuple(notes))
+    digest = _digest(data, records)
+    if _stamp(data.path) != before:
+        raise RlhfError(Problem("DAT014", data.path, "changed while it was read.", "run again when it is written"))
+    return Loaded(tuple(records), num_rows, dropped, digest, data.path, tuple(notes))
+
+
+def _stamp(path: str) -> tuple[int, ...] | None:
+    """Tells whether a file is the one that it was a moment ago; None where there is no file."""
+    if not storage.is_file(Path(path)):
+        return None
+    found = Path(path).stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _check_columns(data: DataSection, kind: str) -> None:
@@ -132,6 +144,7 @@ def _raise(
     num_rows: int,
     present: set[str],
     missing: Mapping[str, list[Problem]],
+    notes: Sequence[str],
 ) -> None:
     for ours, theirs in data.columns.items():
         if num_rows and theirs not in present:
@@ -149,7 +162,7 @@ def _raise(
     if problems:
         raise RlhfError(*problems)
     if not num_rows:
-        raise RlhfError(Problem("DAT013", data.path, "no rows."))
+        raise RlhfError(Problem("DAT013", data.path, "; ".join(("no rows", *notes)) + "."))
 
 
 def _rows(data: DataSection, problems: list[Problem], notes: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:

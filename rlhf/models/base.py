@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-import os
+import logging
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import constants
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import cached_file
 
-from rlhf import artifacts
+from rlhf import artifacts, masking, model_files, names
 from rlhf.data.chat import ChatFormat
 from rlhf.demo import registry as demo
 from rlhf.errors import Problem, RlhfError
 
+log = logging.getLogger("rlhf")
+NO_LIMIT = 1 << 30
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
@@ -41,16 +45,28 @@ class Base:
 
     @property
     def context_length(self) -> int:
-        return int(self.model.config.get_text_config().max_position_embeddings)
+        return self.chat.context_length or NO_LIMIT
 
 
 def load_tokenizer(source: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a model directory, hub id or demo:base."""
-    path = _resolve(source)
+    path = _resolve(source, revision, trust_remote_code)
     try:
-        return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    except Exception as error:  # the Rust tokenizers raise nothing narrower
         raise _cannot_load(source, "tokenizer", error) from None
+    if tokenizer.pad_token_id is None:
+        _say_no_pad(source)
+    return tokenizer
+
+
+def load_context_length(source: str, revision: str | None = None, trust_remote_code: bool = False) -> int | None:
+    """How many tokens the model was made for, from its config alone; None where it sets no limit."""
+    path = _resolve(source, revision, trust_remote_code)
+    try:
+        return _context_length(AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code))
+    except (OSError, ValueError, KeyError) as error:
+        raise _cannot_load(source, "config", error) from None
 
 
 def load_base(
@@ -61,20 +77,21 @@ def load_base(
 
     Raises:
         RlhfError: MOD001 where nothing can be loaded, MOD003 where the tokenizer is larger than the embeddings,
-            MOD004 for logits that the logprobs here do not follow, MOD005 where weights are missing, SEC005 for pickle.
+            MOD004 for logits that the logprobs here do not follow, MOD005 where weights are missing, MOD006 where files
+            are damaged, MOD008 where weights are not finite, SEC004 for remote code that is not pinned, SEC005 for
+            pickle, SEC006 for names that lead elsewhere, SEC007 for remote code.
     """
     device = device or torch.device("cpu")
     tokenizer = load_tokenizer(source, revision, trust_remote_code)
-    path = _resolve(source)
+    path = _resolve(source, revision, trust_remote_code)
+    if Path(path).is_dir():
+        model_files.read(Path(path), source)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             path, revision=revision, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code,
             attn_implementation=attn_implementation, use_safetensors=True, output_loading_info=True,
         )  # fmt: skip
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        if Path(path).is_dir() and list(Path(path).glob("*.bin")) and not list(Path(path).glob("*.safetensors")):
-            what = "has only pickle weights, which are refused."
-            raise RlhfError(Problem("SEC005", source, what, "a revision with safetensors")) from None
         raise _cannot_load(source, "model", error) from None
     _refuse_incomplete(source, report["missing_keys"])
     _refuse_unknown(source, model, tokenizer)
@@ -83,11 +100,13 @@ def load_base(
     model.generation_config = GenerationConfig()
     without_dropout(model)
     model.to(device)
+    _refuse_not_finite(source, model)
     _refuse_other_logits(source, model)
     directory = (
         Path(path) if Path(path).is_dir() else Path(str(cached_file(path, "config.json", revision=revision))).parent
     )
-    return Base(model, tokenizer, ChatFormat(tokenizer, template), source, artifacts.model_digest(directory), device)
+    chat = ChatFormat(tokenizer, template, _context_length(model.config))
+    return Base(model, tokenizer, chat, source, artifacts.model_digest(directory), device)
 
 
 def without_dropout(model: nn.Module) -> None:
@@ -109,15 +128,54 @@ def weights_checksum(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _resolve(source: str) -> str:
-    return str(demo.resolve_model(source)) if demo.is_demo(source) else source
+def _resolve(source: str, revision: str | None, trust_remote_code: bool) -> str:
+    """What transformers is given to load. A run's manifest names it too, so that the name is checked here again."""
+    if demo.is_demo(source):
+        return str(demo.resolve_model(source))
+    problems = (
+        names.refused(source, "model", "MOD001"),
+        names.refused_revision(revision, "model.revision"),
+        names.unpinned_code(trust_remote_code, revision, "model.trust_remote_code"),
+        model_files.with_adapter(Path(source), source),
+    )
+    if found := [problem for problem in problems if problem]:
+        raise RlhfError(*found)
+    return source
+
+
+def _context_length(config: Any) -> int | None:
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def _cannot_load(source: str, what: str, error: Exception) -> RlhfError:
-    first = " ".join(str(error).split())[:160]
-    offline = os.environ.get("HF_HUB_OFFLINE") == "1"
-    fix = "unset HF_HUB_OFFLINE, or name a directory" if offline else "a model directory, or a hub id while online"
+    if "trust_remote_code" in str(error):
+        fix = "another model, or model.trust_remote_code: true with model.revision at a commit whose code you have read"
+        return RlhfError(Problem("SEC007", source, f"the {what} needs Python code of its own, which is refused.", fix))
+    first = " ".join(masking.mask(str(error)).split())[:160]
+    hub = not Path(source).is_dir()
+    fix = "a model directory, or a hub id while online" if hub else "download the model again"
+    if hub and constants.HF_HUB_OFFLINE:
+        first, fix = "not in the cache, and HF_HUB_OFFLINE is set.", "unset HF_HUB_OFFLINE, or name a directory"
     return RlhfError(Problem("MOD001", source, f"the {what} cannot be loaded: {first}", fix))
+
+
+@cache
+def _say_no_pad(source: str) -> None:
+    """Once a process: masks come from lengths, so that padding with the end token hides no end token."""
+    log.warning("The tokenizer of %s has no pad token: rows are padded with the end token, which is masked.", source)
+
+
+def _refuse_not_finite(source: str, model: nn.Module) -> None:
+    """One broken weight makes every loss NaN, and attention can hide it for a while."""
+    bad = {
+        name: int((~parameter.isfinite()).sum())
+        for name, parameter in model.named_parameters()
+        if parameter.is_floating_point() and not parameter.isfinite().all()
+    }
+    if bad:
+        shown = ", ".join(f"{count} in {name}" for name, count in list(bad.items())[:3])
+        what = f"{sum(bad.values())} weights are NaN or infinite: {shown}."
+        raise RlhfError(Problem("MOD008", source, what, "download the model again"))
 
 
 def _refuse_unknown(source: str, model: Any, tokenizer: Any) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from rlhf.artifacts import BaseIdentity, Manifest
 from rlhf.config.sections import ModelSection
 from rlhf.data.chat import ChatFormat
 from rlhf.errors import Problem, RlhfError
-from rlhf.models.base import Base, load_base, load_tokenizer
+from rlhf.models.base import Base, load_base, load_context_length, load_tokenizer
+
+CONSENT = "RLHF_TRUST_REMOTE_CODE"
 
 
 def open_base(model: ModelSection, device: torch.device) -> Base:
@@ -20,9 +24,10 @@ def open_base(model: ModelSection, device: torch.device) -> Base:
 
 
 def open_chat(model: ModelSection) -> ChatFormat:
-    """The tokenizer and chat format alone."""
+    """The tokenizer and chat format, without weights."""
     tokenizer = load_tokenizer(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
-    return ChatFormat(tokenizer, model.chat_template)
+    context_length = load_context_length(model.path, model.revision, model.trust_remote_code)
+    return ChatFormat(tokenizer, model.chat_template, context_length)
 
 
 def identity_of(base: Base, model: ModelSection) -> BaseIdentity:
@@ -35,9 +40,16 @@ def identity_of(base: Base, model: ModelSection) -> BaseIdentity:
 
 
 def model_of(manifest: Manifest) -> ModelSection:
-    """The model section that a finished run was made with."""
+    """The model section that a finished run was made with.
+
+    Raises:
+        RlhfError: SEC010 where the run says that its base's own code is to be run, and this machine does not.
+    """
     base = manifest.base
     assert base is not None, "policies and rewards have a base"
+    if base.trust_remote_code and os.environ.get(CONSENT) != "1":
+        what = "the run was made on a model with Python code of its own."
+        raise RlhfError(Problem("SEC010", base.source, what, f"{CONSENT}=1 in the environment, if you trust that code"))
     return ModelSection.model_validate(
         {
             "path": base.source, "revision": base.revision, "dtype": base.dtype, "chat_template": base.chat_template,
@@ -62,10 +74,9 @@ def reopen_base(manifest: Manifest, device: torch.device) -> Base:
     return base
 
 
-def require_context(base: Base, prompt_tokens: int, new_tokens: int, where: str) -> None:
+def require_context(chat: ChatFormat, prompt_tokens: int, new_tokens: int, where: str) -> None:
     """Raise MOD022 where prompt and response together are longer than what the base was made for."""
-    if prompt_tokens + new_tokens > base.context_length:
-        what = (
-            f"prompt {prompt_tokens} + response {new_tokens} tokens exceed the base's context of {base.context_length}."
-        )
+    context = chat.context_length
+    if context and prompt_tokens + new_tokens > context:
+        what = f"prompt {prompt_tokens} + response {new_tokens} tokens exceed the base's context of {context}."
         raise RlhfError(Problem("MOD022", where, what, "shorter prompts or responses"))

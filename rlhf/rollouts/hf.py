@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,7 +57,7 @@ class HfEngine:
         ids = torch.tensor([[self.chat.pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts])
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
         with self.roles.acting_as(self.slot) as (model, _):
-            self._require_room(model, width, sampling.max_new_tokens)
+            self._require_room(width, sampling.max_new_tokens)
             settings = GenerationConfig(
                 max_new_tokens=sampling.max_new_tokens, do_sample=False, num_beams=1, use_cache=True,
                 eos_token_id=self.chat.end_id, pad_token_id=self.chat.pad_id, repetition_penalty=1.0,
@@ -75,9 +74,9 @@ class HfEngine:
         """Up to and including the first end token."""
         return row[: row.index(self.chat.end_id) + 1] if self.chat.end_id in row else row
 
-    def _require_room(self, model: Any, width: int, new_tokens: int) -> None:
-        context = model.config.get_text_config().max_position_embeddings
-        if width + new_tokens > context:
+    def _require_room(self, width: int, new_tokens: int) -> None:
+        context = self.chat.context_length
+        if context and width + new_tokens > context:
             what = f"prompt {width} + max_new_tokens {new_tokens} exceed the model's context of {context} tokens."
             raise RlhfError(Problem("MOD022", "sampling.max_new_tokens", what, "shorter prompts or responses"))
 

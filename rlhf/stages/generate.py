@@ -24,6 +24,7 @@ def generate(
     device = runtime.set_up(RuntimeSection(), seed)
     base = opening.reopen_base(manifest, device)
     runtime.set_threads(RuntimeSection(), base.model, device)
+    opening.require_context(base.chat, 1, max_new_tokens, "--max-new-tokens")
     roles = SharedBase(base)
     roles.add("policy", adapter=Path(run_dir) / artifacts.ADAPTER, trained=False)
     rows, _ = tokenised.prompt_rows(records, base.chat, base.context_length - max_new_tokens, 0.0, prompts)

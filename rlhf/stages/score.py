@@ -6,8 +6,9 @@ from pathlib import Path
 
 from rlhf import artifacts, runtime
 from rlhf.config.sections import RuntimeSection
-from rlhf.data import lines, sources
+from rlhf.data import lines, sources, tokenised
 from rlhf.models import opening
+from rlhf.models.base import NO_LIMIT
 from rlhf.models.heads import ScalarHead
 from rlhf.models.roles import SharedBase
 from rlhf.scoring.scorer import Sample
@@ -26,11 +27,11 @@ def score(run_dir: str, data: str, out: str, micro_batch_size: int) -> None:
     head = ScalarHead.load(Path(run_dir) / artifacts.HEAD)
     roles.add("reward", adapter=Path(run_dir) / artifacts.ADAPTER, head=head, trained=False)
     samples = []
-    for record in records:
+    turns = tokenised.turns(records, base.chat, last_only=True, max_length=NO_LIMIT)
+    for record, turn in zip(records, turns, strict=True):
+        opening.require_context(base.chat, len(turn.prompt_ids), len(turn.response_ids), record.where)
         prompt, response = record.messages[:-1], record.messages[-1].content
-        response_ids = [*base.chat.response_ids(prompt, response), base.chat.end_id]
-        samples.append(Sample(prompt, response, base.chat.prompt_ids(prompt), response_ids, True))
-        opening.require_context(base, len(samples[-1].prompt_ids), len(response_ids), record.where)
+        samples.append(Sample(prompt, response, turn.prompt_ids, turn.response_ids, True))
     scores = SharedScorer(roles, "reward", micro_batch_size).score(samples).mean.tolist()
     rows = [
         {
