@@ -179,10 +179,10 @@ def show(summary: dict[str, Any], shown: dict[str, Judged], out: Path) -> None:
         intervals = [grouped_bootstrap(found.axes[axis], list(range(NUM_PROMPTS))) for axis in axes]
         rows.append((name, *(f"{i.estimate:.2f} \u00b1{(i.high - i.low) / 2:.2f}" for i in intervals)))
     title = f"Gold on {NUM_PROMPTS} held-out prompts, 95 % intervals over prompts"
-    progress.console.print(progress.table(title, ("", *axes), rows))
+    progress.show(progress.table(title, ("", *axes), rows))
     reward = summary["reward_model"]
     facts = [(fact, f"{value:.2f}") for fact, value in reward["minimal_pairs"].items()]
-    progress.console.print(progress.table("Reward model on minimal pairs", ("one thing differs", "accuracy"), facts))
+    progress.show(progress.table("Reward model on minimal pairs", ("one thing differs", "accuracy"), facts))
     figures = summary["gold"]
     progress.console.print(
         f"PPO - SFT: {figures['gain']:+.3f} {figures['ci95'][0]:+.3f} to {figures['ci95'][1]:+.3f}; "

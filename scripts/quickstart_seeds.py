@@ -117,12 +117,12 @@ def report(seeds: list[int], out: Path) -> None:
     ]
     for label, function in (("mean", numpy.nanmean), ("least", numpy.nanmin), ("most", numpy.nanmax)):
         rows.append((label, *(f"{function(values):.{digits.get(name, 2)}f}" for name, values in columns.items())))
-    progress.console.print(progress.table("Gold over seeds", ("seed", *columns), rows))
+    progress.show(progress.table("Gold over seeds", ("seed", *columns), rows))
     kinds = next(iter(found.values()))["reward_model"]["minimal_pairs"]
     pairs = {kind: [s["reward_model"]["minimal_pairs"][kind] for s in found.values()] for kind in kinds}
     shown = [(kind, f"{numpy.mean(v):.2f}", f"{min(v):.2f}", f"{max(v):.2f}") for kind, v in pairs.items()]
     title = "Reward model on minimal pairs"
-    progress.console.print(progress.table(title, ("one thing differs", "mean", "least", "most"), shown))
+    progress.show(progress.table(title, ("one thing differs", "mean", "least", "most"), shown))
     plain = {name: [runs.plain(value) for value in values] for name, values in columns.items()}
     storage.write_json(out / "seeds.json", {"seeds": list(found), "columns": plain, "minimal_pairs": pairs})
 
