@@ -170,6 +170,14 @@ def test_a_damaged_parent_is_refused(chain, tmp_path):
     assert "CKP005" in done.stderr and "adapter_model.safetensors" in done.stderr
 
 
+def test_an_adapter_names_its_base_as_the_config_does(chain):
+    written = json.loads((chain / "runs/ppo/adapter/adapter_config.json").read_text())
+    assert json.loads((chain / "runs/sft/adapter/adapter_config.json").read_text())["base_model_name_or_path"] == (
+        "demo:base"
+    )
+    assert written["base_model_name_or_path"] == "demo:base"
+
+
 def test_the_same_seed_gives_the_same_bits(chain):
     rlhf("train-rm", "run_dir=runs/again", cwd=chain)
     first, second = manifest(chain, "train-rm"), manifest(chain, "again")

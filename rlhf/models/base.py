@@ -99,6 +99,8 @@ def load_base(
     model.eval()
     model.generation_config = GenerationConfig()
     without_dropout(model)
+    # Adapters name their base by this: as the config has it, so that equal runs are equal files on every machine.
+    model.name_or_path = model.config._name_or_path = source
     model.to(device)
     _refuse_not_finite(source, model)
     _refuse_other_logits(source, model)
