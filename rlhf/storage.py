@@ -107,8 +107,8 @@ def remove_directory(path: Path) -> None:
 
 
 def sweep(directory: Path) -> None:
-    """Remove what a killed process left behind: half-written and half-removed directories and files."""
-    for path in directory.glob(".*"):
+    """Remove what a killed process left behind, at any depth: half-written and half-removed directories and files."""
+    for path in list(directory.rglob(".*")):
         if ".tmp-" in path.name or ".trash-" in path.name:
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)

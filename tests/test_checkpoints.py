@@ -259,6 +259,21 @@ def test_unfinished_runs_are_refused_without_resume_and_foreign_directories_alwa
         assert not run.resumed and (tmp_path / "run.old-1").is_dir()
 
 
+def test_what_a_killed_process_left_behind_is_swept_away_at_any_depth(run_dir):
+    steps(run_dir, (1,))
+    for name in (
+        "samples/.a.jsonl.tmp-1",
+        "checkpoints/.step-2.tmp-1/tensors",
+        "checkpoints/.step-0.trash-1/x",
+        ".hidden",
+    ):
+        (run_dir / name).parent.mkdir(parents=True, exist_ok=True)
+        (run_dir / name).write_text("x")
+    steps(run_dir, [], resume=True)
+    left = [path.name for path in run_dir.rglob("*") if path.name.startswith(".")]
+    assert sorted(left) == [".hidden", ".lock"] and names(run_dir) == ["step-1"]
+
+
 def test_a_run_has_one_writer(run_dir):
     with opened_run(run_dir), pytest.raises(RlhfError, match=r"CKP007.*another process"):
         opened_run(run_dir, resume=True)
