@@ -126,7 +126,7 @@ def probe_accuracies(roles: SharedBase, base: Base, seed: int) -> dict[str, floa
         prompt = prompt_of(pair["prompt"])
         for text in (pair["chosen"], pair["rejected"]):
             ids = [*base.chat.response_ids(prompt, text), base.chat.end_id]
-            samples.append(Sample(prompt, text, base.chat.prompt_ids(prompt), ids, True))
+            samples.append(Sample(prompt, text, base.chat.prompt_ids(prompt), ids, True, ids))
     scores = SharedScorer(roles, "reward", 32).score(samples).mean
     for pair, difference in zip(pairs, (scores[0::2] - scores[1::2]).tolist(), strict=True):
         hits.setdefault(pair["fact"], []).append(0.5 + 0.5 * float(numpy.sign(difference)))

@@ -7,7 +7,9 @@ import torch
 from tiny import base, lora, shake
 
 from rlhf.data.records import Message
+from rlhf.data.tokenised import PromptRow
 from rlhf.errors import RlhfError
+from rlhf.evaluation.policy import respond
 from rlhf.models.base import load_base
 from rlhf.models.heads import ScalarHead
 from rlhf.models.roles import SeparateModels, SharedBase
@@ -18,6 +20,7 @@ from rlhf.scoring.function import FunctionScorer
 from rlhf.scoring.scorer import Sample, WeightedScorer
 from rlhf.scoring.shared import SharedScorer
 
+LETTERS = tuple("aeiouAEIOU0123456789")
 PROMPTS = [[70, 71, 72, 73], [80, 81], [90], [100, 101, 102]]
 
 
@@ -92,7 +95,8 @@ def test_prompts_without_room_are_refused(roles):
 
 def samples():
     prompt = (Message("user", "hi"),)
-    return [Sample(prompt, "a", [70, 71], [90, 2], True), Sample(prompt, "bb", [70], [91, 92, 93], False)]
+    first, second = [90, 2], [91, 92, 93]
+    return [Sample(prompt, "a", [70, 71], first, True, first), Sample(prompt, "bb", [70], second, False, second)]
 
 
 def test_a_shared_scorer_reads_the_head_at_the_last_token(roles):
@@ -151,7 +155,32 @@ def test_a_gradient_that_is_not_finite_is_never_applied():
 
 def test_a_response_keeps_its_end_token_and_loses_what_was_generated_behind_it(roles):
     own, end = engine(roles), roles.base.chat.end_id
-    assert own._cut([90, end, 0, 0]) == [90, end] and own._cut([end, end]) == [end] and own._cut([90, 91]) == [90, 91]
+    for row, kept in (([90, end, 0, 0], [90, end]), ([end, end], [end]), ([90, 91], [90, 91]), ([90, 7, end], [90, 7])):
+        assert own._cut(row, [end, 7]) == kept
+
+
+def test_a_stop_token_ends_a_response_and_the_reward_role_reads_an_end_token_there(roles):
+    """The same noise with and without: cut at the first stop token, the rest alike."""
+    plain, stopped = (
+        engine(roles).generate(PROMPTS, Sampling(24, 1.0, seed=4, stop_tokens=stop), range(4)) for stop in ((), LETTERS)
+    )
+    chat, ids = roles.base.chat, set(roles.base.tokenizer.convert_tokens_to_ids(list(LETTERS)))
+    cuts = [next((i for i, token in enumerate(row) if token in {*ids, chat.end_id}), None) for row in plain.tokens]
+    assert stopped.tokens == [row if i is None else row[: i + 1] for row, i in zip(plain.tokens, cuts, strict=True)]
+    assert stopped.finished == [i is not None for i in cuts] and {row[-1] for row in stopped.tokens} & ids
+    rows = [PromptRow((Message("user", "hi"),), ids) for ids in PROMPTS]
+    found = respond(engine(roles), chat, rows, Sampling(24, 1.0, seed=4, stop_tokens=LETTERS))
+    for sample, tokens in zip(found, stopped.tokens, strict=True):
+        assert sample.response_ids == tokens
+        assert sample.scored_ids == ([*tokens[:-1], chat.end_id] if sample.finished else tokens)
+        assert sample.response == roles.base.tokenizer.decode(
+            tokens[:-1] if sample.finished else tokens, skip_special_tokens=True
+        ).removeprefix(" ")
+
+
+def test_a_stop_token_that_is_none_is_refused(roles):
+    with pytest.raises(RlhfError, match=r"MOD031.*sampling.stop_tokens.*'nothing'"):
+        engine(roles).generate(PROMPTS, Sampling(4, 1.0, seed=4, stop_tokens=("nothing",)), range(4))
 
 
 def test_separate_models_sample_the_same_tokens_as_the_shared_base(tmp_path, roles):

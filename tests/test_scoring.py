@@ -9,7 +9,7 @@ from rlhf.errors import RlhfError
 from rlhf.scoring.function import FunctionScorer
 from rlhf.scoring.scorer import Sample
 
-SAMPLE = Sample((Message("user", "hi"),), "a", [1], [2], True)
+SAMPLE = Sample((Message("user", "hi"),), "a", [1], [2], True, [2])
 
 
 def nothing(prompts, responses):

@@ -68,6 +68,9 @@ class SamplingSection(Section):
     max_new_tokens: Count = Field(64, description="longest response, in tokens")
     temperature: Positive = Field(1.0, description="sampling temperature; logprobs and KL are of the tempered policy")
     concurrency: Count = Field(64, description="responses sampled at a time")
+    stop_tokens: list[Text] = Field(
+        default_factory=list, description="tokens that end a response too, beside the one that the chat template writes"
+    )
 
 
 class RuntimeSection(Section):

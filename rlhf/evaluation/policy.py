@@ -31,7 +31,7 @@ class Evaluation:
 
 def sampling_of(section: SamplingSection, seed: int) -> Sampling:
     """How a config says to sample, with the noise of ``seed``."""
-    return Sampling(max_new_tokens=section.max_new_tokens, temperature=section.temperature, seed=seed)
+    return Sampling(section.max_new_tokens, section.temperature, seed, stop_tokens=tuple(section.stop_tokens))
 
 
 def respond(
@@ -41,9 +41,12 @@ def respond(
     """One response to each prompt; the noise of a row depends on the seed and its number in ``rows`` alone."""
     rollout = engine.generate([prompt.ids for prompt in prompts], how, rows or range(len(prompts)))
     return [
-        Sample(prompt.messages, chat.decode(tokens), prompt.ids, tokens, finished)
+        Sample(
+            prompt.messages, chat.decode(tokens[:-1] if finished else tokens), prompt.ids, tokens, finished,
+            [*tokens[:-1], chat.end_id] if finished else tokens,
+        )
         for prompt, tokens, finished in zip(prompts, rollout.tokens, rollout.finished, strict=True)
-    ]
+    ]  # fmt: skip
 
 
 def evaluate(

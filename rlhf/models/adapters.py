@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def fresh_lora(lora: LoraSection, model: Any, tokenizer: Any) -> LoraConfig:
     if missing:
         what = f"{', '.join(missing)} match no linear layer; there are {', '.join(present)}."
         raise RlhfError(Problem("MOD030", "lora.target_modules", what))
-    tokens = token_ids(lora.train_tokens, tokenizer)
+    tokens = token_ids(lora.train_tokens, tokenizer, "lora.train_tokens")
     conv = any(isinstance(module, Conv1D) for module in model.modules())
     return LoraConfig(
         r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type="CAUSAL_LM",
@@ -63,12 +64,19 @@ def linear_names(model: Any) -> list[str]:
     return sorted(names)
 
 
-def token_ids(tokens: list[str], tokenizer: Any) -> list[int]:
+def token_ids(tokens: Sequence[str], tokenizer: Any, key: str) -> list[int]:
+    """The ids of single tokens that the config's ``key`` names.
+
+    Raises:
+        RlhfError: MOD031 for tokens that the tokenizer does not have.
+    """
+    if not tokens:
+        return []
     known = tokenizer.get_vocab()
     unknown = [token for token in tokens if token not in known]
     if unknown:
         what = f"not in the vocabulary: {', '.join(map(repr, unknown))}."
-        raise RlhfError(Problem("MOD031", "lora.train_tokens", what, "write the token as the tokenizer has it"))
+        raise RlhfError(Problem("MOD031", key, what, "write the token as the tokenizer has it"))
     return [known[token] for token in tokens]
 
 

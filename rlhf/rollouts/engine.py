@@ -19,11 +19,12 @@ class Sampling:
     temperature: float
     seed: int
     top_p: float = 1.0
+    stop_tokens: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """Sampled ids of each row, end token kept, padding dropped; ``finished`` where a row wrote its end token."""
+    """Sampled ids of each row, end token kept, padding dropped; ``finished`` where a row wrote it, or a stop token."""
 
     tokens: list[list[int]]
     finished: list[bool]

@@ -10,6 +10,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from rlhf.data.chat import ChatFormat
 from rlhf.errors import Problem, RlhfError
+from rlhf.models.adapters import token_ids
 from rlhf.models.roles import Roles
 from rlhf.rollouts.engine import Rollout, Sampling, draw, uniforms
 
@@ -29,7 +30,8 @@ class HfEngine:
         """Sample one response to each prompt. Temperature 0 is greedy.
 
         Raises:
-            RlhfError: MOD022 if a prompt and the new tokens exceed the model's context.
+            RlhfError: MOD022 if prompt and new tokens exceed the model's context, MOD031 for a stop token that the
+                tokenizer does not have.
         """
         assert len(prompts) == len(rows)
         tokens: list[list[int]] = [[] for _ in prompts]
@@ -39,7 +41,8 @@ class HfEngine:
             found = self._generate([prompts[i] for i in chosen], sampling, [rows[i] for i in chosen])
             for index, ids in zip(chosen, found, strict=True):
                 tokens[index] = ids
-        return Rollout(tokens, [ids[-1] == self.chat.end_id for ids in tokens], self.version)
+        ends = self._ends(sampling)
+        return Rollout(tokens, [ids[-1] in ends for ids in tokens], self.version)
 
     def sleep(self) -> None:
         """Nothing is held between calls."""
@@ -60,7 +63,7 @@ class HfEngine:
             self._require_room(width, sampling.max_new_tokens)
             settings = GenerationConfig(
                 max_new_tokens=sampling.max_new_tokens, do_sample=False, num_beams=1, use_cache=True,
-                eos_token_id=self.chat.end_id, pad_token_id=self.chat.pad_id, repetition_penalty=1.0,
+                eos_token_id=self._ends(sampling), pad_token_id=self.chat.pad_id, repetition_penalty=1.0,
                 temperature=1.0, top_k=50, top_p=1.0, renormalize_logits=False,
             )  # fmt: skip
             processors = LogitsProcessorList([_Choose(sampling, rows, width)] if sampling.temperature else [])
@@ -68,11 +71,15 @@ class HfEngine:
                 input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings,
                 logits_processor=processors,
             )  # fmt: skip
-        return [self._cut(row) for row in whole[:, width:].tolist()]
+        return [self._cut(row, self._ends(sampling)) for row in whole[:, width:].tolist()]
 
-    def _cut(self, row: list[int]) -> list[int]:
-        """Up to and including the first end token."""
-        return row[: row.index(self.chat.end_id) + 1] if self.chat.end_id in row else row
+    def _ends(self, sampling: Sampling) -> list[int]:
+        """The end token, and the stop tokens."""
+        return [self.chat.end_id, *token_ids(sampling.stop_tokens, self.chat.tokenizer, "sampling.stop_tokens")]
+
+    def _cut(self, row: list[int], ends: Sequence[int]) -> list[int]:
+        """Up to and including the first token that ends a response."""
+        return next((row[: place + 1] for place, token in enumerate(row) if token in ends), row)
 
     def _require_room(self, width: int, new_tokens: int) -> None:
         context = self.chat.context_length

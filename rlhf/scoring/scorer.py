@@ -14,13 +14,18 @@ from rlhf.data.records import Messages
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt and a response, as text and as ids; ``response_ids`` has its end token if it is ``finished``."""
+    """A prompt and a response, as text and as ids; ``response_ids`` has its end or stop token if it is ``finished``.
+
+    Args:
+        scored_ids: what a reward role reads: the same, but for an end token in place of a stop token.
+    """
 
     prompt: Messages
     response: str
     prompt_ids: list[int]
     response_ids: list[int]
     finished: bool
+    scored_ids: list[int]
 
 
 @dataclass(frozen=True)

@@ -24,11 +24,11 @@ class SharedScorer:
         """[B] standardised scores of the role's first head."""
         names = self.roles.head(self.slot).names
         scores = torch.zeros(len(samples), len(names))
-        lengths = [len(sample.prompt_ids) + len(sample.response_ids) for sample in samples]
+        lengths = [len(sample.prompt_ids) + len(sample.scored_ids) for sample in samples]
         for rows in micro_batches(lengths, self.micro_batch_size):
             chosen = [samples[row] for row in rows]
             sequences = collate(
-                [s.prompt_ids for s in chosen], [s.response_ids for s in chosen], 0, self.roles.device
+                [s.prompt_ids for s in chosen], [s.scored_ids for s in chosen], 0, self.roles.device
             )  # fmt: skip
             with self.roles.acting_as(self.slot) as (model, head):
                 scores[rows] = forward.end_scores(model, head, sequences).float().cpu()

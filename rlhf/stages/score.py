@@ -31,7 +31,7 @@ def score(run_dir: str, data: str, out: str, micro_batch_size: int) -> None:
     for record, turn in zip(records, turns, strict=True):
         opening.require_context(base.chat, len(turn.prompt_ids), len(turn.response_ids), record.where)
         prompt, response = record.messages[:-1], record.messages[-1].content
-        samples.append(Sample(prompt, response, turn.prompt_ids, turn.response_ids, True))
+        samples.append(Sample(prompt, response, turn.prompt_ids, turn.response_ids, True, turn.response_ids))
     scores = SharedScorer(roles, "reward", micro_batch_size).score(samples).mean.tolist()
     rows = [
         {
