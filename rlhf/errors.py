@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 EXIT_OK, EXIT_BUG = 0, 1
 EXIT_CODES = {"BUG": EXIT_BUG, "CFG": 2, "DAT": 3, "MOD": 4, "CKP": 5, "RES": 6, "GRD": 7, "SEC": 8, "VER": 10}
 MAX_SHOWN = 20
+MEMORY = ("out of memory", "can't allocate memory", "Cannot allocate memory", "can't start new thread")
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EMFILE}
 
 
@@ -67,7 +68,7 @@ def of_the_machine(error: Exception) -> Problem | None:
     if isinstance(error, OSError) and error.errno in DISK:
         return Problem("RES010", str(error.filename or "disk"), f"cannot be written or read: {error.strerror}.", fix)
     text = str(error)
-    if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
+    if isinstance(error, MemoryError) or any(words in text for words in MEMORY):
         first = text.splitlines()[0] if text else "out of memory"
         fix = f"a smaller micro_batch_size or sampling.concurrency, gradient_checkpointing; {fix}"
         return Problem("RES011", "memory", f"gave out: {first}", fix)

@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -373,6 +374,34 @@ class Torture:
         line.remarks = {"exit code 6": refused}
         return line
 
+    def rivals(self, number: int) -> Line:
+        """Two processes started together on one directory: one of them writes it, the other is told so."""
+        line = Line("two processes, one run directory", self.stage)
+        for _ in range(number):
+            run = self.fresh()
+            pids = [fork(self.home, self.stage, f"run_dir={run.relative_to(self.home)}") for _ in range(2)]
+            codes = sorted(wait(pid) for pid in pids)
+            failure = None if codes == [0, errors.EXIT_CODES["CKP"]] else f"exit codes {codes}"
+            line.add(failure or difference(run, self.wanted))
+            shutil.rmtree(run)
+        return line
+
+    def scarce_memory(self, number: int) -> Line:
+        """The address space is limited to a little more than what the warm process has."""
+        line = Line("memory gives out", self.stage)
+        refused = 0
+        for _ in range(number):
+            run, room = self.fresh(), self.random.randint(1 << 16, 16 << 20)
+            code = wait(fork(self.home, self.stage, f"run_dir={run.relative_to(self.home)}", patch=limit_memory(room)))
+            refused += code == errors.EXIT_CODES["RES"]
+            failure = None if code in (0, errors.EXIT_CODES["RES"]) else f"{room >> 10} KiB more: exit code {code}"
+            if failure is None:
+                failure = difference(run, self.wanted) if code == 0 else finish(self.home, self.stage, run, self.wanted)
+            line.add(failure)
+            shutil.rmtree(run, ignore_errors=True)
+        line.remarks = {"exit code 6": refused}
+        return line
+
     def damage(self, flips: int, truncations: int) -> Iterator[Line]:
         """Flip a bit, cut or delete a file of the newest checkpoint: it is seen, and the one before is used."""
         run = self.fresh()
@@ -525,6 +554,16 @@ def fail_at(number: int, code: int) -> Callable[[], None]:
     return patch
 
 
+def limit_memory(room: int) -> Callable[[], None]:
+    """A patch: the process may take ``room`` bytes more than it has."""
+
+    def patch() -> None:
+        size = int(Path("/proc/self/statm").read_text("ascii").split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (size + room, size + room))
+
+    return patch
+
+
 def torture(home: Path, stage: str, args: argparse.Namespace) -> list[Line]:
     """Every test of one stage."""
     subject = Torture(home, stage, args.seed)
@@ -533,7 +572,7 @@ def torture(home: Path, stage: str, args: argparse.Namespace) -> list[Line]:
         lines += [subject.every_checkpoint(), subject.other_processes()]
     lines.append(subject.dropped_states(args.drops))
     lines += subject.damage(args.flips, args.truncations)
-    lines.append(subject.failed_writes(args.writes))
+    lines += [subject.failed_writes(args.writes), subject.rivals(args.rivals), subject.scarce_memory(args.memory)]
     return lines
 
 
@@ -543,6 +582,8 @@ def main() -> None:
     for name, number in (("kills", 200), ("signals", 100), ("flips", 500), ("truncations", 100), ("cold", 10)):
         parser.add_argument(f"--{name}", type=int, default=number)
     parser.add_argument("--writes", type=int, default=0, help="so many at random; 0: N = 1, 2, 3 ... until success")
+    parser.add_argument("--rivals", type=int, default=50)
+    parser.add_argument("--memory", type=int, default=50, help="runs in too little memory")
     parser.add_argument("--drops", type=int, default=0, help="so many state items at random; 0: all")
     parser.add_argument("--short", action="store_true", help="leave out what takes new processes")
     parser.add_argument("--seed", type=int, default=0)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
+import stat
+from pathlib import Path
 
 import pytest
 import torch
 from tiny import base, lora, shake
 
-from rlhf import artifacts, checkpoints, interrupts, runs, snapshots
+from rlhf import artifacts, checkpoints, interrupts, runs, snapshots, storage
 from rlhf.data.batches import DataOrder
 from rlhf.errors import RlhfError
 from rlhf.models.heads import ScalarHead
@@ -272,6 +275,47 @@ def test_what_a_killed_process_left_behind_is_swept_away_at_any_depth(run_dir):
     steps(run_dir, [], resume=True)
     left = [path.name for path in run_dir.rglob("*") if path.name.startswith(".")]
     assert sorted(left) == [".hidden", ".lock"] and names(run_dir) == ["step-1"]
+
+
+def test_power_may_fail_before_any_write_sync_rename_or_removal(run_dir, tmp_path, monkeypatch):
+    """What was not synced is lost: the newest checkpoint that verifies is never older than the last save."""
+    synced, points = {}, []
+    sync = os.fsync
+
+    def fsync(descriptor):
+        sync(descriptor)
+        found = os.fstat(descriptor)
+        path = Path(f"/proc/self/fd/{descriptor}")
+        synced[found.st_ino] = path.read_bytes() if stat.S_ISREG(found.st_mode) else None
+
+    def before(operation, path):
+        place = tmp_path / "points" / str(len(points))
+        source = run_dir / artifacts.CHECKPOINTS
+        for file in [path for path in source.rglob("*") if path.is_file()]:
+            copy = place / file.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            whole = file.read_bytes()
+            copy.write_bytes(whole if synced.get(file.stat().st_ino) == whole else b"")
+        points.append((place, operation))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(storage, "before", before)
+    position, committed = checkpoints.Position(), []
+    with opened_run(run_dir) as run:
+        saved = checkpoints.Checkpoints(run, {"position": position}, 1)
+        for step in range(1, 5):
+            position.step, first = step, len(points)
+            best = saved.directory / f"best-{step}"
+            with storage.staged_directory(best) as staging:
+                storage.write_text(staging / "weights", str(step))
+            saved.end_of_step(step, (best.name,))
+            committed += [step - 1] * (len(points) - first)
+    assert {operation for _, operation in points} == {"write", "sync", "rename", "remove"}
+    for (place, _), least in zip(points[-len(committed) :], committed, strict=True):
+        if least:
+            found = checkpoints.newest(place)
+            assert found and found[1].step >= least
+            assert snapshots.read(found[0]) == {"position": {"step": found[1].step}}
 
 
 def test_a_run_has_one_writer(run_dir):

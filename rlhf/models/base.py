@@ -20,7 +20,7 @@ from transformers.utils import cached_file
 from rlhf import artifacts, masking, model_files, names
 from rlhf.data.chat import ChatFormat
 from rlhf.demo import registry as demo
-from rlhf.errors import Problem, RlhfError
+from rlhf.errors import Problem, RlhfError, of_the_machine
 
 log = logging.getLogger("rlhf")
 NO_LIMIT = 1 << 30
@@ -150,6 +150,8 @@ def _context_length(config: Any) -> int | None:
 
 
 def _cannot_load(source: str, what: str, error: Exception) -> RlhfError:
+    if problem := of_the_machine(error):
+        return RlhfError(problem)
     if "trust_remote_code" in str(error):
         fix = "another model, or model.trust_remote_code: true with model.revision at a commit whose code you have read"
         return RlhfError(Problem("SEC007", source, f"the {what} needs Python code of its own, which is refused.", fix))
