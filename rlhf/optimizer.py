@@ -76,5 +76,10 @@ class Optimizer:
         return {"adamw": self.adamw.state_dict(), "step_count": self.step_count}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        settings = [
+            {key: value for key, value in group.items() if key != "params"} for group in self.adamw.param_groups
+        ]
         self.adamw.load_state_dict(state["adamw"])
+        for group, own in zip(self.adamw.param_groups, settings, strict=True):
+            group.update(own)  # weight decay and epsilon are the config's, also where a resumed run may change them
         self.step_count = state["step_count"]

@@ -228,6 +228,33 @@ def test_a_signal_ends_a_run_after_its_step_and_resume_ends_it_with_the_same_fil
     assert "up to date" in rlhf("resume", "runs/cut", cwd=chain).stderr
 
 
+def test_a_second_signal_quits_at_once_and_leaves_what_was_saved(chain):
+    command = ("ppo", "run_dir=runs/twice", "save_every=1")
+    run = chain / "runs/twice"
+    process = subprocess.Popen([sys.executable, "-m", "rlhf", *command], cwd=chain, stderr=subprocess.PIPE, text=True)
+    while not (run / "checkpoints/step-1").is_dir() and process.poll() is None:
+        time.sleep(0.01)
+    for _ in range(2):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.05)
+    _, told = process.communicate()
+    assert process.returncode == 143 and "Second signal: quits at once" in told
+    assert "Resumed from runs/twice/checkpoints/step-" in rlhf("resume", "runs/twice", cwd=chain).stderr
+    assert manifest(chain, "twice")["files"] == manifest(chain, "ppo")["files"]
+
+
+def test_an_allowed_change_takes_effect_from_the_next_step(chain):
+    run = chain / "runs/changed"
+    command = ("sft", "run_dir=runs/changed", "optim.schedule=constant", "optim.warmup_ratio=0")
+    code, told = interrupted(command, run / "metrics.jsonl", signal.SIGTERM, chain)
+    assert code == 143 and "saved step-" in told
+    done = rlhf(*command, "optim.learning_rate=1e-5", "--resume", "--allow-change", "optim", cwd=chain)
+    assert "Resumes with a change: optim.learning_rate" in done.stderr
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rates = [row["train/learning_rate"] for row in rows if "train/learning_rate" in row]
+    assert set(rates) == {rates[0], 1e-5} and rates[0] != 1e-5 and rates == sorted(rates, reverse=True)
+
+
 def test_an_interrupted_pipeline_lets_its_stage_save_and_goes_on_with_it(chain):
     text = (chain / "configs/train-rm.yaml").read_text().replace("run_dir: runs/train-rm", "run_dir: runs/cut-rm")
     (chain / "cut.yaml").write_text(text)

@@ -150,6 +150,23 @@ def test_a_checkpoint_brings_training_back_bit_for_bit_and_every_part_counts(tmp
     assert sorted(p.suffix for p in (tmp_path / "step-4").iterdir()) == [".json", ".json", ".safetensors"]
 
 
+def test_settings_are_the_configs_after_a_resume_and_data_may_have_shrunk():
+    def optimizer(**settings):
+        return Optimizer([torch.nn.Parameter(torch.ones(2))], **settings)
+
+    old, new = (
+        optimizer(learning_rate=0.1, total_steps=9),
+        optimizer(learning_rate=0.2, total_steps=9, weight_decay=0.5),
+    )
+    new.load_state_dict(old.state_dict())
+    assert new.learning_rate == 0.2 and new.adamw.param_groups[0]["weight_decay"] == 0.5
+    order = DataOrder(9, 2, seed=0)
+    order.load_state_dict({"epoch": 0, "offset": 8})
+    smaller = DataOrder(5, 2, seed=0)
+    smaller.load_state_dict(order.state_dict())
+    assert smaller.next() == smaller._order[:2] and smaller.epoch == 1
+
+
 @pytest.fixture
 def run_dir(tmp_path):
     return tmp_path / "run"

@@ -72,7 +72,7 @@ class DataOrder:
         """The next ``batch_size`` row numbers."""
         chosen: list[int] = []
         while len(chosen) < self.batch_size:
-            if self.offset == self.num_rows:
+            if self.offset >= self.num_rows:
                 self.epoch, self.offset = self.epoch + 1, 0
                 self._order = self._permutation()
             taken = self._order[self.offset : self.offset + self.batch_size - len(chosen)]

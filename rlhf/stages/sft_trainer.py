@@ -82,9 +82,18 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
         adapters.load(self.model, "default", self.restored["adapter"]["weights"])
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            self.optimizer.load_state_dict(self.restored["optimizer"])
-            self.lr_scheduler.load_state_dict(self.restored["scheduler"])
+        if checkpoint is None:
+            return
+        settings = [{key: value for key, value in group.items() if key != "params"} for group in self._groups()]
+        self.optimizer.load_state_dict(self.restored["optimizer"])
+        self.lr_scheduler.load_state_dict(self.restored["scheduler"])
+        # Learning rate and weight decay are the config's, also where a resumed run may change them.
+        self.lr_scheduler.base_lrs = [own["initial_lr"] for own in settings]
+        for group, own, factor in zip(self._groups(), settings, self.lr_scheduler.lr_lambdas, strict=True):
+            group.update({**own, "lr": own["initial_lr"] * factor(self.lr_scheduler.last_epoch)})
+
+    def _groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups  # type: ignore[no-any-return]
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
