@@ -75,7 +75,7 @@ def open_run(
             log.warning("The run that stood in %s is now %s.", run_dir, aside)
             os.close(lock)
             lock = _lock(run_dir)
-        if resume and not again:
+        if resume and not again and not overwrite:
             log.info("Nothing to resume in %s: starts at the beginning.", run_dir)
         storage.sweep(run_dir)
         storage.write_text(run_dir / artifacts.CONFIG, config_text)

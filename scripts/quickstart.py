@@ -73,7 +73,7 @@ def run_stage(stage: str, out: Path, seed: int, *overrides: str) -> None:
         "ppo": [f"policy={out}/sft", f"rewards.0.run={out}/train-rm", f"prompts.path=demo:prompts{data}"],
         "eval-rm": [f"reward={out}/train-rm", f"data.path=demo:preferences?split=test&size=300{data}"],
     }[stage]
-    command = [sys.executable, "-m", "rlhf", stage, "-c", f"configs/{stage}.yaml", "--overwrite"]
+    command = [sys.executable, "-m", "rlhf", stage, "-c", f"configs/{stage}.yaml", "--resume", "--overwrite"]
     command += [f"run_dir={out}/{stage}", f"seed={seed}", *own, *overrides]
     code = subprocess.run(command, check=False).returncode
     if code:

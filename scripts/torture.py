@@ -231,18 +231,32 @@ class Torture:
         self.home, self.stage, self.random = home, stage, random.Random(f"{stage}/{seed}")
         started = time.perf_counter()
         reference = home / "runs" / f"{stage}-reference"
-        code = wait(fork(home, stage, f"run_dir=runs/{stage}-reference"))
+        pid = fork(home, stage, f"run_dir=runs/{stage}-reference")
+        first = self.first_checkpoint(pid, reference)
+        code = wait(pid)
         if code:
             raise SystemExit(f"the reference run of {stage} failed with exit code {code}, see {home}/log.txt")
-        self.seconds, self.wanted = time.perf_counter() - started, fingerprint(reference)
+        self.seconds, self.training = time.perf_counter() - started, time.perf_counter() - first
+        self.wanted = fingerprint(reference)
         self.count = 0
 
     def fresh(self) -> Path:
         self.count += 1
         return self.home / "runs" / f"{self.stage}-{self.count}"
 
+    def first_checkpoint(self, pid: int, run: Path) -> float:
+        """Wait until a checkpoint stands, or the process has ended without being waited for; the time then."""
+        while not any((run / artifacts.CHECKPOINTS).glob("*")):
+            if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                break
+            time.sleep(0.002)
+        return time.perf_counter()
+
     def kills(self, number: int, cold_ones: int) -> Line:
-        """kill -9 at a random moment; every other run is killed a second time while it goes on."""
+        """kill -9 at a random moment: in a third of the runs from the start, in the others from the first checkpoint.
+
+        Every other run is killed a second time while it goes on.
+        """
         line = Line("kill -9, then resume", self.stage)
         inside = early = 0
         for index in range(number):
@@ -251,7 +265,11 @@ class Torture:
             for _ in range(1 + index % 2):
                 start = cold if is_cold else fork
                 pid = start(self.home, self.stage, where, "--resume")
-                time.sleep(self.random.uniform(0.0, self.seconds + (IMPORTS if is_cold else 0.0)))
+                if index % 3:
+                    self.first_checkpoint(pid, run)
+                    time.sleep(self.random.uniform(0.0, self.training))
+                else:
+                    time.sleep(self.random.uniform(0.0, self.seconds + (IMPORTS if is_cold else 0.0)))
                 os.kill(pid, signal.SIGKILL)
                 wait(pid)
                 inside += run.exists() and inside_a_save(run)
