@@ -170,6 +170,19 @@ def _score(
     importlib.import_module("rlhf.stages.score").score(run, data, out, micro_batch_size)
 
 
+@app.command("export")
+def _export(
+    run: Annotated[str, typer.Argument(help="Run directory of a policy or reward model.")],
+    target: Annotated[Path, typer.Argument(help="Directory to write, which must not exist.")],
+    adapter_only: Annotated[bool, typer.Option("--adapter-only", help="The policy's adapter, not merged.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a run as a plain Hugging Face directory that other tools read."""
+    outcome = importlib.import_module("rlhf.stages.export").export(run, target, adapter_only)
+    if as_json:
+        typer.echo(json.dumps(outcome))
+
+
 @app.command("pipeline")
 def _pipeline(config: ConfigFile = None, as_json: Json = False) -> None:
     """Run stages in order, each in its own process; what is finished and unchanged is skipped."""

@@ -1,0 +1,74 @@
+"""A role as a model of its own: the adapter added into a base that was loaded for this alone."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from transformers import AutoModelForSequenceClassification, GenerationConfig
+
+from rlhf.errors import Problem, RlhfError
+from rlhf.models import adapters
+from rlhf.models.base import Base
+from rlhf.models.heads import ScalarHead
+
+
+def policy(base: Base, adapter: Path) -> Any:
+    """The causal language model with the adapter inside its weights. Changes ``base``, which nobody else may hold."""
+    config, state = adapters.read(adapter)
+    wrapped = get_peft_model(base.model, config, adapter_name="default")
+    adapters.load(wrapped, "default", state)
+    merged = wrapped.merge_and_unload(safe_merge=True)  # type: ignore[operator]
+    merged.generation_config = generation_config(base)
+    return merged
+
+
+def generation_config(base: Base) -> GenerationConfig:
+    """Sampling as the policy was trained: temperature 1, no filter, ending at the token that the template writes."""
+    own = base.tokenizer.eos_token_id
+    ends = [base.chat.end_id] + ([own] if own not in (None, base.chat.end_id) else [])
+    return GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=ends, pad_token_id=base.chat.pad_id
+    )
+
+
+def reward(base: Base, adapter: Path, head: ScalarHead) -> tuple[Any, float]:
+    """A sequence classifier with one label, and the constant that its class has no place for.
+
+    The standardised score is the classifier's logit plus the constant: ``score`` has no bias, so that its weight takes
+    the scale, and the shift is left over.
+
+    Raises:
+        RlhfError: MOD040 for a head of several numbers or an architecture without such a class, MOD041 where no token
+            can be the padding: transformers reads the last token that is not.
+    """
+    if len(head.names) != 1:
+        what = f"has {len(head.names)} numbers ({', '.join(head.names)}), and the class has one label."
+        raise RlhfError(Problem("MOD040", "head", what, "export a head of one number"))
+    merged = policy(base, adapter)
+    config = deepcopy(merged.config)
+    config.num_labels, config.pad_token_id = 1, padding(base)
+    try:
+        classifier = AutoModelForSequenceClassification.from_config(config, dtype=merged.dtype)
+    except ValueError:
+        what = f"{type(merged).__name__} has no sequence classifier in transformers."
+        raise RlhfError(Problem("MOD040", base.source, what, "rlhf score")) from None
+    outcome = classifier.load_state_dict(merged.state_dict(), strict=False)
+    assert outcome.missing_keys == ["score.weight"], outcome.missing_keys
+    folded = head.folded()
+    with torch.no_grad():
+        classifier.score.weight.copy_(folded.linear.weight.to(classifier.score.weight))
+    return classifier.to(base.device).eval(), float(folded.linear.bias.detach())
+
+
+def padding(base: Base) -> int:
+    """The pad token where it is not the end token, else another token that no response ends with."""
+    tokenizer, end = base.tokenizer, base.chat.end_id
+    for token in (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None and token != end:
+            return int(token)
+    what = "has no token beside the end token that could be the padding."
+    raise RlhfError(Problem("MOD041", base.source, what, "a tokenizer with a pad token"))

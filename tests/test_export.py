@@ -1,0 +1,126 @@
+"""An exported run, read by transformers alone, is the same function as the run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+from tiny import ARCHITECTURES, base, build, lora, shake
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
+
+from rlhf import artifacts
+from rlhf.artifacts import Manifest
+from rlhf.config.sections import ModelSection
+from rlhf.data.batches import collate
+from rlhf.errors import RlhfError
+from rlhf.models import forward, opening
+from rlhf.models.heads import ScalarHead
+from rlhf.models.roles import SharedBase
+from rlhf.stages.export import export
+
+PROMPTS, RESPONSES = [[70, 71, 72, 73, 74], [80, 81]], [[90, 91, 2], [95, 2]]
+
+
+def make_run(home, kind, architecture="llama", tie=True, names=("score",), train_tokens=("<|im_end|>",)):
+    """A finished run of a shaken adapter, with the logits or scores that it gives."""
+    opened = base(home / "model", architecture, tie=tie)
+    roles = SharedBase(opened)
+    head = ScalarHead(32, names) if kind == "reward" else None
+    if head:
+        head.linear.bias.data.fill_(0.7)
+        head.shift.fill_(1.5)
+        head.scale.fill_(0.25)
+    roles.add("role", adapter=lora(opened, train_tokens=list(train_tokens)), head=head)
+    shake(roles, "role", size=0.2)
+    run = home / "run"
+    roles.save("role", run)
+    opened.tokenizer.save_pretrained(run / artifacts.TOKENIZER)
+    identity = opening.identity_of(opened, ModelSection(path=str(home / "model")))
+    artifacts.write(run, Manifest(kind, "sft", 0, {}, {"eval/loss": 1.0}, 1.0, base=identity))
+    sequences = collate(PROMPTS, RESPONSES, 0, opened.device)
+    with torch.no_grad(), roles.acting_as("role") as (model, own):
+        if own:
+            return run, forward.end_scores(model, own, sequences)[:, 0]
+        return run, model(input_ids=sequences.ids, attention_mask=sequences.attention_mask).logits
+
+
+def batch():
+    sequences = collate(PROMPTS, RESPONSES, 0, torch.device("cpu"))
+    return {"input_ids": sequences.ids, "attention_mask": sequences.attention_mask}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("tie", [True, False])
+def test_a_merged_policy_gives_the_logits_of_the_run(tmp_path, architecture, tie):
+    run, wanted = make_run(tmp_path, "policy", architecture, tie)
+    before = artifacts.model_digest(tmp_path / "model")
+    outcome = export(str(run), tmp_path / "out", adapter_only=False)
+    with torch.no_grad():
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()(**batch()).logits
+    kept = batch()["attention_mask"].bool()
+    assert (found - wanted)[kept].abs().max() < 1e-4 and outcome["max_difference"] < 1e-4
+    assert (AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()(**batch()).logits - wanted)[
+        kept
+    ].abs().max() > 0.1
+    assert artifacts.model_digest(tmp_path / "model") == before
+    settings = GenerationConfig.from_pretrained(tmp_path / "out")
+    assert settings.eos_token_id[0] == 2 and settings.repetition_penalty in (None, 1.0)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_an_exported_reward_model_gives_the_scores_of_the_run_but_for_its_constant(tmp_path, architecture):
+    run, wanted = make_run(tmp_path, "reward", architecture)
+    outcome = export(str(run), tmp_path / "out", adapter_only=False)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        found = model(**batch()).logits
+    assert found.shape == (2, 1) and outcome["constant"] == pytest.approx((0.7 - 1.5) / 0.25)
+    assert torch.allclose(found[:, 0] + outcome["constant"], wanted, atol=1e-4) and outcome["max_difference"] < 1e-4
+    assert model.config.num_labels == 1 and model.config.pad_token_id != 2
+    assert "-3.2: the class has no bias" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_an_adapter_alone_is_read_by_peft(tmp_path):
+    run, wanted = make_run(tmp_path, "policy", train_tokens=())
+    export(str(run), tmp_path / "out", adapter_only=True)
+    assert json.loads((tmp_path / "out/adapter_config.json").read_text())["base_model_name_or_path"] == str(
+        tmp_path / "model"
+    )
+    with torch.no_grad():
+        found = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out").eval()(**batch()).logits
+    assert (found - wanted)[batch()["attention_mask"].bool()].abs().max() < 1e-4
+
+
+def test_a_new_process_without_this_package_gives_the_same_logits(tmp_path):
+    run, wanted = make_run(tmp_path, "policy")
+    export(str(run), tmp_path / "out", adapter_only=False)
+    code = (
+        "import json, sys, torch; from transformers import AutoModelForCausalLM\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()\n"
+        f"print(json.dumps(model(input_ids=torch.tensor([{[*PROMPTS[1], *RESPONSES[1]]}])).logits[0].tolist()))\n"
+        "assert 'rlhf' not in sys.modules"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "out")], capture_output=True, text=True, check=True
+    )
+    assert torch.allclose(torch.tensor(json.loads(done.stdout)), wanted[1, :4], atol=1e-4)
+
+
+def test_what_cannot_be_exported_is_refused_with_the_reason(tmp_path):
+    run, _ = make_run(tmp_path / "two", "reward", names=("helpful", "safe"))
+    with pytest.raises(RlhfError, match=r"MOD040.*2 numbers \(helpful, safe\)"):
+        export(str(run), tmp_path / "out", adapter_only=False)
+    assert not (tmp_path / "out").exists()
+    run, _ = make_run(tmp_path / "one", "reward")
+    with pytest.raises(RlhfError, match=r"CKP004.*head would be lost"):
+        export(str(run), tmp_path / "out", adapter_only=True)
+    build(tmp_path / "out")
+    with pytest.raises(RlhfError, match=r"CKP009.*exists"):
+        export(str(run), tmp_path / "out", adapter_only=False)
+    assert Path(tmp_path / "out" / "config.json").is_file()
