@@ -16,6 +16,7 @@ from rlhf import masking
 
 WIDE = 150
 Item = TypeVar("Item")
+_is_shown = False
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -40,14 +41,20 @@ def log_to_console(quiet: bool = False) -> None:
 
 @contextmanager
 def bar(title: str, total: int) -> Iterator[Progress]:
-    """A progress bar with elapsed and remaining time on a terminal, nothing elsewhere."""
+    """A progress bar with elapsed and remaining time on a terminal, nothing elsewhere, and nothing inside another."""
+    global _is_shown
+    hidden, before = _is_shown or not sys.stderr.isatty(), _is_shown
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
         TextColumn("left"), TimeRemainingColumn(),
     )  # fmt: skip
-    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as progress:
+    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
         progress.add_task(title, total=total)
-        yield progress
+        _is_shown = before or not hidden
+        try:
+            yield progress
+        finally:
+            _is_shown = before
 
 
 def track(items: Iterable[Item], title: str, total: int) -> Iterator[Item]:

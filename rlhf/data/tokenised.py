@@ -11,6 +11,7 @@ from rlhf.data.chat import ChatFormat
 from rlhf.data.records import Comparison, Demonstration, Judgement, Messages, Prompt, Record
 from rlhf.data.sources import check_dropped
 from rlhf.errors import Problem, RlhfError
+from rlhf.progress import track
 
 Found = TypeVar("Found")
 
@@ -187,7 +188,7 @@ def _each(records: Sequence[Record], tokenise: Callable[[Record], Found]) -> lis
     """What ``tokenise`` makes of each record; whatever it refuses is raised together, each under its record's place."""
     found: list[Found] = []
     problems: list[Problem] = []
-    for record in records:
+    for record in track(records, "Tokenising", len(records)):
         try:
             found.append(tokenise(record))
         except RlhfError as error:

@@ -15,6 +15,7 @@ from rlhf.data.chat import ChatFormat
 from rlhf.data.tokenised import PromptRow, Turn
 from rlhf.models import forward
 from rlhf.models.roles import Roles
+from rlhf.progress import track
 from rlhf.rollouts.engine import RolloutEngine, Sampling
 from rlhf.scoring.scorer import Sample, Scorer
 
@@ -97,7 +98,8 @@ def batched(
 ) -> Iterator[tuple[list[int], Any]]:
     """Length-sorted micro-batches: the rows' indices and their padded sequences."""
     lengths = [len(item.prompt_ids) + len(item.response_ids) for item in items]
-    for rows in micro_batches(lengths, micro_batch_size):
+    parts = micro_batches(lengths, micro_batch_size)
+    for rows in track(parts, "Measuring", len(parts)):
         prompts, responses = [items[i].prompt_ids for i in rows], [items[i].response_ids for i in rows]
         yield rows, collate(prompts, responses, pad_id, device)
 

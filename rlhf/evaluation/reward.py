@@ -17,6 +17,7 @@ from rlhf.metrics.intervals import Interval
 from rlhf.models import forward
 from rlhf.models.base import Base
 from rlhf.models.roles import Roles
+from rlhf.progress import track
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ def compare(roles: Roles, slot: str, groups: Sequence[Group], base: Base, micro_
     """Score every response once and take the differences along the judgements, in raw (not standardised) units."""
     flat = [(group.prompt_ids, response) for group in groups for response in group.responses]
     scores = torch.zeros(len(flat), dtype=torch.float64)
-    for rows in micro_batches([len(prompt) + len(response) for prompt, response in flat], micro_batch_size):
+    parts = micro_batches([len(prompt) + len(response) for prompt, response in flat], micro_batch_size)
+    for rows in track(parts, "Scoring", len(parts)):
         sequences = collate([flat[i][0] for i in rows], [flat[i][1] for i in rows], base.chat.pad_id, base.device)
         with torch.no_grad(), roles.acting_as(slot) as (model, head):
             assert head is not None

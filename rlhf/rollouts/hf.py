@@ -12,6 +12,7 @@ from rlhf.data.chat import ChatFormat
 from rlhf.errors import Problem, RlhfError
 from rlhf.models.adapters import token_ids
 from rlhf.models.roles import Roles
+from rlhf.progress import track
 from rlhf.rollouts.engine import Rollout, Sampling, draw, uniforms
 
 
@@ -36,8 +37,8 @@ class HfEngine:
         assert len(prompts) == len(rows)
         tokens: list[list[int]] = [[] for _ in prompts]
         order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), index))
-        for start in range(0, len(order), self.concurrency):
-            chosen = order[start : start + self.concurrency]
+        parts = [order[start : start + self.concurrency] for start in range(0, len(order), self.concurrency)]
+        for chosen in track(parts, "Sampling", len(parts)):
             found = self._generate([prompts[i] for i in chosen], sampling, [rows[i] for i in chosen])
             for index, ids in zip(chosen, found, strict=True):
                 tokens[index] = ids

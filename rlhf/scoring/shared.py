@@ -9,6 +9,7 @@ import torch
 from rlhf.data.batches import collate, micro_batches
 from rlhf.models import forward
 from rlhf.models.roles import Roles
+from rlhf.progress import track
 from rlhf.scoring.scorer import Sample, Scores
 
 
@@ -25,7 +26,8 @@ class SharedScorer:
         names = self.roles.head(self.slot).names
         scores = torch.zeros(len(samples), len(names))
         lengths = [len(sample.prompt_ids) + len(sample.scored_ids) for sample in samples]
-        for rows in micro_batches(lengths, self.micro_batch_size):
+        parts = micro_batches(lengths, self.micro_batch_size)
+        for rows in track(parts, "Scoring", len(parts)):
             chosen = [samples[row] for row in rows]
             sequences = collate(
                 [s.prompt_ids for s in chosen], [s.scored_ids for s in chosen], 0, self.roles.device
