@@ -51,11 +51,14 @@ class Checkpoints:
         """Time that the run has taken, over all its processes."""
         return self._seconds_before + time.perf_counter() - self._started
 
-    def resume(self) -> bool:
+    def resume(self, steps: int) -> bool:
         """Give the newest whole checkpoint back, if the run was opened to go on; whether there was one.
 
+        Args:
+            steps: how many the run is to have in the end.
+
         Raises:
-            RlhfError: CKP022 if there are checkpoints and none of them verifies.
+            RlhfError: CKP022 if there are checkpoints and none of them verifies; CKP024 if more steps have been done.
         """
         if not self.run.resumed:
             return False
@@ -65,6 +68,9 @@ class Checkpoints:
             log.info("No checkpoint was committed yet: %s starts at the beginning.", self.run.path)
             return False
         directory, entry = found
+        if entry.step > steps:
+            what = f"{entry.step} steps are done, and the config asks for {steps}."
+            raise RlhfError(Problem("CKP024", str(directory), what, f"steps: {entry.step} or more"))
         snapshots.load(directory, entry, self.state)
         self._seconds_before, self._order = entry.seconds, entry.order
         if self.run.metrics_size() < entry.metrics_size:

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import stat
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -191,7 +192,7 @@ def steps(run_dir, numbers, resume=False, keep=2, every=1, needs=lambda step: ()
     position = checkpoints.Position()
     with opened_run(run_dir, resume=resume) as run:
         saved = checkpoints.Checkpoints(run, {"position": position}, every, keep)
-        saved.resume()
+        saved.resume(9)
         found = position.step
         for step in numbers:
             position.step = step
@@ -230,6 +231,25 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(run_dir, said)
     for name in ("step-2", "step-3"):
         (run_dir / artifacts.CHECKPOINTS / name / snapshots.TENSORS).unlink()
     with pytest.raises(RlhfError, match=r"CKP022.*none is whole"):
+        steps(run_dir, [], resume=True)
+
+
+def test_a_checkpoint_of_a_later_format_is_refused_and_other_libraries_are_said(run_dir, said, monkeypatch):
+    steps(run_dir, (1, 2))
+    monkeypatch.setattr(snapshots, "FORMAT", 1)
+    with pytest.raises(RlhfError, match=r"CKP023.*format 2, this version reads 1"):
+        steps(run_dir, [], resume=True)
+    monkeypatch.undo()
+    version = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: "0.0" if name == "torch" else version(name))
+    monkeypatch.setattr(runs.log, "propagate", True)
+    assert steps(run_dir, [], resume=True) == 2
+    assert "torch is 0.0 here" in said.text and "may differ in its bits" in said.text
+
+
+def test_fewer_steps_than_are_done_are_refused(run_dir):
+    steps(run_dir, range(1, 13))
+    with pytest.raises(RlhfError, match=r"CKP024.*12 steps are done, and the config asks for 9"):
         steps(run_dir, [], resume=True)
 
 

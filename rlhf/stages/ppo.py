@@ -40,7 +40,7 @@ def run(config: PpoConfig, plan: Plan, run: Run) -> Manifest:
     """
     training = _set_up(config, plan, run)
     progress, saved = training.progress, training.saved
-    if saved.resume() and config.kl.target is None:
+    if saved.resume(config.steps) and config.kl.target is None:
         progress.kl_coef = config.kl.coef
     training.tracker = Tracker(run.path, config.report_to, progress.step)
     with interrupts.deferred(), bar("PPO", config.steps) as shown:

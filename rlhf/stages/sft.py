@@ -50,7 +50,7 @@ def run(config: SftConfig, plan: Plan, run: Run) -> Manifest:
     small_lora.install(base.model)
     trainer = _trainer(config, model, base, rows, run)
     saved = Checkpoints(run, trainer.parts(), config.save_every, config.keep_checkpoints)
-    saved.resume()
+    saved.resume(trainer.args.max_steps)
     trainer.save_step = saved.end_of_step
     trainer.add_callback(_Record(run, Tracker(run.path, config.report_to, trainer.restored_step)))
     with interrupts.deferred(), bar("SFT", trainer.args.max_steps) as progress:

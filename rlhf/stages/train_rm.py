@@ -66,7 +66,7 @@ def run(config: RewardConfig, plan: Plan, run: Run) -> Manifest:
         "reward": roles.state("reward"), "optimizer": optimizer, "order": order, "position": position,
     }  # fmt: skip
     saved = Checkpoints(run, state, config.save_every, config.keep_checkpoints)
-    saved.resume()
+    saved.resume(steps)
     tracker = Tracker(run.path, config.report_to, position.step)
     with interrupts.deferred(), bar("Reward model", steps) as progress:
         progress.advance(progress.task_ids[0], position.step)
