@@ -3,12 +3,12 @@
 The number in a test's id is the entry's number. Entries that do not apply, or in another form only:
 
     19      there is no setting for gradient accumulation: it follows from batch_size and micro_batch_size (18)
-    32      every checkpoint stays: a setting for how many are kept is an unknown key
     34      the warm-up is a share of the steps: more than 1 is refused
     35      bfloat16 runs on every device that torch has; an absent device is refused
     61      a local directory may stand anywhere; what is neither a directory nor a hub id is refused
     69      a reward model always has the tokenizer of its policy: both are adapters on one base (71)
-    72 to 83  concern checkpoints, resources and running stages, which have tests of their own
+    72 to 80, 83  concern checkpoints, resources and running stages: test_checkpoints, test_security, test_guards,
+              test_chain and test_torture have them
 """
 
 from __future__ import annotations
@@ -221,7 +221,8 @@ SETTINGS = [
     ("30 top_p", "ppo", {"sampling": "{top_p: 0}"},
      ["CFG001", "sampling.top_p", "unknown key", "Fix: known keys here"]),
     ("31 save_every 0", "ppo", {"save_every": 0}, ["CFG003", "save_every", "greater than or equal to 1, got 0"]),
-    ("32 keep", "ppo", {"keep": 1}, ["CFG001", "run.yaml:7:1 keep", "unknown key"]),
+    ("32 keep one", "ppo", {"keep_checkpoints": 1}, ["CFG003", "keep_checkpoints", "greater than or equal to 2, got 1"]),
+    ("81 an unknown logger", "sft", {"report_to": "wandb"}, ["CFG003", "report_to", "'none' or 'tensorboard'"]),
     ("33 seed -1", "collect", {"seed": -1}, ["CFG003", "seed", "greater than or equal to 0, got -1"]),
     ("33 seed 2^70", "sft", {"seed": 2**70}, ["CFG003", "seed", "less than 4294967296"]),
     ("33 seed text", "sft", {"seed": "abc"}, ["CFG003", "seed", "integer, got 'abc'", "Fix"]),
