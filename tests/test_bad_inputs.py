@@ -221,7 +221,7 @@ SETTINGS = [
     ("30 top_p", "ppo", {"sampling": "{top_p: 0}"},
      ["CFG001", "sampling.top_p", "unknown key", "Fix: known keys here"]),
     ("31 save_every 0", "ppo", {"save_every": 0}, ["CFG003", "save_every", "greater than or equal to 1, got 0"]),
-    ("32 keep one", "ppo", {"keep_checkpoints": 1}, ["CFG003", "keep_checkpoints", "greater than or equal to 2, got 1"]),
+    ("32 keep one", "ppo", {"keep_checkpoints": 1}, ["CFG003", "keep_checkpoints", "equal to 2, got 1"]),
     ("81 an unknown logger", "sft", {"report_to": "wandb"}, ["CFG003", "report_to", "'none' or 'tensorboard'"]),
     ("33 seed -1", "collect", {"seed": -1}, ["CFG003", "seed", "greater than or equal to 0, got -1"]),
     ("33 seed 2^70", "sft", {"seed": 2**70}, ["CFG003", "seed", "less than 4294967296"]),
