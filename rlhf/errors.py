@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 EXIT_OK, EXIT_BUG = 0, 1
 EXIT_CODES = {"BUG": EXIT_BUG, "CFG": 2, "DAT": 3, "MOD": 4, "CKP": 5, "RES": 6, "GRD": 7, "SEC": 8, "VER": 10}
 MAX_SHOWN = 20
-MEMORY = ("out of memory", "can't allocate memory", "Cannot allocate memory", "can't start new thread")
+MEMORY = ("out of memory", "bad_alloc", "can't allocate memory", "Cannot allocate memory", "can't start new thread")
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EMFILE}
 
 

@@ -88,6 +88,7 @@ def test_weights_that_are_not_finite_are_not_written(tmp_path, monkeypatch):
         (MemoryError(), 6, "memory: gave out"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), 6, "can't allocate"),
         (RuntimeError("CUDA out of memory. Tried to allocate"), 6, "CUDA out of memory"),
+        (RuntimeError("std::bad_alloc"), 6, "bad_alloc"),
     ],
 )
 def test_a_machine_that_gives_out_is_no_bug(error, code, words):
