@@ -293,10 +293,8 @@ class Torture:
             failure = None
             if artifacts.is_finished(run):
                 early += 1
-            elif code not in (128 + signum, -signum):
+            elif run.exists() and code != 128 + signum:
                 failure = f"exit code {code}"
-            elif code == -signum and run.exists():
-                failure = "no handler, though the run had begun"
             elif lost := _steps_lost(run):
                 failure = lost
             if failure is None and not artifacts.is_finished(run):
