@@ -17,3 +17,11 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _same_noise_for_every_test():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def processor_as_it_was():
+    """A stage that runs in this process flushes denormals and asks for deterministic kernels: later tests must not see."""
+    yield
+    torch.set_flush_denormal(False)
+    torch.use_deterministic_algorithms(False)
