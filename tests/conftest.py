@@ -20,8 +20,8 @@ def _same_noise_for_every_test():
 
 
 @pytest.fixture(autouse=True)
-def processor_as_it_was():
-    """A stage that runs in this process flushes denormals and asks for deterministic kernels: later tests must not see."""
+def _processor_as_it_was():
+    """A stage that ran in this process flushed denormals and asked for deterministic kernels."""
     yield
     torch.set_flush_denormal(False)
     torch.use_deterministic_algorithms(False)
