@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -16,9 +17,10 @@ from safetensors import safe_open
 ROOT = Path(__file__).parents[1]
 
 
-def rlhf(*args, cwd, stdin=None, code=0):
+def rlhf(*args, cwd, stdin=None, code=0, **environment):
     command = [sys.executable, "-m", "rlhf", *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, input=stdin, check=False)
+    env = {**os.environ, **environment}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, input=stdin, check=False, env=env)
     assert done.returncode == code, done.stderr
     return done
 
@@ -182,6 +184,14 @@ def test_the_same_seed_gives_the_same_bits(chain):
     rlhf("train-rm", "run_dir=runs/again", cwd=chain)
     first, second = manifest(chain, "train-rm"), manifest(chain, "again")
     assert first["files"] == second["files"] and first["identity"] == second["identity"]
+
+
+@pytest.mark.parametrize(("stage", "file"), [("eval-rm", "eval.json"), ("collect", "preferences.jsonl")])
+def test_another_hash_seed_changes_no_byte_of_what_is_measured_or_collected(chain, stage, file):
+    for seed in ("0", "77"):
+        rlhf(stage, f"run_dir=runs/{stage}-{seed}", cwd=chain, PYTHONHASHSEED=seed)
+    one, two = ((chain / f"runs/{stage}-{seed}" / file).read_bytes() for seed in ("0", "77"))
+    assert one == two and len(one) > 100
 
 
 def test_every_other_way_of_ppo_runs_too(chain):
