@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rlhf import errors
-from rlhf.config.stages import GuardSection, Limit
+from rlhf.config.ppo import GuardSection, Limit
 from rlhf.errors import RlhfError
 from rlhf.guards import Guard
 from rlhf.models import adapters

@@ -7,13 +7,23 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from rlhf.config.ppo import (
+    EvaluationSection,
+    GuardSection,
+    KlSection,
+    MissingEosSection,
+    PpoBatchSection,
+    PpoOptimSection,
+    PromptsSection,
+    UpdateSection,
+    ValueSection,
+)
 from rlhf.config.sections import (
     BatchSection,
     Count,
     DataSection,
     Finite,
     Fraction,
-    LearningRate,
     LoraSection,
     ModelSection,
     NonNegative,
@@ -133,117 +143,6 @@ class CollectConfig(StageConfig):
         default_factory=lambda: RewardSource(function="rlhf.demo.gold:noisy_reward"),
         description="what ranks the responses: the higher its number, the better; equal numbers are ties",
     )
-
-
-class PromptsSection(DataSection):
-    max_tokens: Count = Field(512, description="longer prompts are dropped and counted")
-
-
-class MissingEosSection(Section):
-    """The rule for a response that was cut off without its end token."""
-
-    mode: Literal["replace", "subtract"] = Field("replace", description="replace the score, or subtract a penalty")
-    score: Finite = Field(-1.0, description="the score of a cut-off response, in mode replace")
-    penalty: NonNegative = Field(1.0, description="what is subtracted from its score, in mode subtract")
-
-
-class PpoBatchSection(Section):
-    """Counted in responses."""
-
-    batch_size: Count = Field(64, description="responses a step")
-    minibatch_size: Count = Field(16, description="responses an optimizer step; divides batch_size")
-    micro_batch_size: Count = Field(16, description="responses a forward pass; never changes a gradient")
-
-    @model_validator(mode="after")
-    def _divides(self) -> PpoBatchSection:
-        if self.batch_size % self.minibatch_size:
-            fits = math.gcd(self.batch_size, self.minibatch_size)
-            raise ValueError(
-                f"minibatch_size {self.minibatch_size} does not divide batch_size {self.batch_size}; {fits} does"
-            )
-        return self
-
-
-class KlSection(Section):
-    """The KL penalty against the SFT reference."""
-
-    coef: NonNegative = Field(0.05, description="weight of the KL, in score units a nat")
-    place: Literal["reward", "loss"] = Field("reward", description="in the per-token reward, or as k2 in the loss")
-    estimator: Literal["k1", "exact"] = Field("k1", description="in the reward: sampled, or over the full vocabulary")
-    target: Positive | None = Field(None, description="nats a response that an adaptive coefficient steers to")
-    horizon: Count = Field(10_000, description="responses over which the adaptive coefficient adjusts")
-
-    @model_validator(mode="after")
-    def _loss_takes_k2(self) -> KlSection:
-        if self.place == "loss" and self.estimator == "exact":
-            raise ValueError("estimator exact works in the reward only; the loss takes the k2 form")
-        return self
-
-
-class UpdateSection(Section):
-    """The clipped update on one batch of rollouts."""
-
-    epochs: Count = Field(2, description="passes over a batch")
-    clip_range: Annotated[float, Field(gt=0, lt=1)] = Field(0.2, description="of the probability ratio")
-    value_clip_range: Positive | None = Field(0.2, description="of the value's change; null: unclipped")
-    gamma: Fraction = Field(1.0, description="discount a token")
-    lam: Fraction = Field(0.95, description="lambda of the policy's advantages")
-    value_lam: Fraction | None = Field(None, description="lambda of the value's targets; null: lam")
-    normalise_advantages: bool = Field(True, description="over the whole batch; false with kl.place: loss centres only")
-    entropy_coef: NonNegative = Field(0.0, description="weight of an entropy bonus")
-    target_kl: Positive | None = Field(None, description="nats a token of update KL that end a batch's epochs early")
-
-
-class PpoOptimSection(OptimSection):
-    learning_rate: LearningRate = Field(1e-5, description="of the policy")
-    value_learning_rate: LearningRate = Field(1e-5, description="of the value role")
-    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after the warm-up, over steps")
-
-
-class ValueSection(Section):
-    """How the value role starts."""
-
-    start: Literal["reward", "zero"] = Field(
-        "reward", description="a copy of the reward adapter and head, or the SFT adapter with a head of zeros"
-    )
-    pretrain_steps: Annotated[int, Field(ge=0)] = Field(
-        10, description="at most so many batches before the policy moves"
-    )
-    min_explained_variance: Annotated[float, Field(le=1)] = Field(0.3, description="ends the value pretraining")
-
-
-class Limit(Section):
-    """Where a figure is warned about, and where it stops the run."""
-
-    warn: Finite | None = Field(None, description="said once when the figure goes beyond; null: never")
-    stop: Finite | None = Field(None, description="exit 7 after guards.patience steps beyond; null: never")
-
-
-class GuardSection(Section):
-    """What PPO is watched by; see rlhf/guards.py."""
-
-    patience: Count = Field(3, description="steps in a row beyond a stop limit that end the run")
-    kl_nats: Limit = Field(
-        default_factory=lambda: Limit(warn=50.0, stop=None), description="above: exact KL a response to the reference"
-    )
-    entropy_nats: Limit = Field(
-        default_factory=lambda: Limit(warn=0.02, stop=None), description="below: mean entropy of a token"
-    )
-    score_std: Limit = Field(
-        default_factory=lambda: Limit(warn=1e-4, stop=None), description="below: spread of a batch's scores"
-    )
-    clip_fraction: Limit = Field(
-        default_factory=lambda: Limit(warn=0.5, stop=None), description="above: share of clipped tokens in an update"
-    )
-
-
-class EvaluationSection(Section):
-    """Measuring on held-out prompts during PPO."""
-
-    every: Count = Field(10, description="steps between evaluations; the start and the end are always measured")
-    data: DataSection | None = Field(None, description="prompts; null: a share of the training prompts, kept out")
-    holdout_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(0.1, description="that share")
-    num_prompts: Count = Field(64, description="at most so many prompts")
 
 
 class PpoConfig(StageConfig):

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlhf.config.stages import KlSection, MissingEosSection, PpoConfig
+from rlhf.config.ppo import KlSection, MissingEosSection
+from rlhf.config.stages import PpoConfig
 from rlhf.data.batches import Sequences, collate
 from rlhf.data.tokenised import PromptRow
 from rlhf.errors import Problem, RlhfError
