@@ -62,10 +62,7 @@ def save(
     """
     tensors: dict[str, Tensor] = {}
     values = {name: _pack(part.state_dict(), name, tensors) for name, part in state.items()}
-    broken = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
-    if broken:
-        what = f"{len(broken)} tensors are not finite, such as {broken[0]}; no checkpoint was written."
-        raise RlhfError(Problem("GRD005", str(directory), what, "a lower learning rate"))
+    require_finite(tensors, directory)
     with storage.staged_directory(directory) as staging:
         storage.write_bytes(staging / TENSORS, save_tensors(tensors))
         storage.write_json(staging / VALUES, values)
@@ -76,6 +73,14 @@ def save(
         versions = {name: metadata.version(name) for name in artifacts.PACKAGES}
         entry = Entry(step, order, metrics_size, seconds, sorted(state), files, versions)
         storage.write_text(staging / MANIFEST, _render(entry))
+
+
+def require_finite(tensors: Mapping[str, Tensor], target: Path) -> None:
+    """Raise GRD005 for weights that are not numbers, before anything of them is written to ``target``."""
+    broken = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+    if broken:
+        what = f"{len(broken)} tensors are not finite, such as {broken[0]}; nothing was written."
+        raise RlhfError(Problem("GRD005", str(target), what, "a lower learning rate"))
 
 
 def read_entry(directory: Path) -> Entry | None:

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rlhf.config.sections import LoraSection
 from rlhf.errors import Problem, RlhfError
+from rlhf.snapshots import require_finite
 from rlhf.storage import staged_directory, write_bytes, write_json
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -110,10 +111,7 @@ def save(model: PeftModel, adapter: str, directory: Path) -> None:
         RlhfError: GRD005 if a weight is not finite; nothing is written then.
     """
     tensors = weights(model, adapter)
-    broken = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
-    if broken:
-        what = f"{len(broken)} tensors are not finite, such as {broken[0]}; nothing was written."
-        raise RlhfError(Problem("GRD005", str(directory), what, "a lower learning rate"))
+    require_finite(tensors, directory)
     with staged_directory(directory) as staging:
         config = model.peft_config[adapter]
         was = config.inference_mode
