@@ -6,6 +6,7 @@ import importlib
 import json
 import logging
 import os
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ import typer
 from typer.core import TyperGroup
 
 from rlhf import __version__, artifacts, errors, interrupts, masking, preflight, progress, runs
+from rlhf.commands import prepare, use
+from rlhf.commands.options import ConfigFile, Json, Sets
 from rlhf.config import load
 from rlhf.errors import Problem, RlhfError
 from rlhf.stages import inspection, pipeline
@@ -23,8 +26,6 @@ from rlhf.stages.registry import STAGES, Stage
 log = logging.getLogger("rlhf")
 ANYWHERE = ("--debug", "--json-errors")
 
-ConfigFile = Annotated[Path | None, typer.Option("-c", "--config", help="Config file.", show_default=False)]
-Sets = Annotated[list[str] | None, typer.Option("--set", help="Override one key: a.b=c. Repeatable.")]
 Bare = Annotated[list[str] | None, typer.Argument(help="The same as --set: a.b=c.", show_default=False)]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the unfinished run in run_dir.")]
 AllowChange = Annotated[
@@ -33,7 +34,6 @@ AllowChange = Annotated[
 # Typer carries its own copy of click, and offers these two by no name of its own.
 UsageError: Any = typer.BadParameter.__mro__[1]
 ClickException: Any = typer.BadParameter.__mro__[2]
-Json = Annotated[bool, typer.Option("--json", help="Print the outcome as JSON on standard output.")]
 
 
 class _Group(TyperGroup):
@@ -130,6 +130,8 @@ def _default_config(name: str) -> Path:
 
 for _stage in STAGES.values():
     _add_stage(_stage)
+for _name, _function in {**use.COMMANDS, **prepare.COMMANDS}.items():
+    app.command(_name)(_function)
 
 
 @app.command("resume")
@@ -143,46 +145,6 @@ def _resume(
     _run_stage(stage, run / artifacts.CONFIG, [f"run_dir={run}"], start, as_json)
 
 
-@app.command("generate")
-def _generate(
-    run: Annotated[str, typer.Argument(help="Run directory of a policy.")],
-    prompts: Annotated[str, typer.Option("--prompts", help="JSONL of prompts, a data set, or - for stdin.")] = "-",
-    out: Annotated[str, typer.Option("--out", help="JSONL file, or - for stdout.")] = "-",
-    samples: Annotated[int, typer.Option("-n", "--samples", min=1, help="Responses a prompt.")] = 1,
-    temperature: Annotated[float, typer.Option("--temperature", min=0.0, max=100.0, help="0 is greedy.")] = 1.0,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 64,
-    top_p: Annotated[float, typer.Option("--top-p", min=1e-6, max=1.0)] = 1.0,
-    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
-) -> None:
-    """Sample responses from any finished policy run."""
-    module = importlib.import_module("rlhf.stages.generate")
-    module.generate(run, prompts, out, samples, temperature, max_new_tokens, top_p, seed)
-
-
-@app.command("score")
-def _score(
-    run: Annotated[str, typer.Argument(help="Run directory of a reward model.")],
-    data: Annotated[str, typer.Option("--in", help="JSONL of prompt and response, or - for stdin.")] = "-",
-    out: Annotated[str, typer.Option("--out", help="JSONL file, or - for stdout.")] = "-",
-    micro_batch_size: Annotated[int, typer.Option("--micro-batch-size", min=1)] = 32,
-) -> None:
-    """Score responses with any finished reward run."""
-    importlib.import_module("rlhf.stages.score").score(run, data, out, micro_batch_size)
-
-
-@app.command("export")
-def _export(
-    run: Annotated[str, typer.Argument(help="Run directory of a policy or reward model.")],
-    target: Annotated[Path, typer.Argument(help="Directory to write, which must not exist.")],
-    adapter_only: Annotated[bool, typer.Option("--adapter-only", help="The policy's adapter, not merged.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Write a run as a plain Hugging Face directory that other tools read."""
-    outcome = importlib.import_module("rlhf.stages.export").export(run, target, adapter_only)
-    if as_json:
-        typer.echo(json.dumps(outcome))
-
-
 @app.command("pipeline")
 def _pipeline(config: ConfigFile = None, as_json: Json = False) -> None:
     """Run stages in order, each in its own process; what is finished and unchanged is skipped."""
@@ -191,36 +153,10 @@ def _pipeline(config: ConfigFile = None, as_json: Json = False) -> None:
         typer.echo(json.dumps(outcome))
 
 
-@app.command("check")
-def _check(
-    files: Annotated[list[Path] | None, typer.Argument(help="Config files; none: all of configs/.")] = None,
-    config: Annotated[list[Path] | None, typer.Option("-c", "--config", help="The same as FILES.")] = None,
-    stage: Annotated[
-        str | None, typer.Option("--stage", help="Whose config it is, where the name does not say.")
-    ] = None,
-    sets: Sets = None,
-    as_json: Json = False,
-) -> None:
-    """Check configs, paths and every data row, without weights or tokenizer."""
-    results = inspection.check([*(files or []), *(config or [])], stage, sets or [])
-    typer.echo(json.dumps(results) if as_json else "\n".join(inspection.check_lines(results)))
-
-
 @app.command("show")
 def _show(run: Annotated[Path, typer.Argument(help="Run directory.")], as_json: Json = False) -> None:
     """What a run is: kind, parents, metrics, lineage."""
     typer.echo(json.dumps(inspection.summary(run)) if as_json else inspection.describe(run))
-
-
-@app.command("demo")
-def _demo(
-    out: Annotated[Path, typer.Option("--out", help="Directory to write to.")],
-    size: Annotated[int, typer.Option("--size", min=1, help="Rows of each data set.")] = 200,
-    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
-) -> None:
-    """Write the embedded world's data sets as files to look at."""
-    for path, rows in inspection.write_demo(out, size, seed).items():
-        typer.echo(f"{path}: {rows} rows")
 
 
 def main() -> None:
@@ -235,14 +171,17 @@ def main() -> None:
     except ClickException as error:
         where = error.ctx.command_path if isinstance(error, UsageError) and error.ctx else "rlhf"
         code = _report((Problem("CFG000", where, error.format_message(), f"see {where} --help"),), 2, flags)
-    except interrupts.Interrupted as signal:
-        saved = f"saved {signal.saved}" if signal.saved else "no step was under way"
-        log.error("Interrupted by %s; %s. --resume goes on with an unfinished run.", signal, saved)
-        code = signal.exit_code
+    except interrupts.Interrupted as stop:
+        saved = f"saved {stop.saved}" if stop.saved else "no step was under way"
+        log.error("Interrupted by %s; %s. --resume goes on with an unfinished run.", stop, saved)
+        code = stop.exit_code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = errors.EXIT_OK
     except Exception as error:
+        if signum := interrupts.pending():  # some library has made an error of its own of it
+            log.error("Interrupted by %s (%s: %s).", signal.Signals(signum).name, type(error).__name__, error)
+            sys.exit(128 + signum)
         problem = errors.of_the_machine(error)
         if problem is None:
             what = f"internal error, {type(error).__name__}: {error}"

@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from errno import EIO, ENOSPC
@@ -40,7 +41,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import rlhf.stages.ppo
 import rlhf.stages.sft
 import rlhf.stages.train_rm  # noqa: F401
-from rlhf import artifacts, checkpoints, cli, errors, progress, snapshots, storage
+from rlhf import artifacts, checkpoints, cli, errors, interrupts, progress, snapshots, storage
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -48,6 +49,7 @@ TEMPLATE = (
 )
 TIMED = ("time/", "memory/")
 STAGES = ("sft", "train-rm", "ppo")
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 IMPORTS = 8.0
 CONFIGS: dict[str, dict[str, Any]] = {
     "sft": {
@@ -135,9 +137,14 @@ def build_home(home: Path) -> None:
 
 
 def fork(home: Path, stage: str, *args: str, patch: Callable[[], None] | None = None) -> int:
-    """Start ``rlhf STAGE -c STAGE.yaml ARGS`` in a child of this warm process; returns its process id."""
+    """Start ``rlhf STAGE -c STAGE.yaml ARGS`` in a child of this warm process; returns its process id.
+
+    The child gets no signal before it handles signals: libraries' hooks around a fork swallow a KeyboardInterrupt.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     pid = os.fork()
     if pid:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         return pid
     code = 1
     with contextlib.suppress(BaseException):
@@ -151,9 +158,13 @@ def fork(home: Path, stage: str, *args: str, patch: Callable[[], None] | None = 
         if patch:
             patch()
         try:
+            interrupts.install()
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             cli.main()
         except SystemExit as stop:
             code = int(stop.code or 0)
+        except BaseException:
+            traceback.print_exc()
     os._exit(code)
 
 
@@ -163,6 +174,11 @@ def cold(home: Path, stage: str, *args: str, **environment: str) -> int:
     with (home / "log.txt").open("ab") as log:
         process = subprocess.Popen(command, cwd=home, stdout=log, stderr=log, env={**os.environ, **environment})
     return process.pid
+
+
+def last_words(home: Path) -> str:
+    """The end of what the runs so far have printed."""
+    return (home / "log.txt").read_text("utf-8", "replace")[-600:]
 
 
 def wait(pid: int) -> int:
@@ -294,7 +310,7 @@ class Torture:
             if artifacts.is_finished(run):
                 early += 1
             elif run.exists() and code != 128 + signum:
-                failure = f"exit code {code}"
+                failure = f"exit code {code} after {signal.Signals(signum).name}: {last_words(self.home)}"
             elif lost := _steps_lost(run):
                 failure = lost
             if failure is None and not artifacts.is_finished(run):

@@ -675,3 +675,13 @@ def test_35_a_device_that_is_not_there(rlhf, monkeypatch):
     for stage in ("sft", "train-rm", "ppo", "collect", "eval-rm"):
         outcome = rlhf(stage, "-c", f"{stage}.yaml", "runtime.device=cuda", f"run_dir=out/{stage}")
         refused(outcome, 6, "RES001", "runtime.device: cuda is not available", "Fix: runtime.device: cpu")
+
+
+def test_a_signal_that_a_library_turns_into_an_error_of_its_own_still_ends_the_run_as_a_signal(rlhf, monkeypatch):
+    def converts(**_):
+        monkeypatch.setattr(cli.interrupts, "_received", 2)
+        raise RuntimeError("cannot schedule new futures after shutdown")
+
+    monkeypatch.setattr(cli, "app", converts)
+    code, text = rlhf("sft")
+    assert code == 130 and "Interrupted by SIGINT (RuntimeError: cannot schedule" in text

@@ -36,6 +36,7 @@ LAYERS = [
     ["evaluation"],
     ["ppo.experience", "ppo.update", "ppo.training"],
     ["stages"],
+    ["commands"],
     ["cli"],
     ["__main__"],
 ]  # fmt: skip

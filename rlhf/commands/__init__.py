@@ -1,0 +1,1 @@
+"""Commands that are no stage: plain functions that the command line registers."""
