@@ -167,7 +167,7 @@ def main() -> None:
     try:
         code = app(standalone_mode=False) or errors.EXIT_OK
     except RlhfError as error:
-        code = _report(error.problems, error.exit_code, flags)
+        code = _left(error) or _report(error.problems, error.exit_code, flags)
     except ClickException as error:
         where = error.ctx.command_path if isinstance(error, UsageError) and error.ctx else "rlhf"
         code = _report((Problem("CFG000", where, error.format_message(), f"see {where} --help"),), 2, flags)
@@ -179,15 +179,21 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = errors.EXIT_OK
     except Exception as error:
-        if signum := interrupts.pending():  # some library has made an error of its own of it
-            log.error("Interrupted by %s (%s: %s).", signal.Signals(signum).name, type(error).__name__, error)
-            sys.exit(128 + signum)
         problem = errors.of_the_machine(error)
         if problem is None:
             what = f"internal error, {type(error).__name__}: {error}"
             problem = Problem("BUG001", "rlhf", what, "run again with --debug and report the traceback")
-        code = _report((problem,), RlhfError(problem).exit_code, flags)
+        code = _left(error) or _report((problem,), RlhfError(problem).exit_code, flags)
     sys.exit(code)
+
+
+def _left(error: Exception) -> int:
+    """The exit code of the signal that ``error`` came of, where a library made one of being left; else 0."""
+    signum = interrupts.raised()
+    if not signum:
+        return 0
+    log.error("Interrupted by %s (%s: %s).", signal.Signals(signum).name, type(error).__name__, error)
+    return 128 + signum
 
 
 def _report(problems: tuple[Problem, ...], code: int, flags: dict[str, Any]) -> int:

@@ -10,6 +10,7 @@ from types import FrameType
 
 _deferring = False
 _received: int | None = None
+_raised = False
 
 
 class Interrupted(BaseException):
@@ -29,8 +30,8 @@ class Interrupted(BaseException):
 
 def install() -> None:
     """Handle SIGINT and SIGTERM from now on."""
-    global _received
-    _received = None
+    global _received, _raised
+    _received, _raised = None, False
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, _on_signal)
 
@@ -51,13 +52,19 @@ def pending() -> int | None:
     return _received
 
 
+def raised() -> int | None:
+    """The signal that was raised at once: an error that follows it is what some library made of being left."""
+    return _received if _raised else None
+
+
 def _on_signal(signum: int, _: FrameType | None) -> None:
     """Only system calls here: a handler may run inside a half-done write of a buffered stream."""
-    global _received
+    global _received, _raised
     if _received is not None:
         os.write(2, b"Second signal: quits at once; the last checkpoint is whole.\n")
         os._exit(128 + signum)
     _received = signum
     if not _deferring:
+        _raised = True
         raise Interrupted(signum)
     os.write(2, b"Finishing this step, then saving. Once more to quit at once.\n")

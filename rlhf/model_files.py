@@ -51,6 +51,18 @@ def with_adapter(directory: Path, where: str) -> Problem | None:
     return Problem("MOD007", where, what, "the base that the adapter was made on, or a model merged with it")
 
 
+def no_classifier(directory: Path, where: str) -> Problem | None:
+    """MOD043 for a model directory whose config names no sequence classifier: its head would be random."""
+    try:
+        named = json.loads((directory / CONFIG).read_text("utf-8")).get("architectures") or []
+    except (OSError, ValueError, AttributeError):
+        return Problem("MOD001", where, f"{directory} has no readable {CONFIG}.", "name a Hugging Face model directory")
+    if any(str(name).endswith("ForSequenceClassification") for name in named):
+        return None
+    what = f"{directory} is {', '.join(map(str, named)) or 'of no architecture'}, no sequence classifier."
+    return Problem("MOD043", where, what, "a model with a trained head; for a finished reward run, name it as run")
+
+
 def read(directory: Path, where: str) -> dict[str, StoredTensor]:
     """Name -> tensor of a model directory's weights.
 

@@ -10,6 +10,7 @@ from typing import Any
 from rlhf import artifacts, model_files, names, resources, runs
 from rlhf.artifacts import Manifest
 from rlhf.config.load import flatten
+from rlhf.config.rewards import ClassifierSection
 from rlhf.config.sections import DataSection, ModelSection
 from rlhf.config.stages import StageConfig
 from rlhf.data.records import count_shared_prompts
@@ -46,6 +47,7 @@ class Needs:
     parents: tuple[Parent, ...] = ()
     inputs: tuple[Input, ...] = ()
     model: ModelSection | None = None
+    scorers: tuple[tuple[str, ClassifierSection], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,10 +82,12 @@ def prepare(config: StageConfig, needs: Needs, parents_may_be_missing: bool = Fa
     problems: list[Problem] = []
     data = _read_data(needs, problems)
     parents = _read_parents(needs, parents_may_be_missing, problems, unchecked)
-    problems += _other_bases(parents)
     data |= _overlaps(data, parents)
-    base_digest = _base_digest(needs.model, problems, unchecked)
-    identity = {} if problems else _identity(config, data, parents, base_digest)
+    models: list[tuple[str, ModelSection | ClassifierSection]] = [*needs.scorers]
+    models += [("model", needs.model)] if needs.model else []
+    problems += _other_bases(parents, unchecked)
+    digests = {key: _model_digest(key, model, problems, unchecked) for key, model in models}
+    identity = {} if problems else _identity(config, data, parents, digests)
     figures: list[str] = []
     if problems or not _is_current(config.run_dir, identity):
         figures = _resources(config, needs, data, parents, problems, unchecked)
@@ -144,35 +148,40 @@ def _overlaps(data: Mapping[str, Loaded], parents: Mapping[str, Manifest]) -> di
     return {key: replace(data[key], warnings=(*data[key].warnings, text)) for key, text in said.items()}
 
 
-def _other_bases(parents: Mapping[str, Manifest]) -> list[Problem]:
-    """Roles share one base: a parent that was made on another one than the first parent is a problem."""
+def _other_bases(parents: Mapping[str, Manifest], unchecked: list[str]) -> list[Problem]:
+    """A parent on another base than the first one's gets a model of its own, which must be what it was made on."""
     bases = [(key, manifest.base) for key, manifest in parents.items() if manifest.base]
-    return [
-        Problem(
-            "MOD021", key, f"made on another base ({base.source}) than {bases[0][0]} ({bases[0][1].source}).",
-            "train the reward model from this policy's SFT run",
-        )
-        for key, base in bases[1:]
-        if (base.digest, base.chat_template) != (bases[0][1].digest, bases[0][1].chat_template)
-    ]  # fmt: skip
+    problems: list[Problem] = []
+    for key, base in bases[1:]:
+        if base.digest == bases[0][1].digest or demo.is_demo(base.source):
+            continue
+        if not names.exists(base.source):
+            unchecked.append(f"{key}: its base {base.source} is not a local directory, taken for a hub id")
+        elif (found := artifacts.model_digest(Path(base.source))) != base.digest:
+            what = f"{base.source} is not the base of this run: digest {found[:12]}, made on {base.digest[:12]}."
+            problems.append(Problem("MOD020", key, what, "restore the model, or make the run again"))
+    return problems
 
 
-def _base_digest(model: ModelSection | None, problems: list[Problem], unchecked: list[str]) -> str | None:
-    if model is None:
-        return None
-    if demo.is_demo(model.path):
+def _model_digest(
+    key: str, model: ModelSection | ClassifierSection, problems: list[Problem], unchecked: list[str]
+) -> str | None:
+    """Of the files of a model that is here; None for one that is not, or that is refused."""
+    if demo.is_demo(model.path) and isinstance(model, ModelSection):
         return artifacts.model_digest(demo.resolve_model(model.path))
     refused = (
-        names.refused(model.path, "model.path", "MOD001"),
-        names.refused_revision(model.revision, "model.revision"),
-        names.unpinned_code(model.trust_remote_code, model.revision, "model.trust_remote_code"),
+        names.refused(model.path, f"{key}.path", "MOD001"),
+        names.refused_revision(model.revision, f"{key}.revision"),
+        names.unpinned_code(model.trust_remote_code, model.revision, f"{key}.trust_remote_code"),
     )
     if found := [problem for problem in refused if problem]:
         problems += found
         return None
     if names.exists(model.path):
+        if isinstance(model, ClassifierSection) and (other := model_files.no_classifier(Path(model.path), key)):
+            problems.append(other)
         return artifacts.model_digest(Path(model.path))
-    unchecked.append(f"model {model.path}: not a local directory, taken for a hub id")
+    unchecked.append(f"{key} {model.path}: not a local directory, taken for a hub id")
     return None
 
 
@@ -234,9 +243,9 @@ def _is_current(run_dir: str, identity: Mapping[str, Any]) -> bool:
 
 
 def _identity(
-    config: StageConfig, data: Mapping[str, Loaded], parents: Mapping[str, Manifest], base_digest: str | None
+    config: StageConfig, data: Mapping[str, Loaded], parents: Mapping[str, Manifest], digests: Mapping[str, str | None]
 ) -> dict[str, Any]:
     keys = {key: value for key, value in flatten(config).items() if key.split(".")[0] not in NOT_IDENTITY}
     keys |= {f"{key}.rows": loaded.digest for key, loaded in data.items()}
     keys |= {f"{key}.run": manifest.digest for key, manifest in parents.items()}
-    return keys | ({"model.files": base_digest} if base_digest else {})
+    return keys | {f"{key}.files": digest for key, digest in digests.items() if digest}

@@ -6,13 +6,14 @@ The number in a test's id is the entry's number. Entries that do not apply, or i
     34      the warm-up is a share of the steps: more than 1 is refused
     35      bfloat16 runs on every device that torch has; an absent device is refused
     61      a local directory may stand anywhere; what is neither a directory nor a hub id is refused
-    69      a reward model always has the tokenizer of its policy: both are adapters on one base (71)
+    69      a reward model with another tokenizer reads the text in tokens of its own: test_external_rewards
     72 to 80, 83  concern checkpoints, resources and running stages: test_checkpoints, test_security, test_guards,
               test_chain and test_torture have them
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
@@ -25,12 +26,12 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from rlhf import artifacts, cli
+from rlhf import artifacts, cli, interrupts
 from rlhf.artifacts import Manifest
 from rlhf.data import sources, tokenised
 from rlhf.data.chat import ChatFormat
 from rlhf.data.records import Message, Prompt
-from rlhf.errors import RlhfError
+from rlhf.errors import Problem, RlhfError
 from rlhf.models import base as base_module
 from rlhf.models import opening
 from rlhf.models.base import load_base
@@ -614,11 +615,14 @@ def test_70_a_reward_run_that_lost_its_head(rlhf, name):
         refused(rlhf(*command.split()), 5, *wanted)
 
 
-def test_71_a_reward_run_on_another_base_than_the_policy(rlhf):
+def test_71_a_reward_run_on_another_base_that_is_not_what_it_was_made_on(rlhf):
     manifest = json.loads(Path("runs/train-rm/manifest.json").read_text())
-    edit("runs/train-rm/manifest.json", base=manifest["base"] | {"digest": "0" * 64, "source": "elsewhere"})
+    edit("runs/train-rm/manifest.json", base=manifest["base"] | {"digest": "0" * 64})
     for command in (["ppo", "-c", "ppo.yaml"], ["check", "ppo.yaml"]):
-        refused(rlhf(*command), 4, "MOD021", "rewards.0: made on another base (elsewhere) than policy (m)", "Fix")
+        refused(rlhf(*command), 4, "MOD020", "rewards.0: m is not the base of this run: digest", "Fix")
+    edit("runs/train-rm/manifest.json", base=manifest["base"] | {"digest": "0" * 64, "source": "elsewhere"})
+    code, text = rlhf("check", "ppo.yaml")
+    assert code == 0 and "rewards.0: its base elsewhere is not a local directory, taken for a hub id" in text
 
 
 def test_71_a_base_that_changed_under_a_finished_run(rlhf):
@@ -678,10 +682,17 @@ def test_35_a_device_that_is_not_there(rlhf, monkeypatch):
 
 
 def test_a_signal_that_a_library_turns_into_an_error_of_its_own_still_ends_the_run_as_a_signal(rlhf, monkeypatch):
-    def converts(**_):
-        monkeypatch.setattr(cli.interrupts, "_received", 2)
-        raise RuntimeError("cannot schedule new futures after shutdown")
+    def converts(error):
+        def app(**_):
+            with contextlib.suppress(interrupts.Interrupted):
+                interrupts._on_signal(2, None)
+            raise error
 
-    monkeypatch.setattr(cli, "app", converts)
-    code, text = rlhf("sft")
-    assert code == 130 and "Interrupted by SIGINT (RuntimeError: cannot schedule" in text
+        return app
+
+    for error in (RuntimeError("empty mode stack"), RlhfError(Problem("MOD001", "m", "empty mode stack"))):
+        monkeypatch.setattr(interrupts, "_received", None)
+        monkeypatch.setattr(interrupts, "_raised", False)
+        monkeypatch.setattr(cli, "app", converts(error))
+        code, text = rlhf("sft")
+        assert code == 130 and "Interrupted by SIGINT (" in text and "empty mode stack" in text

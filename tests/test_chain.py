@@ -300,6 +300,61 @@ def test_an_untied_end_token_is_learnt_and_another_base_is_refused_before_anythi
     for name, row in trained.items():
         before = next(weight for key, weight in own.items() if key.split(".")[-2] in name)[2]
         assert (row[0] - before).abs().max() > 1e-3, name
-    for command in (("ppo", "--dry-run"), ("check", "configs/ppo.yaml")):
-        done = rlhf(*command, "--set", "policy=runs/untied", cwd=chain, code=4)
-        assert "MOD021" in done.stderr and "rewards.0" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def exported(chain):
+    """The chain's reward model as a sequence classifier that knows nothing of the run."""
+    rlhf("export", "runs/train-rm", "elsewhere", cwd=chain)
+    return "elsewhere"
+
+
+def test_a_reward_model_from_elsewhere_scores_examines_and_ranks(chain, exported):
+    rows = (chain / "runs/ppo/samples/step-3.jsonl").read_text().splitlines()
+    finished = "".join(row + "\n" for row in rows if json.loads(row)["finished"])
+    own = rlhf("score", "runs/train-rm", cwd=chain, stdin=finished).stdout.splitlines()
+    other = rlhf("score", exported, cwd=chain, stdin=finished)
+    assert "elsewhere scores as a model of its own and reads prompt, response and end token" in other.stderr
+    for a, b in zip(own, other.stdout.splitlines(), strict=True):
+        assert json.loads(a)["score"] == pytest.approx(json.loads(b)["score"], abs=1e-4)
+    rlhf("score", "runs/train-rm", "--label", "1", cwd=chain, stdin=finished, code=2)
+
+    examined = ("run_dir=runs/eval-elsewhere", "reward=null", f'model={{"path": "{exported}"}}')
+    assert "comparisons" in rlhf("eval-rm", "--dry-run", *examined, cwd=chain).stdout
+    rlhf("eval-rm", *examined, cwd=chain)
+    found, wanted = (
+        json.loads((chain / f"runs/{name}/eval.json").read_text()) for name in ("eval-elsewhere", "eval-rm")
+    )
+    assert found["accuracy"] == wanted["accuracy"] and found["comparisons"] == wanted["comparisons"]
+
+    ranked = ("collect", "-c", "configs/collect.yaml", "run_dir=runs/collect-elsewhere")
+    rlhf(*ranked, "--set", f'labeller={{"model": {{"path": "{exported}"}}}}', cwd=chain)
+    row = json.loads((chain / "runs/collect-elsewhere/preferences.jsonl").read_text().splitlines()[0])
+    assert row["provenance"]["labeller"] == exported and len(set(row["scores"])) > 1
+    refused = rlhf(
+        "check", "configs/collect.yaml", "--set", 'labeller={"model": {"path": "runs/sft"}}', cwd=chain, code=4
+    )
+    assert "labeller.model: runs/sft has no readable config.json" in refused.stderr
+
+
+def test_ppo_learns_from_a_reward_model_from_elsewhere_and_from_a_run_on_another_base(chain, exported, tmp_path):
+    term = json.dumps({"model": {"path": exported}, "standardise_samples": 16})
+    rlhf("ppo", "run_dir=runs/ppo-elsewhere", f"rewards=[{term}]", "steps=1", cwd=chain)
+    made = manifest(chain, "ppo-elsewhere")
+    assert made["identity"]["rewards.0.model.files"] and made["details"]["standards"][0]["scale"] > 0
+    log = (chain / "runs/ppo-elsewhere/run.log").read_text()
+    assert "elsewhere standardised on" in log and "the value role starts from the SFT adapter" in log
+
+    tiny.build(tmp_path / "model")
+    rows = [{"prompt": f"hi {n % 20}", "completion": f"ok {n % 3}"} for n in range(40)]
+    (chain / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    other = ("max_length=64", "optim.learning_rate=5e-3", 'lora.train_tokens=["<|im_end|>"]')
+    rlhf(
+        "sft", f"model.path={tmp_path / 'model'}", "data.path=few.jsonl", "run_dir=runs/sft-other", "epochs=8",
+        "min_end_token_rate=0", "sampling.max_new_tokens=16", *other, cwd=chain,
+    )  # fmt: skip
+    rlhf(
+        "ppo", "policy=runs/sft-other", "run_dir=runs/ppo-other", "prompts.path=few.jsonl", "steps=1",
+        "batch.batch_size=8", "batch.minibatch_size=8", "sampling.max_new_tokens=8", cwd=chain,
+    )  # fmt: skip
+    assert "is on a base of its own (demo:base)" in (chain / "runs/ppo-other/run.log").read_text()

@@ -29,13 +29,14 @@ def generate(
 
 
 def score(
-    run: Annotated[str, typer.Argument(help="Run directory of a reward model.")],
+    run: Annotated[str, typer.Argument(help="Reward run, or directory or hub id of a sequence classifier.")],
     data: Annotated[str, typer.Option("--in", help="JSONL of prompt and response, or - for stdin.")] = "-",
     out: Annotated[str, typer.Option("--out", help="JSONL file, or - for stdout.")] = "-",
     micro_batch_size: Annotated[int, typer.Option("--micro-batch-size", min=1)] = 32,
+    label: Annotated[str | None, typer.Option("--label", help="Label of a classifier that has several.")] = None,
 ) -> None:
-    """Score responses with any finished reward run."""
-    importlib.import_module("rlhf.stages.score").score(run, data, out, micro_batch_size)
+    """Score responses with a finished reward run, or with a sequence classifier from elsewhere."""
+    importlib.import_module("rlhf.stages.score").score(run, data, out, micro_batch_size, label)
 
 
 def export(

@@ -18,11 +18,11 @@ from rlhf.config.ppo import (
     UpdateSection,
     ValueSection,
 )
+from rlhf.config.rewards import ClassifierSection, RewardSource
 from rlhf.config.sections import (
     BatchSection,
     Count,
     DataSection,
-    Finite,
     Fraction,
     LoraSection,
     ModelSection,
@@ -117,20 +117,6 @@ class RewardConfig(StageConfig, TrainedForAWhile, LongRows):
     report_to: Literal["none", "tensorboard"] = "none"
 
 
-class RewardSource(Section):
-    """One term of the reward: exactly one of a reward run and a Python function."""
-
-    run: Text | None = Field(None, description="a finished reward run on the policy's base")
-    function: Text | None = Field(None, description="module:function (prompts, responses -> floats)")
-    weight: Finite = Field(1.0, description="factor of this term in the sum")
-
-    @model_validator(mode="after")
-    def _one_source(self) -> RewardSource:
-        if (self.run is None) == (self.function is None):
-            raise ValueError("give exactly one of run and function")
-        return self
-
-
 class CollectConfig(StageConfig):
     """Preferences on a policy's own samples, ranked by a labeller."""
 
@@ -143,6 +129,12 @@ class CollectConfig(StageConfig):
         default_factory=lambda: RewardSource(function="rlhf.demo.gold:noisy_reward"),
         description="what ranks the responses: the higher its number, the better; equal numbers are ties",
     )
+
+    @model_validator(mode="after")
+    def _only_the_order_counts(self) -> CollectConfig:
+        if self.labeller.weight != 1.0 or self.labeller.standardise_samples is not None:
+            raise ValueError("labeller takes no weight or standardise_samples: only the order of its numbers counts")
+        return self
 
 
 class PpoConfig(StageConfig):
@@ -185,12 +177,19 @@ class EvalRmConfig(StageConfig):
     """Examination of a reward model."""
 
     run_dir: Text = "runs/eval-rm"
-    reward: Text = Field("runs/train-rm", description="the reward run to examine")
+    reward: Text | None = Field(None, description="the reward run to examine")
+    model: ClassifierSection | None = Field(None, description="instead of it: a sequence classifier from elsewhere")
     data: DataSection = Field(description="comparisons that the reward model has not seen")
     max_length: Annotated[int, Field(ge=8)] = Field(512, description="longer rows are dropped and counted")
     micro_batch_size: Count = Field(32, description="responses a forward pass")
     num_bins: Annotated[int, Field(ge=2)] = Field(10, description="bins of the reliability plot, of equal mass")
     num_resamples: Annotated[int, Field(ge=100)] = Field(2000, description="bootstrap resamples of the prompts")
+
+    @model_validator(mode="after")
+    def _one_model(self) -> EvalRmConfig:
+        if (self.reward is None) == (self.model is None):
+            raise ValueError("give exactly one of reward and model")
+        return self
 
 
 class PipelineStep(Section):

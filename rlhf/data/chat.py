@@ -48,7 +48,7 @@ class ChatFormat:
         if template is not None and own:
             what = f"has a chat template of its own, so {template} would not be what it was trained with."
             raise RlhfError(Problem("MOD010", "model.chat_template", what, "model.chat_template: null"))
-        self.template = TEMPLATES[template] if template else None
+        self.template_name, self.template = template, TEMPLATES[template] if template else None
         self._encode_cached = lru_cache(maxsize=4096)(self._encode)
         probe = (Message("user", "hello there"), Message("assistant", SENTINEL))
         self._head_matches(probe)
@@ -122,6 +122,12 @@ class ChatFormat:
         """Text of a response, without its end token and without the space that a template puts in front."""
         kept = ids[:-1] if ids and ids[-1] == self.end_id else ids
         return str(self.tokenizer.decode(kept, skip_special_tokens=True)).removeprefix(" ")
+
+    def without_special(self, text: str) -> str:
+        """The text without what it writes of the tokens that may not stand in one; see ``prompt_ids``."""
+        for token in self._control:
+            text = text.replace(token, "")
+        return text
 
     def render_prompt(self, messages: Messages) -> str:
         """The prompt's text as the model sees it."""

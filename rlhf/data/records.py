@@ -72,6 +72,13 @@ class Prompt:
 Record = TypeVar("Record", Demonstration, Comparison, Prompt)
 
 
+def plain_text(messages: Messages) -> str:
+    """What a function or a model without a chat template gets: the user's words, or a conversation with its roles."""
+    if len(messages) == 1:
+        return messages[0].content
+    return "\n".join(f"{message.role}: {message.content}" for message in messages)
+
+
 def prompt_key(messages: Messages) -> str:
     """One text a prompt, for grouping by prompt."""
     return json.dumps([[message.role, message.content] for message in messages], ensure_ascii=False)

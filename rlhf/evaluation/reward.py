@@ -7,17 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy
-import torch
 
-from rlhf.data.batches import collate, micro_batches
 from rlhf.data.records import prompt_key
 from rlhf.data.tokenised import Group
 from rlhf.metrics import calibration, intervals, pairs
 from rlhf.metrics.intervals import Interval
-from rlhf.models import forward
-from rlhf.models.base import Base
-from rlhf.models.roles import Roles
-from rlhf.progress import track
+from rlhf.scoring.scorer import Sample, Scorer
 
 
 @dataclass(frozen=True)
@@ -37,17 +32,18 @@ class Pairs:
     num_ties: int
 
 
-def compare(roles: Roles, slot: str, groups: Sequence[Group], base: Base, micro_batch_size: int) -> Pairs:
-    """Score every response once and take the differences along the judgements, in raw (not standardised) units."""
-    flat = [(group.prompt_ids, response) for group in groups for response in group.responses]
-    scores = torch.zeros(len(flat), dtype=torch.float64)
-    parts = micro_batches([len(prompt) + len(response) for prompt, response in flat], micro_batch_size)
-    for rows in track(parts, "Scoring", len(parts)):
-        sequences = collate([flat[i][0] for i in rows], [flat[i][1] for i in rows], base.chat.pad_id, base.device)
-        with torch.no_grad(), roles.acting_as(slot) as (model, head):
-            assert head is not None
-            raw = forward.end_scores(model, head, sequences) * head.scale + head.shift
-            scores[rows] = raw[:, 0].double().cpu()
+def compare(scorer: Scorer, groups: Sequence[Group]) -> Pairs:
+    """Score every response once and take the differences along the judgements.
+
+    Args:
+        scorer: gives scores whose differences are log-odds (those of a reward run before standardising).
+    """
+    samples = [
+        Sample(group.record.prompt, text, group.prompt_ids, ids, True, ids)
+        for group in groups
+        for text, ids in zip(group.record.responses, group.responses, strict=True)
+    ]
+    scores = scorer.score(samples).mean.double()
     differences, gaps, keys, num_ties, start = [], [], [], 0, 0
     for group in groups:
         values = scores[start : start + len(group.responses)]

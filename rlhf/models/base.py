@@ -50,11 +50,11 @@ class Base:
 
 def load_tokenizer(source: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a model directory, hub id or demo:base."""
-    path = _resolve(source, revision, trust_remote_code)
+    path = resolve(source, revision, trust_remote_code)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # the Rust tokenizers raise nothing narrower
-        raise _cannot_load(source, "tokenizer", error) from None
+        raise cannot_load(source, "tokenizer", error) from None
     if tokenizer.pad_token_id is None:
         _say_no_pad(source)
     return tokenizer
@@ -62,11 +62,11 @@ def load_tokenizer(source: str, revision: str | None = None, trust_remote_code: 
 
 def load_context_length(source: str, revision: str | None = None, trust_remote_code: bool = False) -> int | None:
     """How many tokens the model was made for, from its config alone; None where it sets no limit."""
-    path = _resolve(source, revision, trust_remote_code)
+    path = resolve(source, revision, trust_remote_code)
     try:
-        return _context_length(AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code))
+        return context_length(AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code))
     except (OSError, ValueError, KeyError) as error:
-        raise _cannot_load(source, "config", error) from None
+        raise cannot_load(source, "config", error) from None
 
 
 def load_base(
@@ -83,7 +83,7 @@ def load_base(
     """
     device = device or torch.device("cpu")
     tokenizer = load_tokenizer(source, revision, trust_remote_code)
-    path = _resolve(source, revision, trust_remote_code)
+    path = resolve(source, revision, trust_remote_code)
     if Path(path).is_dir():
         model_files.read(Path(path), source)
     try:
@@ -92,8 +92,8 @@ def load_base(
             attn_implementation=attn_implementation, use_safetensors=True, output_loading_info=True,
         )  # fmt: skip
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        raise _cannot_load(source, "model", error) from None
-    _refuse_incomplete(source, report["missing_keys"])
+        raise cannot_load(source, "model", error) from None
+    refuse_incomplete(source, report["missing_keys"], "a causal language model")
     _refuse_unknown(source, model, tokenizer)
     model.requires_grad_(False)
     model.eval()
@@ -102,12 +102,12 @@ def load_base(
     # Adapters name their base by this: as the config has it, so that equal runs are equal files on every machine.
     model.name_or_path = model.config._name_or_path = source
     model.to(device)
-    _refuse_not_finite(source, model)
+    refuse_not_finite(source, model)
     _refuse_other_logits(source, model)
     directory = (
         Path(path) if Path(path).is_dir() else Path(str(cached_file(path, "config.json", revision=revision))).parent
     )
-    chat = ChatFormat(tokenizer, template, _context_length(model.config))
+    chat = ChatFormat(tokenizer, template, context_length(model.config))
     return Base(model, tokenizer, chat, source, artifacts.model_digest(directory), device)
 
 
@@ -130,7 +130,7 @@ def weights_checksum(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _resolve(source: str, revision: str | None, trust_remote_code: bool) -> str:
+def resolve(source: str, revision: str | None, trust_remote_code: bool) -> str:
     """What transformers is given to load. A run's manifest names it too, so that the name is checked here again."""
     if demo.is_demo(source):
         return str(demo.resolve_model(source))
@@ -145,11 +145,13 @@ def _resolve(source: str, revision: str | None, trust_remote_code: bool) -> str:
     return source
 
 
-def _context_length(config: Any) -> int | None:
+def context_length(config: Any) -> int | None:
+    """How many tokens a model was made for; None where its config sets no limit."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def _cannot_load(source: str, what: str, error: Exception) -> RlhfError:
+def cannot_load(source: str, what: str, error: Exception) -> RlhfError:
+    """What is said of an exception that loading ended with."""
     if problem := of_the_machine(error):
         return RlhfError(problem)
     if "trust_remote_code" in str(error):
@@ -169,7 +171,7 @@ def _say_no_pad(source: str) -> None:
     log.warning("The tokenizer of %s has no pad token: rows are padded with the end token, which is masked.", source)
 
 
-def _refuse_not_finite(source: str, model: nn.Module) -> None:
+def refuse_not_finite(source: str, model: nn.Module) -> None:
     """One broken weight makes every loss NaN, and attention can hide it for a while."""
     bad = {
         name: int((~parameter.isfinite()).sum())
@@ -195,11 +197,11 @@ def _refuse_unknown(source: str, model: Any, tokenizer: Any) -> None:
             raise RlhfError(Problem("MOD004", source, what, "another model"))
 
 
-def _refuse_incomplete(source: str, missing: set[str]) -> None:
+def refuse_incomplete(source: str, missing: set[str], needed: str) -> None:
     """transformers fills a weight that the files lack with random numbers, and only warns."""
     if missing:
         what = f"lacks {len(missing)} weights: {', '.join(sorted(missing)[:3])}."
-        raise RlhfError(Problem("MOD005", source, what, "a whole download of a causal language model"))
+        raise RlhfError(Problem("MOD005", source, what, f"a whole download of {needed}"))
 
 
 @torch.no_grad()

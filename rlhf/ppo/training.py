@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from rlhf.ppo import objective
 from rlhf.ppo.update import fit_value, update
 from rlhf.rollouts.engine import RolloutEngine
 from rlhf.runs import Run, plain
-from rlhf.scoring.scorer import Scorer
+from rlhf.scoring.scorer import Scorer, StandardisedScorer
 from rlhf.snapshots import Stateful
 from rlhf.tracking import Tracker
 
@@ -68,9 +69,10 @@ class Training:
 
     def __init__(
         self, config: PpoConfig, run: Run, base: Base, roles: Roles, engine: RolloutEngine, scorer: Scorer,
-        policy_optimizer: Optimizer, value_optimizer: Optimizer, train: list[PromptRow], held_out: list[PromptRow],
+        standardised: Sequence[StandardisedScorer], policy_optimizer: Optimizer, value_optimizer: Optimizer,
+        train: list[PromptRow], held_out: list[PromptRow],
     ) -> None:  # fmt: skip
-        self.config, self.run, self.base, self.roles = config, run, base, roles
+        self.config, self.run, self.base, self.roles, self.standardised = config, run, base, roles, standardised
         self.engine, self.scorer, self.train, self.held_out = engine, scorer, train, held_out
         self.policy_optimizer, self.value_optimizer = policy_optimizer, value_optimizer
         self.order = DataOrder(len(train), config.batch.batch_size // config.samples_per_prompt, config.seed)
@@ -84,11 +86,29 @@ class Training:
             "policy": self.roles.state("policy"), "value": self.roles.state("value"),
             "policy_optimizer": self.policy_optimizer, "value_optimizer": self.value_optimizer, "order": self.order,
             "progress": self.progress, "guard": self.guard, "generators": runtime.Generators(),
+            **{f"standards.{index}": scorer for index, scorer in enumerate(self.standardised)},
         }  # fmt: skip
 
     def record(self, step: int, values: dict[str, float]) -> None:
         self.run.write_metrics(step, values)
         self.tracker.write(step, values)
+
+    def standardise(self) -> None:
+        """Set shift and scale of the reward terms that ask for it, on answers of the policy before it moves."""
+        sources = [source for source in self.config.rewards if source.standardise_samples]
+        for index, (source, scorer) in enumerate(zip(sources, self.standardised, strict=True)):
+            seed = runtime.derived_seed(self.config.seed, "ppo", "standardise", index)
+            wanted = source.standardise_samples or 0
+            prompts = [self.train[row % len(self.train)] for row in range(wanted)]
+            samples = measure.respond(
+                self.engine, self.base.chat, prompts, measure.sampling_of(self.config.sampling, seed)
+            )
+            ended = [sample for sample in samples if sample.finished]
+            scorer.fit(ended)
+            log.info(
+                "%s standardised on %d SFT samples (%d more were cut off): shift %.3f, scale %.3f.", source.name,
+                len(ended), wanted - len(ended), scorer.shift, scorer.scale,
+            )  # fmt: skip
 
     def roll_out(self) -> experiences.Experience:
         """Answer the next prompts with the policy as it is."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from rlhf.data.records import Messages
+from rlhf.data.records import plain_text
 from rlhf.errors import Problem, RlhfError
 from rlhf.scoring.scorer import Sample, Scores
 
@@ -30,7 +30,7 @@ class FunctionScorer:
         Raises:
             RlhfError: GRD010 if they are not B finite numbers.
         """
-        prompts = [prompt_text(sample.prompt) for sample in samples]
+        prompts = [plain_text(sample.prompt) for sample in samples]
         found = self.function(prompts, [sample.response for sample in samples])
         try:
             values = list(found)
@@ -65,10 +65,3 @@ def load(name: str) -> Function:
     if not callable(found):
         raise RlhfError(Problem("CFG030", name, "is not a function."))
     return found  # type: ignore[no-any-return]
-
-
-def prompt_text(messages: Messages) -> str:
-    """What a function gets as the prompt: the user's words, or a whole conversation with its roles."""
-    if len(messages) == 1:
-        return messages[0].content
-    return "\n".join(f"{message.role}: {message.content}" for message in messages)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from rlhf.data.records import Messages
+from rlhf.errors import Problem, RlhfError
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,39 @@ class Scorer(Protocol):
     """Anything that scores."""
 
     def score(self, samples: Sequence[Sample]) -> Scores: ...
+
+
+class StandardisedScorer:
+    """(score - shift) / scale of another scorer, both set once on samples. Stateful."""
+
+    def __init__(self, inner: Scorer) -> None:
+        self.inner, self.shift, self.scale = inner, 0.0, 1.0
+
+    def fit(self, samples: Sequence[Sample]) -> None:
+        """Make the scores of ``samples`` have mean 0 and (population) standard deviation 1.
+
+        Raises:
+            RlhfError: GRD003 where there are fewer than two, or none differs: there is no scale.
+        """
+        values = self.inner.score(samples).mean.double()
+        scale = float(values.std(correction=0)) if len(values) > 1 else 0.0
+        if not scale > 0:
+            what = (
+                f"{len(values)} samples with {len(set(values.tolist()))} different scores: nothing to standardise on."
+            )
+            raise RlhfError(
+                Problem("GRD003", "standardise_samples", what, "more samples, or leave standardise_samples out")
+            )
+        self.shift, self.scale = float(values.mean()), scale
+
+    def score(self, samples: Sequence[Sample]) -> Scores:
+        return Scores((self.inner.score(samples).mean - self.shift) / self.scale)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"shift": self.shift, "scale": self.scale}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.shift, self.scale = state["shift"], state["scale"]
 
 
 class WeightedScorer:

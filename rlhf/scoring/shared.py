@@ -15,14 +15,18 @@ from rlhf.scoring.scorer import Sample, Scores
 
 class SharedScorer:
     """Reads the head of ``slot`` at the last token. A response that was cut off has no end there: the caller's
-    missing-EOS rule decides what such a score is worth."""
+    missing-EOS rule decides what such a score is worth.
 
-    def __init__(self, roles: Roles, slot: str, micro_batch_size: int) -> None:
-        self.roles, self.slot, self.micro_batch_size = roles, slot, micro_batch_size
+    Args:
+        raw: scores as they were trained, whose differences are log-odds, instead of the standardised ones.
+    """
+
+    def __init__(self, roles: Roles, slot: str, micro_batch_size: int, raw: bool = False) -> None:
+        self.roles, self.slot, self.micro_batch_size, self.raw = roles, slot, micro_batch_size, raw
 
     @torch.no_grad()
     def score(self, samples: Sequence[Sample]) -> Scores:
-        """[B] standardised scores of the role's first head."""
+        """[B] scores of the role's first head."""
         names = self.roles.head(self.slot).names
         scores = torch.zeros(len(samples), len(names))
         lengths = [len(sample.prompt_ids) + len(sample.scored_ids) for sample in samples]
@@ -33,5 +37,6 @@ class SharedScorer:
                 [s.prompt_ids for s in chosen], [s.scored_ids for s in chosen], 0, self.roles.device
             )  # fmt: skip
             with self.roles.acting_as(self.slot) as (model, head):
-                scores[rows] = forward.end_scores(model, head, sequences).float().cpu()
+                found = forward.end_scores(model, head, sequences)
+                scores[rows] = (found * head.scale + head.shift if self.raw else found).float().cpu()
         return Scores(scores[:, 0], heads=dict(zip(names, scores.unbind(1), strict=True)))

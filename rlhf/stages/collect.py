@@ -15,14 +15,12 @@ from rlhf.data import tokenised
 from rlhf.data.tokenised import LengthReport, PromptRow
 from rlhf.evaluation import policy as measure
 from rlhf.models import opening
-from rlhf.models.heads import ScalarHead
 from rlhf.models.roles import SharedBase
 from rlhf.preflight import Plan
 from rlhf.rollouts.hf import HfEngine
 from rlhf.runs import Run
-from rlhf.scoring.function import FunctionScorer
-from rlhf.scoring.scorer import Sample, Scorer
-from rlhf.scoring.shared import SharedScorer
+from rlhf.scoring.scorer import Sample
+from rlhf.scoring.sources import open_source
 from rlhf.stages.registry import STAGES
 
 log = logging.getLogger("rlhf")
@@ -38,7 +36,8 @@ def run(config: CollectConfig, plan: Plan, run: Run) -> Manifest:
     prompts, report = _prompts(config, plan, base.chat)
     roles = SharedBase(base)
     roles.add("policy", adapter=Path(config.policy) / artifacts.ADAPTER, trained=False)
-    labeller = _labeller(config, roles)
+    parent = plan.parents.get("labeller")
+    labeller = open_source(config.labeller, "labeller", parent, base, roles, config.sampling.concurrency)
     repeated = [prompt for prompt in prompts for _ in range(config.samples_per_prompt)]
     engine = HfEngine(roles, "policy", base.chat, config.sampling.concurrency)
     seed = runtime.derived_seed(config.seed, "collect")
@@ -47,7 +46,7 @@ def run(config: CollectConfig, plan: Plan, run: Run) -> Manifest:
 
     provenance = {
         "policy": config.policy, "policy_digest": policy.digest, "temperature": config.sampling.temperature,
-        "labeller": config.labeller.run or config.labeller.function, "seed": config.seed,
+        "labeller": config.labeller.name, "seed": config.seed,
     }  # fmt: skip
     rows, num_alike, num_unfinished = [], 0, 0
     for start in range(0, len(samples), config.samples_per_prompt):
@@ -86,16 +85,6 @@ def _prompts(config: CollectConfig, plan: Plan, chat: Any) -> tuple[list[PromptR
     rows, report = tokenised.prompt_rows(records, chat, chat.context_length or 10**9, dropped, "prompts")
     opening.require_context(chat, report.longest, config.sampling.max_new_tokens, "sampling.max_new_tokens")
     return rows, report
-
-
-def _labeller(config: CollectConfig, roles: SharedBase) -> Scorer:
-    if config.labeller.function:
-        return FunctionScorer(config.labeller.function)
-    run_dir = config.labeller.run
-    assert run_dir
-    head = ScalarHead.load(Path(run_dir) / artifacts.HEAD)
-    roles.add("labeller", adapter=Path(run_dir) / artifacts.ADAPTER, head=head, trained=False)
-    return SharedScorer(roles, "labeller", config.sampling.concurrency)
 
 
 def _distinct(samples: list[Sample], scores: list[float]) -> list[tuple[Sample, float]]:

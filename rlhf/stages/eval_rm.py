@@ -7,18 +7,22 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from rlhf import artifacts, runtime, storage
 from rlhf.artifacts import Manifest
 from rlhf.config.stages import EvalRmConfig
 from rlhf.data import tokenised
 from rlhf.evaluation import plots
 from rlhf.evaluation import reward as examine
-from rlhf.models import opening
-from rlhf.models.heads import ScalarHead
+from rlhf.models import classifier, opening
 from rlhf.models.roles import SharedBase
 from rlhf.preflight import Plan
 from rlhf.progress import console, table
 from rlhf.runs import Run
+from rlhf.scoring.scorer import Scorer
+from rlhf.scoring.shared import SharedScorer
+from rlhf.scoring.sources import add_reward, open_classifier
 from rlhf.stages.registry import STAGES
 
 log = logging.getLogger("rlhf")
@@ -28,13 +32,9 @@ def run(config: EvalRmConfig, plan: Plan, run: Run) -> Manifest:
     """Score every response of the comparisons once, and work out what the differences say."""
     started = time.perf_counter()
     device = runtime.set_up(config.runtime, config.seed)
-    base = opening.reopen_base(plan.parents["reward"], device)
-    runtime.set_threads(config.runtime, base.model, device)
-    groups, lengths = _tokenise(config, plan, base.chat)
-    roles = SharedBase(base)
-    head = ScalarHead.load(Path(config.reward) / artifacts.HEAD)
-    roles.add("reward", adapter=Path(config.reward) / artifacts.ADAPTER, head=head, trained=False)
-    found = examine.compare(roles, "reward", groups, base, config.micro_batch_size)
+    scorer, chat = _open(config, plan, device)
+    groups, lengths = _tokenise(config, plan, chat)
+    found = examine.compare(scorer, groups)
     report = examine.report(found, config.seed, config.num_bins, config.num_resamples)
     report["rows"] = vars(lengths)
     storage.write_json(run.path / artifacts.EXAMINATION, report)
@@ -50,15 +50,31 @@ def run(config: EvalRmConfig, plan: Plan, run: Run) -> Manifest:
     return run.finish(
         Manifest(
             kind="examination", stage="eval-rm", seed=config.seed, identity=plan.identity, metrics=metrics,
-            seconds=time.perf_counter() - started, base=plan.parents["reward"].base,
+            seconds=time.perf_counter() - started, base=plan.parents["reward"].base if config.reward else None,
             parents=plan.parents_table(STAGES["eval-rm"].needs(config)), details={"rows": vars(lengths)},
         )
     )  # fmt: skip
 
 
+def _open(config: EvalRmConfig, plan: Plan, device: torch.device) -> tuple[Scorer, Any]:
+    """What scores, and the chat format (or reader) that lengths are measured with."""
+    if config.model:
+        scorer = open_classifier(config.model, device, config.micro_batch_size)
+        return scorer, scorer.classifier.reader
+    assert config.reward
+    base = opening.reopen_base(plan.parents["reward"], device)
+    runtime.set_threads(config.runtime, base.model, device)
+    roles = SharedBase(base)
+    add_reward(roles, "reward", Path(config.reward))
+    return SharedScorer(roles, "reward", config.micro_batch_size, raw=True), base.chat
+
+
 def dry_run(config: EvalRmConfig, plan: Plan) -> list[str]:
     """Token counts, with the tokenizer but without weights."""
-    chat = opening.open_chat(opening.model_of(plan.parents["reward"]))
+    if config.model:
+        chat: Any = classifier.open_reader(config.model)
+    else:
+        chat = opening.open_chat(opening.model_of(plan.parents["reward"]))
     groups, lengths = _tokenise(config, plan, chat)
     return [lengths.sentence("data"), f"{sum(len(group.judgements) for group in groups)} comparisons."]
 

@@ -24,9 +24,8 @@ from rlhf.preflight import Plan
 from rlhf.progress import bar
 from rlhf.rollouts.hf import HfEngine
 from rlhf.runs import Run
-from rlhf.scoring.function import FunctionScorer
-from rlhf.scoring.scorer import Scorer, WeightedScorer
-from rlhf.scoring.shared import SharedScorer
+from rlhf.scoring.scorer import Scorer, StandardisedScorer, WeightedScorer
+from rlhf.scoring.sources import open_source
 from rlhf.stages.registry import STAGES
 from rlhf.tracking import Tracker
 
@@ -45,6 +44,7 @@ def run(config: PpoConfig, plan: Plan, run: Run) -> Manifest:
     training.tracker = Tracker(run.path, config.report_to, progress.step)
     with interrupts.deferred(), bar("PPO", config.steps) as shown:
         if not progress.first:
+            training.standardise()
             progress.first = training.evaluate()
             saved.end_of_step(0, training.needed())
         while progress.pretraining is None:
@@ -78,12 +78,12 @@ def _set_up(config: PpoConfig, plan: Plan, run: Run) -> Training:
     runtime.set_threads(config.runtime, base.model, device)
     train, held_out, report = _prompts(config, plan, base.chat)
     log.info(report.sentence("Prompts"))
-    roles = _roles(config, base)
+    roles, scorer, standardised = _roles(config, plan, base)
     engine = HfEngine(roles, "policy", base.chat, config.sampling.concurrency)
     updates = config.update.epochs * (config.batch.batch_size // config.batch.minibatch_size)
     policy_steps, value_steps = config.steps * updates, (config.steps + config.value.pretrain_steps) * updates
     return Training(
-        config, run, base, roles, engine, _scorer(config, roles),
+        config, run, base, roles, engine, scorer, standardised,
         _optimizer(config, roles, "policy", config.optim.learning_rate, policy_steps),
         _optimizer(config, roles, "value", config.optim.value_learning_rate, value_steps), train, held_out,
     )  # fmt: skip
@@ -106,18 +106,22 @@ def _prompts(config: PpoConfig, plan: Plan, chat: Any) -> tuple[list[PromptRow],
     return train, kept[: config.evaluation.num_prompts], report
 
 
-def _roles(config: PpoConfig, base: Base) -> SharedBase:
-    """policy, reference, one slot for each reward run, and the value role, as the table in the README has them."""
+def _roles(config: PpoConfig, plan: Plan, base: Base) -> tuple[SharedBase, Scorer, list[StandardisedScorer]]:
+    """policy, reference, one slot for each reward run on this base, and the value role; and what scores."""
     roles = SharedBase(base)
     adapter = Path(config.policy) / artifacts.ADAPTER
     roles.add("policy", adapter=adapter, trained=True)
     roles.add("reference", adapter=adapter, trained=False)
-    first: str | None = None
+    terms: list[tuple[Scorer, float]] = []
+    standardised: list[StandardisedScorer] = []
     for index, source in enumerate(config.rewards):
-        if source.run:
-            head = ScalarHead.load(Path(source.run) / artifacts.HEAD)
-            roles.add(f"reward/{index}", adapter=Path(source.run) / artifacts.ADAPTER, head=head, trained=False)
-            first = first or source.run
+        parent, micro = plan.parents.get(f"rewards.{index}"), config.batch.micro_batch_size
+        scorer = open_source(source, f"reward/{index}", parent, base, roles, micro)
+        if source.standardise_samples:
+            scorer = StandardisedScorer(scorer)
+            standardised.append(scorer)
+        terms.append((scorer, source.weight))
+    first = next((source.run for index, source in enumerate(config.rewards) if f"reward/{index}" in roles.slots), None)
     if config.value.start == "reward" and first:
         head = ScalarHead.load(Path(first) / artifacts.HEAD).folded()
         roles.add("value", adapter=Path(first) / artifacts.ADAPTER, head=head, trained=True)
@@ -127,18 +131,7 @@ def _roles(config: PpoConfig, base: Base) -> SharedBase:
         roles.add("value", adapter=adapter, head=ScalarHead(base.hidden_size).zero_(), trained=True)
     if config.runtime.gradient_checkpointing:
         roles.enable_gradient_checkpointing()
-    return roles
-
-
-def _scorer(config: PpoConfig, roles: SharedBase) -> Scorer:
-    terms: list[tuple[Scorer, float]] = []
-    for index, source in enumerate(config.rewards):
-        if source.run:
-            terms.append((SharedScorer(roles, f"reward/{index}", config.batch.micro_batch_size), source.weight))
-        else:
-            assert source.function
-            terms.append((FunctionScorer(source.function), source.weight))
-    return WeightedScorer(terms)
+    return roles, WeightedScorer(terms), standardised
 
 
 def _optimizer(config: PpoConfig, roles: Roles, slot: str, learning_rate: float, total_steps: int) -> Optimizer:
@@ -167,6 +160,7 @@ def _finish(config: PpoConfig, plan: Plan, run: Run, training: Training) -> Mani
     details = {
         "use": config.use, "used_step": chosen, "best_step": progress.best_step, "last_step": progress.step,
         "value_pretraining": progress.pretraining, "kl_coef_at_the_end": progress.kl_coef,
+        "standards": [scorer.state_dict() for scorer in training.standardised],
     }  # fmt: skip
     return run.finish(
         Manifest(

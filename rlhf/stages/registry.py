@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf.config import stages as configs
-from rlhf.config.stages import RewardSource, StageConfig
+from rlhf.config.rewards import ClassifierSection, RewardSource
+from rlhf.config.stages import StageConfig
 from rlhf.data import sources
 from rlhf.preflight import Input, Needs, Parent
 
@@ -50,6 +51,7 @@ def _collect(config: configs.CollectConfig) -> Needs:
     return Needs(
         parents=(Parent("policy", config.policy, ("policy",)), *_reward_runs("labeller", config.labeller)),
         inputs=(Input("prompts", config.prompts, sources.load_prompts),),
+        scorers=_models("labeller.model", config.labeller),
     )
 
 
@@ -60,18 +62,25 @@ def _ppo(config: configs.PpoConfig) -> Needs:
     inputs = [Input("prompts", config.prompts, sources.load_prompts)]
     if config.evaluation.data:
         inputs.append(Input("evaluation.data", config.evaluation.data, sources.load_prompts))
-    return Needs(parents=(Parent("policy", config.policy, ("policy",)), *rewards), inputs=tuple(inputs))
+    scorers = [found for i, source in enumerate(config.rewards) for found in _models(f"rewards.{i}.model", source)]
+    parents = (Parent("policy", config.policy, ("policy",)), *rewards)
+    return Needs(parents=parents, inputs=tuple(inputs), scorers=tuple(scorers))
 
 
 def _eval_rm(config: configs.EvalRmConfig) -> Needs:
     return Needs(
-        parents=(Parent("reward", config.reward, ("reward",)),),
+        parents=(Parent("reward", config.reward, ("reward",)),) if config.reward else (),
         inputs=(Input("data", config.data, sources.load_comparisons),),
+        scorers=(("model", config.model),) if config.model else (),
     )
 
 
 def _reward_runs(key: str, source: RewardSource) -> tuple[Parent, ...]:
     return (Parent(key, source.run, ("reward",)),) if source.run else ()
+
+
+def _models(key: str, source: RewardSource) -> tuple[tuple[str, ClassifierSection], ...]:
+    return ((key, source.model),) if source.model else ()
 
 
 STAGES: dict[str, Stage] = {

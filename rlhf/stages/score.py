@@ -1,38 +1,44 @@
-"""``rlhf score``: score given responses with any finished reward run."""
+"""``rlhf score``: score given responses with a finished reward run, or with a sequence classifier from elsewhere."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from rlhf import artifacts, runtime
+from rlhf.config.rewards import ClassifierSection
 from rlhf.config.sections import RuntimeSection
 from rlhf.data import lines, sources, tokenised
+from rlhf.data.records import Demonstration
+from rlhf.errors import Problem, RlhfError
 from rlhf.models import opening
 from rlhf.models.base import NO_LIMIT
-from rlhf.models.heads import ScalarHead
 from rlhf.models.roles import SharedBase
-from rlhf.scoring.scorer import Sample
+from rlhf.scoring.scorer import Sample, Scorer
 from rlhf.scoring.shared import SharedScorer
+from rlhf.scoring.sources import add_reward, open_classifier
 
 
-def score(run_dir: str, data: str, out: str, micro_batch_size: int) -> None:
-    """Read prompts with responses (JSONL, ``-`` for stdin), write them with their standardised scores."""
-    manifest = artifacts.read(run_dir, "reward")
-    artifacts.verify(Path(run_dir), manifest)
+def score(source: str, data: str, out: str, micro_batch_size: int, label: str | None) -> None:
+    """Read prompts with responses (JSONL, ``-`` for stdin), write them with their scores.
+
+    Args:
+        source: reward run (standardised scores), or directory or hub id of a sequence classifier (its logits).
+        label: of a classifier with several.
+    """
+    is_run = artifacts.is_finished(Path(source)) or (Path(source) / artifacts.CONFIG).is_file()
+    if is_run and label is not None:
+        raise RlhfError(Problem("CFG040", "--label", f"{source} is a reward run, which has one score.", "leave it out"))
     records = lines.load(sources.load_demonstrations, data)
     device = runtime.set_up(RuntimeSection(), 0)
-    base = opening.reopen_base(manifest, device)
-    runtime.set_threads(RuntimeSection(), base.model, device)
-    roles = SharedBase(base)
-    head = ScalarHead.load(Path(run_dir) / artifacts.HEAD)
-    roles.add("reward", adapter=Path(run_dir) / artifacts.ADAPTER, head=head, trained=False)
-    samples = []
-    turns = tokenised.turns(records, base.chat, last_only=True, max_length=NO_LIMIT)
-    for record, turn in zip(records, turns, strict=True):
-        opening.require_context(base.chat, len(turn.prompt_ids), len(turn.response_ids), record.where)
-        prompt, response = record.messages[:-1], record.messages[-1].content
-        samples.append(Sample(prompt, response, turn.prompt_ids, turn.response_ids, True, turn.response_ids))
-    scores = SharedScorer(roles, "reward", micro_batch_size).score(samples).mean.tolist()
+    if is_run:
+        samples, scorer = _of_run(source, records, device, micro_batch_size)
+    else:
+        section = ClassifierSection(path=source, label=int(label) if label and label.isdigit() else label)
+        samples, scorer = [_sample(record) for record in records], open_classifier(section, device, micro_batch_size)
+    scores = scorer.score(samples).mean.tolist()
     rows = [
         {
             "prompt": [{"role": message.role, "content": message.content} for message in sample.prompt],
@@ -42,3 +48,25 @@ def score(run_dir: str, data: str, out: str, micro_batch_size: int) -> None:
         for sample, value in zip(samples, scores, strict=True)
     ]
     lines.write(out, rows)
+
+
+def _of_run(
+    run_dir: str, records: Sequence[Demonstration], device: torch.device, micro_batch_size: int
+) -> tuple[list[Sample], Scorer]:
+    manifest = artifacts.read(run_dir, "reward")
+    artifacts.verify(Path(run_dir), manifest)
+    base = opening.reopen_base(manifest, device)
+    runtime.set_threads(RuntimeSection(), base.model, device)
+    roles = SharedBase(base)
+    add_reward(roles, "reward", Path(run_dir))
+    samples = []
+    turns = tokenised.turns(records, base.chat, last_only=True, max_length=NO_LIMIT)
+    for record, turn in zip(records, turns, strict=True):
+        opening.require_context(base.chat, len(turn.prompt_ids), len(turn.response_ids), record.where)
+        samples.append(_sample(record, turn.prompt_ids, turn.response_ids))
+    return samples, SharedScorer(roles, "reward", micro_batch_size)
+
+
+def _sample(record: Demonstration, prompt_ids: Sequence[int] = (), response_ids: Sequence[int] = ()) -> Sample:
+    prompt, response, ids = record.messages[:-1], record.messages[-1].content, list(response_ids)
+    return Sample(prompt, response, list(prompt_ids), ids, True, ids)

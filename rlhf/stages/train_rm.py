@@ -178,7 +178,7 @@ def _group_scores(model: Any, head: Any, groups: Sequence[Group], base: Base) ->
 
 
 def _held_out(config: RewardConfig, roles: Roles, base: Base, groups: Sequence[Group]) -> dict[str, float]:
-    pairs = examine.compare(roles, "reward", groups, base, config.batch.micro_batch_size)
+    pairs = examine.compare(SharedScorer(roles, "reward", config.batch.micro_batch_size, raw=True), groups)
     accuracy = examine.accuracy(pairs, config.seed)
     log.info(
         "Held out: accuracy %.3f [%.3f, %.3f] on %d comparisons of %d prompts.", accuracy.estimate, accuracy.low,
