@@ -16,11 +16,11 @@ from rlhf.errors import Problem, RlhfError
 FORMAT = 1
 MANIFEST, CONFIG, METRICS, LOG = "manifest.json", "config.yaml", "metrics.jsonl", "run.log"
 STARTED, LOCK = "run.json", ".lock"
-ADAPTER, HEAD, TOKENIZER, CHECKPOINTS, SAMPLES, PLOTS = (
-    "adapter", "head", "tokenizer", "checkpoints", "samples", "plots",
+ADAPTER, MODEL, HEAD, TOKENIZER, CHECKPOINTS, SAMPLES, PLOTS = (
+    "adapter", "model", "head", "tokenizer", "checkpoints", "samples", "plots",
 )  # fmt: skip
 PREFERENCES, EXAMINATION = "preferences.jsonl", "eval.json"
-HASHED = (ADAPTER, HEAD, TOKENIZER, PREFERENCES, EXAMINATION)
+HASHED = (ADAPTER, MODEL, HEAD, TOKENIZER, PREFERENCES, EXAMINATION)
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "safetensors")
 
 
@@ -45,7 +45,7 @@ class Manifest:
         kind: policy, reward, preferences or examination.
         stage: the command that made it.
         identity: every input by name (config keys, data and parent digests); equal identity, equal run.
-        base: the frozen model, for policies and rewards.
+        base: the frozen model, for policies and rewards; of a run that trained every weight, its own MODEL.
         parents: role -> {"run_dir", "digest"} of the runs it was made from.
         metrics: the figures measured at the end.
         files: path inside the run -> {"sha256", "size"}.
@@ -94,6 +94,11 @@ def file_table(run_dir: Path) -> dict[str, dict[str, Any]]:
         for path in paths
         if path.is_file()
     }
+
+
+def adapter_of(run_dir: str | Path) -> Path | None:
+    """A policy's or reward model's adapter on its base; None where the run is a whole model, its own base."""
+    return None if (Path(run_dir) / MODEL).is_dir() else Path(run_dir) / ADAPTER
 
 
 def is_finished(run_dir: Path) -> bool:
@@ -168,6 +173,17 @@ def model_digest(directory: Path) -> str:
     names = ("config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja")
     files = [directory / name for name in names] + sorted(directory.glob("*.safetensors"))
     return storage.sha256_json({path.name: storage.sha256(path) for path in files if path.is_file()})
+
+
+def directory_digest(directory: Path) -> str:
+    """Digest of every file of a directory, by name and content."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    return storage.sha256_json({path.relative_to(directory).as_posix(): storage.sha256(path) for path in files})
+
+
+def is_plain_adapter(directory: str) -> bool:
+    """Whether it is an adapter as PEFT writes it, and no run."""
+    return storage.is_file(Path(directory) / "adapter_config.json")
 
 
 def _names() -> list[str]:

@@ -48,6 +48,7 @@ class Needs:
     inputs: tuple[Input, ...] = ()
     model: ModelSection | None = None
     scorers: tuple[tuple[str, ClassifierSection], ...] = ()
+    directories: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,9 @@ def prepare(config: StageConfig, needs: Needs, parents_may_be_missing: bool = Fa
     models: list[tuple[str, ModelSection | ClassifierSection]] = [*needs.scorers]
     models += [("model", needs.model)] if needs.model else []
     problems += _other_bases(parents, unchecked)
+    problems += _adapter_of_another(needs.model, parents)
     digests = {key: _model_digest(key, model, problems, unchecked) for key, model in models}
+    digests |= {key: _directory_digest(key, path, problems) for key, path in needs.directories}
     identity = {} if problems else _identity(config, data, parents, digests)
     figures: list[str] = []
     if problems or not _is_current(config.run_dir, identity):
@@ -163,6 +166,18 @@ def _other_bases(parents: Mapping[str, Manifest], unchecked: list[str]) -> list[
     return problems
 
 
+def _adapter_of_another(model: ModelSection | None, parents: Mapping[str, Manifest]) -> list[Problem]:
+    """MOD021 for an adapter to start from that was made on another model, or with another template."""
+    base = parents["adapter"].base if "adapter" in parents else None
+    if base is None or model is None or not (demo.is_demo(model.path) or names.exists(model.path)):
+        return []
+    directory = demo.resolve_model(model.path) if demo.is_demo(model.path) else Path(model.path)
+    if (artifacts.model_digest(directory), model.chat_template) == (base.digest, base.chat_template):
+        return []
+    what = f"made on another model or template ({base.source}) than model.path ({model.path})."
+    return [Problem("MOD021", "adapter", what, f"model.path: {base.source}")]
+
+
 def _model_digest(
     key: str, model: ModelSection | ClassifierSection, problems: list[Problem], unchecked: list[str]
 ) -> str | None:
@@ -183,6 +198,14 @@ def _model_digest(
         return artifacts.model_digest(Path(model.path))
     unchecked.append(f"{key} {model.path}: not a local directory, taken for a hub id")
     return None
+
+
+def _directory_digest(key: str, path: str, problems: list[Problem]) -> str | None:
+    try:
+        return artifacts.directory_digest(Path(path))
+    except OSError as error:
+        problems.append(Problem("CKP001", f"{key}: {path}", f"cannot be read: {error.strerror}.", "name a directory"))
+        return None
 
 
 def _resources(

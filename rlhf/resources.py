@@ -69,22 +69,33 @@ def written(
     hidden = _hidden_size(tensors)
     head = FLOAT32 * (hidden + 1)
     if isinstance(config, SftConfig):
+        if config.lora is None:
+            whole = FLOAT32 * sum(tensor.num_elements for tensor in tensors.values())
+            return _with_checkpoints(whole, whole, _num_checkpoints(config, num_rows))
         tokens = 2 * hidden * len(config.lora.train_tokens)
         adapter = FLOAT32 * (lora_parameters(tensors, config.lora.r, config.lora.target_modules) + tokens)
         return _with_checkpoints(adapter, adapter, _num_checkpoints(config, num_rows))
     if isinstance(config, RewardConfig):
-        slot = _stored_adapter(parents["policy"]) + head
-        if config.lora_r:
-            slot = math.ceil(slot * config.lora_r / _rank(config.policy))
+        slot = _slot(tensors, parents["policy"], config.lora is None) + head
+        if config.lora and config.lora.r and artifacts.adapter_of(config.policy):
+            slot = math.ceil(slot * config.lora.r / _rank(config.policy))
         return _with_checkpoints(slot, slot, _num_checkpoints(config, num_rows))
     if isinstance(config, PpoConfig):
-        policy = _stored_adapter(parents["policy"])
+        policy = _slot(tensors, parents["policy"], config.lora is None)
         rewards = [manifest for key, manifest in parents.items() if key.startswith("rewards.")]
-        value = _stored_adapter(rewards[0]) if rewards and config.value.start == "reward" else policy
+        starts = rewards[0] if rewards and config.value.start == "reward" else parents["policy"]
+        value = _slot(tensors, starts, config.lora is None)
         num_saved, slots = _num_checkpoints(config, num_rows), policy + value + head
         # the result, best and last, and the best roles so far that belong to each checkpoint
         return _with_checkpoints(slots, policy + (2 + num_saved) * slots, num_saved)
     return Written(0, 0)
+
+
+def _slot(tensors: Mapping[str, StoredTensor], start: Manifest, trains_whole: bool) -> int:
+    """Bytes of a role that starts from a run: its adapter, a fresh one of rank 16, or every weight in float32."""
+    if trains_whole:
+        return FLOAT32 * sum(tensor.num_elements for tensor in tensors.values())
+    return _stored_adapter(start) or FLOAT32 * lora_parameters(tensors, 16, "all-linear")
 
 
 def run_dir_problem(run_dir: str) -> Problem | None:

@@ -43,6 +43,18 @@ class LoraSection(Section):
     train_tokens: list[Text] = Field(
         default_factory=list, description="tokens whose embedding rows are trained too, such as an untrained end token"
     )
+    use_dora: bool = Field(False, description="weight-decomposed updates (DoRA, https://arxiv.org/abs/2402.09353)")
+    use_rslora: bool = Field(
+        False, description="scale by alpha / sqrt(r) instead of alpha / r (https://arxiv.org/abs/2312.03732)"
+    )
+
+
+class RoleLoraSection(Section):
+    """The adapter of a role that starts from a policy: that policy's, in all but the rank."""
+
+    r: Count | None = Field(
+        None, description="rank, which contains the policy's; null: that one, or 16 for a policy without adapter"
+    )
 
 
 class DataSection(Section):

@@ -29,6 +29,7 @@ from rlhf.config.sections import (
     NonNegative,
     OptimSection,
     Positive,
+    RoleLoraSection,
     RuntimeSection,
     SamplingSection,
     Section,
@@ -78,7 +79,12 @@ class SftConfig(StageConfig, TrainedForAWhile, LongRows):
     data: DataSection = Field(description="demonstrations")
     loss_on: Literal["all_turns", "last_turn"] = Field("all_turns", description="assistant turns that carry loss")
     packing: bool = Field(False, description="several rows in one sequence, without padding between them")
-    lora: LoraSection = Field(default_factory=LoraSection)
+    lora: LoraSection | None = Field(
+        default_factory=LoraSection, description="adapter that is trained; null: every weight of the model is"
+    )
+    adapter: Text | None = Field(
+        None, description="policy run or adapter directory to start from, which gives its settings; null: a fresh one"
+    )
     optim: OptimSection = Field(default_factory=lambda: OptimSection(learning_rate=2e-4))
     batch: BatchSection = Field(default_factory=BatchSection)
     sampling: SamplingSection = Field(
@@ -96,6 +102,21 @@ class SftConfig(StageConfig, TrainedForAWhile, LongRows):
             raise ValueError(f"batch.micro_batch_size {micro} does not divide batch.batch_size {whole}; {fits} does")
         return self
 
+    @model_validator(mode="after")
+    def _what_is_trained(self) -> SftConfig:
+        if self.lora is None and self.adapter is not None:
+            raise ValueError("lora: null trains every weight, and an adapter to start from has no place there")
+        if self.lora is None and self.model.dtype != "float32":
+            raise ValueError("lora: null needs model.dtype float32: trained weights lose small updates in bfloat16")
+        if self.lora is None and self.model.trust_remote_code:
+            raise ValueError(
+                "lora: null writes a model of its own, which cannot carry the code of model.trust_remote_code"
+            )
+        given = self.lora.model_fields_set - {"r", "dropout"} if self.lora and self.adapter else set()
+        if given:
+            raise ValueError(f"adapter gives its own {', '.join(sorted(given))}: leave lora.{min(given)} out")
+        return self
+
 
 class RewardConfig(StageConfig, TrainedForAWhile, LongRows):
     """Bradley-Terry reward model on comparisons."""
@@ -103,7 +124,9 @@ class RewardConfig(StageConfig, TrainedForAWhile, LongRows):
     run_dir: Text = "runs/train-rm"
     policy: Text = Field("runs/sft", description="SFT run: gives the base, the tokenizer and the adapter to start from")
     data: DataSection = Field(description="comparisons")
-    lora_r: Count | None = Field(None, description="rank; null: the SFT adapter's, which a larger one contains")
+    lora: RoleLoraSection | None = Field(
+        default_factory=RoleLoraSection, description="adapter that is trained; null: every weight of a copy is"
+    )
     use_margins: bool = Field(False, description="subtract a comparison's margin from its score difference")
     centering_coef: NonNegative = Field(
         0.001, description="weight of the mean squared score, which keeps scores near 0"
@@ -144,6 +167,10 @@ class PpoConfig(StageConfig):
     policy: Text = Field("runs/sft", description="SFT run: the policy's start and the KL reference")
     rewards: Annotated[list[RewardSource], Field(min_length=1)] = Field(
         default_factory=lambda: [RewardSource(run="runs/train-rm")], description="weighted sum of reward terms"
+    )
+    lora: RoleLoraSection | None = Field(
+        default_factory=RoleLoraSection,
+        description="adapters of policy and value role; null: every weight of a model for each",
     )
     prompts: PromptsSection = Field(description="prompts to answer")
     samples_per_prompt: Count = Field(1, description="responses a prompt in each batch; divides batch.batch_size")

@@ -123,6 +123,11 @@ class ChatFormat:
         kept = ids[:-1] if ids and ids[-1] == self.end_id else ids
         return str(self.tokenizer.decode(kept, skip_special_tokens=True)).removeprefix(" ")
 
+    def same_tokens(self, other: ChatFormat) -> bool:
+        """Whether the other one writes every conversation in the same ids, as far as vocabulary and template tell."""
+        alike = (self.template or self.tokenizer.chat_template) == (other.template or other.tokenizer.chat_template)
+        return alike and self.tokenizer.get_vocab() == other.tokenizer.get_vocab()
+
     def without_special(self, text: str) -> str:
         """The text without what it writes of the tokens that may not stand in one; see ``prompt_ids``."""
         for token in self._control:

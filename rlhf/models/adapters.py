@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,8 +17,10 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from rlhf.config.sections import LoraSection
+from rlhf import artifacts
+from rlhf.config.sections import LoraSection, RoleLoraSection
 from rlhf.errors import Problem, RlhfError
+from rlhf.models.base import Base
 from rlhf.snapshots import require_finite
 from rlhf.storage import staged_directory, write_bytes, write_json
 
@@ -41,7 +44,17 @@ def fresh_lora(lora: LoraSection, model: Any, tokenizer: Any) -> LoraConfig:
     return LoraConfig(
         r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type="CAUSAL_LM",
         bias="none", fan_in_fan_out=conv, trainable_token_indices=_token_rows(tokens, model),
+        use_dora=lora.use_dora, use_rslora=lora.use_rslora,
     )  # fmt: skip
+
+
+def start_of(policy: str, lora: RoleLoraSection, base: Base) -> Path | LoraConfig:
+    """What a role that starts from a policy begins with: its adapter, or a fresh one where it has none."""
+    adapter = artifacts.adapter_of(policy)
+    if adapter is not None:
+        return adapter
+    rank = lora.r or LoraSection().r
+    return fresh_lora(LoraSection(r=rank, alpha=2.0 * rank), base.model, base.tokenizer)
 
 
 def _token_rows(tokens: list[int], model: Any) -> list[int] | dict[str, list[int]] | None:
@@ -79,6 +92,21 @@ def token_ids(tokens: Sequence[str], tokenizer: Any, key: str) -> list[int]:
         what = f"not in the vocabulary: {', '.join(map(repr, unknown))}."
         raise RlhfError(Problem("MOD031", key, what, "write the token as the tokenizer has it"))
     return [known[token] for token in tokens]
+
+
+def directory_of(source: str) -> Path:
+    """Where a policy run, or a plain adapter directory, has its adapter.
+
+    Raises:
+        RlhfError: CKP004 for a run whose every weight was trained.
+    """
+    if artifacts.is_plain_adapter(source):
+        return Path(source)
+    found = artifacts.adapter_of(source)
+    if found is None:
+        fix = f"model.path: {Path(source) / artifacts.MODEL}, which is a base like any other"
+        raise RlhfError(Problem("CKP004", source, "trained every weight: it has no adapter.", fix))
+    return found
 
 
 def read(directory: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
@@ -149,7 +177,7 @@ def grow(config: LoraConfig, state: dict[str, Tensor], rank: int) -> tuple[LoraC
         return config, state
     if rank < config.r:
         what = f"rank {rank} is smaller than the adapter's {config.r}."
-        raise RlhfError(Problem("CFG020", "lora_r", what, "the same rank or a larger one"))
+        raise RlhfError(Problem("CFG020", "lora.r", what, "the same rank or a larger one"))
     generator = torch.Generator().manual_seed(rank)
     grown = dict(state)
     for name, tensor in state.items():
@@ -159,6 +187,7 @@ def grow(config: LoraConfig, state: dict[str, Tensor], rank: int) -> tuple[LoraC
             grown[name] = torch.cat([tensor, extra.uniform_(-bound, bound, generator=generator)])
         elif ".lora_B." in name:
             grown[name] = torch.cat([tensor, torch.zeros(tensor.shape[0], rank - tensor.shape[1])], 1)
-    config.lora_alpha = config.lora_alpha * rank / config.r
+    # The scaling stays: alpha / r, or alpha / sqrt(r) in rank-stabilised LoRA.
+    config.lora_alpha *= math.sqrt(rank / config.r) if config.use_rslora else rank / config.r
     config.r = rank
     return config, grown

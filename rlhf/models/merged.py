@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +11,35 @@ import torch
 from peft import get_peft_model
 from transformers import AutoModelForSequenceClassification, GenerationConfig
 
+from rlhf import artifacts
+from rlhf.artifacts import Manifest
 from rlhf.errors import Problem, RlhfError
-from rlhf.models import adapters
+from rlhf.models import adapters, opening
 from rlhf.models.base import Base
 from rlhf.models.heads import ScalarHead
 
 
-def policy(base: Base, adapter: Path) -> Any:
-    """The causal language model with the adapter inside its weights. Changes ``base``, which nobody else may hold."""
-    config, state = adapters.read(adapter)
-    wrapped = get_peft_model(base.model, config, adapter_name="default")
-    adapters.load(wrapped, "default", state)
-    merged = wrapped.merge_and_unload(safe_merge=True)  # type: ignore[operator]
+def policy(base: Base, adapter: Path | None) -> Any:
+    """The causal language model with the adapter (where there is one) inside its weights. Changes ``base``, which
+    nobody else may hold."""
+    merged = base.model
+    if adapter is not None:
+        config, state = adapters.read(adapter)
+        wrapped = get_peft_model(base.model, config, adapter_name="default")
+        adapters.load(wrapped, "default", state)
+        merged = wrapped.merge_and_unload(safe_merge=True)  # type: ignore[operator]
     merged.generation_config = generation_config(base)
     return merged
+
+
+def copy_of(run_dir: str | Path, manifest: Manifest, device: torch.device) -> Base:
+    """A model of its own, in float32, that is the function of a finished run's: where a role whose every weight is
+    trained starts."""
+    section = opening.model_of(manifest).model_copy(update={"dtype": "float32"})
+    base = opening.require_same(opening.open_base(section, device), manifest)
+    model = policy(base, artifacts.adapter_of(run_dir))
+    model.generation_config = GenerationConfig()
+    return replace(base, model=model.eval().requires_grad_(False))
 
 
 def generation_config(base: Base) -> GenerationConfig:
@@ -35,7 +51,7 @@ def generation_config(base: Base) -> GenerationConfig:
     )
 
 
-def reward(base: Base, adapter: Path, head: ScalarHead) -> tuple[Any, float]:
+def reward(base: Base, adapter: Path | None, head: ScalarHead) -> tuple[Any, float]:
     """A sequence classifier with one label, and the constant that its class has no place for.
 
     The standardised score is the classifier's logit plus the constant: ``score`` has no bias, so that its weight takes

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 
+from rlhf import artifacts
 from rlhf.artifacts import BaseIdentity, Manifest
 from rlhf.config.sections import ModelSection
 from rlhf.data.chat import ChatFormat
@@ -39,6 +42,17 @@ def identity_of(base: Base, model: ModelSection) -> BaseIdentity:
     )  # fmt: skip
 
 
+def identity_of_result(run_dir: Path, parent: Manifest) -> BaseIdentity:
+    """The base of a run that starts from ``parent``: the same, or where every weight was trained its own model."""
+    assert parent.base is not None
+    if artifacts.adapter_of(run_dir) is not None:
+        return parent.base
+    directory = run_dir / artifacts.MODEL
+    return replace(
+        parent.base, source=str(directory), digest=artifacts.model_digest(directory), dtype="float32", revision=None
+    )
+
+
 def model_of(manifest: Manifest) -> ModelSection:
     """The model section that a finished run was made with.
 
@@ -64,7 +78,11 @@ def reopen_base(manifest: Manifest, device: torch.device) -> Base:
     Raises:
         RlhfError: MOD020 if the files under its name are no longer those that the run was made on.
     """
-    base = open_base(model_of(manifest), device)
+    return require_same(open_base(model_of(manifest), device), manifest)
+
+
+def require_same(base: Base, manifest: Manifest) -> Base:
+    """The base, if it is what the run was made on; else MOD020."""
     assert manifest.base is not None
     if base.digest != manifest.base.digest:
         what = (

@@ -17,7 +17,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from rlhf import artifacts
-from rlhf.models import adapters, small_lora
+from rlhf.models import adapters, small_lora, whole
 from rlhf.models.base import Base
 from rlhf.models.heads import ScalarHead
 
@@ -29,7 +29,10 @@ Acting = tuple[Any, ScalarHead | None]
 
 @dataclass(frozen=True)
 class Slot:
-    """A role: its adapter (None: the bare base), its head, and whether it is trained."""
+    """A role: its adapter (None: the bare base), its head, and whether it is trained.
+
+    A trained slot without an adapter trains every weight of its model, which no other slot may share.
+    """
 
     adapter: str | None
     head: ScalarHead | None
@@ -46,6 +49,7 @@ class Roles(Protocol):
     def trained_parameters(self, name: str) -> list[nn.Parameter]: ...
     def head(self, name: str) -> ScalarHead: ...
     def state(self, name: str) -> SlotState: ...
+    def enable_gradient_checkpointing(self) -> None: ...
     def save(self, name: str, directory: Path) -> None: ...
 
 
@@ -56,8 +60,13 @@ class _Slots:
         self.device = device
         self.slots: dict[str, Slot] = {}
 
+    def host(self, name: str) -> SharedBase:
+        raise NotImplementedError("each kind of roles says on which base a role lives")
+
     def peft(self, name: str) -> PeftModel:
-        raise NotImplementedError("each kind of roles says where an adapter lives")
+        peft = self.host(name)._peft
+        assert peft is not None
+        return peft
 
     def head(self, name: str) -> ScalarHead:
         head = self.slots[name].head
@@ -65,10 +74,12 @@ class _Slots:
         return head
 
     def trained_parameters(self, name: str) -> list[nn.Parameter]:
-        """Adapter and head of a trained slot: what its optimizer is built from."""
+        """Adapter (or every weight) and head of a trained slot: what its optimizer is built from."""
         slot = self.slots[name]
-        assert slot.trained and slot.adapter, f"{name} is not trained"
+        assert slot.trained, f"{name} is not trained"
         head = [parameter for parameter in slot.head.parameters() if parameter.requires_grad] if slot.head else []
+        if slot.adapter is None:
+            return [*self.host(name).base.model.parameters(), *head]
         return [*_adapter_parameters(self.peft(name), slot.adapter), *head]
 
     def state(self, name: str) -> SlotState:
@@ -76,10 +87,13 @@ class _Slots:
         return SlotState(self, name)
 
     def save(self, name: str, directory: Path) -> None:
-        """Write ``directory/adapter`` in PEFT's layout and, where there is one, ``directory/head``."""
+        """Write ``directory/adapter`` in PEFT's layout or ``directory/model``, and the head to ``directory/head``."""
         slot = self.slots[name]
-        assert slot.adapter
-        adapters.save(self.peft(name), slot.adapter, directory / artifacts.ADAPTER)
+        if slot.adapter is None:
+            base = self.host(name).base
+            whole.save(base.model, base.tokenizer, directory / artifacts.MODEL)
+        else:
+            adapters.save(self.peft(name), slot.adapter, directory / artifacts.ADAPTER)
         if slot.head:
             slot.head.save(directory / artifacts.HEAD)
 
@@ -107,7 +121,8 @@ class SharedBase(_Slots):
         self, name: str, *, adapter: Path | LoraConfig | None = None, head: ScalarHead | None = None,
         trained: bool = False, rank: int | None = None,
     ) -> None:  # fmt: skip
-        """Add a role: the bare base, an adapter read from a directory (grown to ``rank``), or a fresh one.
+        """Add a role: an adapter read from a directory (grown to ``rank``) or a fresh one, or the bare base; trained,
+        the latter has every weight trained.
 
         The head is copied; roles never share parameters.
         """
@@ -116,11 +131,12 @@ class SharedBase(_Slots):
             self._peft = _add_adapter(self._peft or self.base.model, name, adapter, rank)
             self._find_layers()
         self.slots[name] = Slot(name if adapter is not None else None, self._head_of(head, trained), trained)
+        alone = all(slot.adapter or not slot.trained for slot in self.slots.values()) or len(self.slots) == 1
+        assert alone, "a model whose every weight is trained has one role"
         self._mark_trained()
 
-    def peft(self, name: str) -> PeftModel:
-        assert self._peft is not None
-        return self._peft
+    def host(self, name: str) -> SharedBase:
+        return self
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations in the backward pass of every trained role."""
@@ -172,6 +188,7 @@ class SharedBase(_Slots):
 
     def _mark_trained(self) -> None:
         if self._peft is None:
+            self.base.model.requires_grad_(any(slot.trained for slot in self.slots.values()))
             return
         self._peft.requires_grad_(False)
         for slot in self.slots.values():
@@ -181,43 +198,56 @@ class SharedBase(_Slots):
 
 
 class SeparateModels(_Slots):
-    """Every role is a model of its own: where models do not share a base, and to compare with those that do."""
+    """Roles on several models: where every weight is trained, and to compare with roles that share all."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        self._models: dict[str, SharedBase] = {}
+        self._hosts: dict[str, SharedBase] = {}
 
     def add(self, name: str, base: Base, **role: Any) -> None:
         """Add a role on its own ``base``; the rest as ``SharedBase.add``."""
         alone = SharedBase(base)
         alone.add(name, **role)
-        self._models[name] = alone
-        self.slots[name] = alone.slots[name]
+        self.adopt(alone)
 
-    def peft(self, name: str) -> PeftModel:
-        return self._models[name].peft(name)
+    def adopt(self, shared: SharedBase) -> None:
+        """Take over the roles that share a base."""
+        assert not self.slots.keys() & shared.slots.keys()
+        self._hosts |= dict.fromkeys(shared.slots, shared)
+        self.slots |= shared.slots
+
+    def host(self, name: str) -> SharedBase:
+        return self._hosts[name]
+
+    def enable_gradient_checkpointing(self) -> None:
+        """As ``SharedBase.enable_gradient_checkpointing``."""
+        for host in set(self._hosts.values()):
+            host.enable_gradient_checkpointing()
 
     def acting_as(self, name: str) -> Any:
         """As ``SharedBase.acting_as``."""
-        return self._models[name].acting_as(name)
+        return self._hosts[name].acting_as(name)
 
 
 class SlotState:
-    """Adapter and head of one slot as a checkpoint holds them."""
+    """Adapter (or every weight) and head of one slot as a checkpoint holds them."""
 
     def __init__(self, roles: _Slots, name: str) -> None:
         self.roles, self.name = roles, name
 
     def state_dict(self) -> dict[str, Any]:
         slot = self.roles.slots[self.name]
-        assert slot.adapter
-        head = slot.head.state_dict() if slot.head else {}
-        return {"adapter": adapters.weights(self.roles.peft(self.name), slot.adapter), "head": dict(head)}
+        head = dict(slot.head.state_dict()) if slot.head else {}
+        if slot.adapter is None:
+            return {"model": whole.weights(self.roles.host(self.name).base.model), "head": head}
+        return {"adapter": adapters.weights(self.roles.peft(self.name), slot.adapter), "head": head}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         slot = self.roles.slots[self.name]
-        assert slot.adapter
-        adapters.load(self.roles.peft(self.name), slot.adapter, state["adapter"])
+        if slot.adapter is None:
+            whole.load(self.roles.host(self.name).base.model, state["model"])
+        else:
+            adapters.load(self.roles.peft(self.name), slot.adapter, state["adapter"])
         if slot.head:
             slot.head.load_state_dict(state["head"])
 

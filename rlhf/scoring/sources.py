@@ -58,7 +58,7 @@ def open_classifier(section: ClassifierSection, device: torch.device, micro_batc
 def add_reward(roles: SharedBase, slot: str, run_dir: Path) -> None:
     """The reward run's adapter and head as a frozen role."""
     head = ScalarHead.load(run_dir / artifacts.HEAD)
-    roles.add(slot, adapter=run_dir / artifacts.ADAPTER, head=head, trained=False)
+    roles.add(slot, adapter=artifacts.adapter_of(run_dir), head=head, trained=False)
 
 
 def is_on(manifest: Manifest, base: Base) -> bool:

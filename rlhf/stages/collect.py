@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import time
-from pathlib import Path
 from typing import Any
 
 from rlhf import artifacts, runtime, storage
@@ -35,7 +34,7 @@ def run(config: CollectConfig, plan: Plan, run: Run) -> Manifest:
     runtime.set_threads(config.runtime, base.model, device)
     prompts, report = _prompts(config, plan, base.chat)
     roles = SharedBase(base)
-    roles.add("policy", adapter=Path(config.policy) / artifacts.ADAPTER, trained=False)
+    roles.add("policy", adapter=artifacts.adapter_of(config.policy), trained=False)
     parent = plan.parents.get("labeller")
     labeller = open_source(config.labeller, "labeller", parent, base, roles, config.sampling.concurrency)
     repeated = [prompt for prompt in prompts for _ in range(config.samples_per_prompt)]

@@ -43,6 +43,10 @@ def export(run_dir: str, target: Path, adapter_only: bool) -> dict[str, Any]:
     if adapter_only and manifest.kind == "reward":
         what = "a reward model is more than its adapter: the head would be lost."
         raise RlhfError(Problem("CKP004", run_dir, what, "leave --adapter-only out"))
+    if adapter_only and artifacts.adapter_of(run_dir) is None:
+        raise RlhfError(
+            Problem("CKP004", run_dir, "trained every weight: it has no adapter.", "leave --adapter-only out")
+        )
     device = runtime.set_up(RuntimeSection(), 0)
     base = opening.reopen_base(manifest, device)
     wanted = _expected(base, Path(run_dir), manifest)
@@ -65,7 +69,7 @@ def export(run_dir: str, target: Path, adapter_only: bool) -> dict[str, Any]:
 
 
 def _write_model(base: Base, run_dir: Path, manifest: Manifest, target: Path) -> dict[str, Any]:
-    adapter = run_dir / artifacts.ADAPTER
+    adapter = artifacts.adapter_of(run_dir)
     if manifest.kind == "policy":
         merged.policy(base, adapter).save_pretrained(target)
         return {}
@@ -90,7 +94,7 @@ def _expected(base: Base, run_dir: Path, manifest: Manifest) -> torch.Tensor:
     """Logits [B, L, V] of the policy or scores [B] of the reward model, as the run itself gives them."""
     roles = SharedBase(base)
     head = ScalarHead.load(run_dir / artifacts.HEAD) if manifest.kind == "reward" else None
-    roles.add("role", adapter=run_dir / artifacts.ADAPTER, head=head, trained=False)
+    roles.add("role", adapter=artifacts.adapter_of(run_dir), head=head, trained=False)
     sequences = _probes(base, base.chat.pad_id)
     with roles.acting_as("role") as (model, own):
         if own is not None:

@@ -26,7 +26,7 @@ def generate(
     runtime.set_threads(RuntimeSection(), base.model, device)
     opening.require_context(base.chat, 1, max_new_tokens, "--max-new-tokens")
     roles = SharedBase(base)
-    roles.add("policy", adapter=Path(run_dir) / artifacts.ADAPTER, trained=False)
+    roles.add("policy", adapter=artifacts.adapter_of(run_dir), trained=False)
     rows, _ = tokenised.prompt_rows(records, base.chat, base.context_length - max_new_tokens, 0.0, prompts)
     repeated = [row for row in rows for _ in range(samples)]
     engine = HfEngine(roles, "policy", base.chat, SamplingSection().concurrency)

@@ -14,10 +14,10 @@ from rlhf.config.stages import PpoConfig
 from rlhf.data import tokenised
 from rlhf.data.records import split_by_prompt
 from rlhf.data.tokenised import PromptRow
-from rlhf.models import opening
+from rlhf.models import adapters, merged, opening
 from rlhf.models.base import Base
 from rlhf.models.heads import ScalarHead
-from rlhf.models.roles import Roles, SharedBase
+from rlhf.models.roles import Roles, SeparateModels, SharedBase
 from rlhf.optimizer import Optimizer
 from rlhf.ppo.training import Training, save_roles
 from rlhf.preflight import Plan
@@ -106,32 +106,62 @@ def _prompts(config: PpoConfig, plan: Plan, chat: Any) -> tuple[list[PromptRow],
     return train, kept[: config.evaluation.num_prompts], report
 
 
-def _roles(config: PpoConfig, plan: Plan, base: Base) -> tuple[SharedBase, Scorer, list[StandardisedScorer]]:
-    """policy, reference, one slot for each reward run on this base, and the value role; and what scores."""
-    roles = SharedBase(base)
-    adapter = Path(config.policy) / artifacts.ADAPTER
-    roles.add("policy", adapter=adapter, trained=True)
-    roles.add("reference", adapter=adapter, trained=False)
+def _roles(config: PpoConfig, plan: Plan, base: Base) -> tuple[Roles, Scorer, list[StandardisedScorer]]:
+    """policy, reference, one slot for each reward run on this base, and the value role; and what scores.
+
+    With adapters all of them share the base. With ``lora: null`` policy and value role are models of their own, and
+    the frozen roles share the base.
+    """
+    shared = SharedBase(base)
+    if config.lora:
+        start = adapters.start_of(config.policy, config.lora, base)
+        shared.add("policy", adapter=start, trained=True, rank=config.lora.r)
+    shared.add("reference", adapter=artifacts.adapter_of(config.policy), trained=False)
     terms: list[tuple[Scorer, float]] = []
     standardised: list[StandardisedScorer] = []
     for index, source in enumerate(config.rewards):
         parent, micro = plan.parents.get(f"rewards.{index}"), config.batch.micro_batch_size
-        scorer = open_source(source, f"reward/{index}", parent, base, roles, micro)
+        scorer = open_source(source, f"reward/{index}", parent, base, shared, micro)
         if source.standardise_samples:
             scorer = StandardisedScorer(scorer)
             standardised.append(scorer)
         terms.append((scorer, source.weight))
-    first = next((source.run for index, source in enumerate(config.rewards) if f"reward/{index}" in roles.slots), None)
-    if config.value.start == "reward" and first:
-        head = ScalarHead.load(Path(first) / artifacts.HEAD).folded()
-        roles.add("value", adapter=Path(first) / artifacts.ADAPTER, head=head, trained=True)
-    else:
-        if config.value.start == "reward":
-            log.info("No reward run on this base: the value role starts from the SFT adapter with a head of zeros.")
-        roles.add("value", adapter=adapter, head=ScalarHead(base.hidden_size).zero_(), trained=True)
+    roles = _with_value(config, plan, base, shared) if config.lora else _whole(config, plan, base, shared)
     if config.runtime.gradient_checkpointing:
         roles.enable_gradient_checkpointing()
     return roles, WeightedScorer(terms), standardised
+
+
+def _with_value(config: PpoConfig, plan: Plan, base: Base, shared: SharedBase) -> Roles:
+    """The value role as one more adapter: a copy of a reward role's, or a start of zeros."""
+    assert config.lora
+    index = next((i for i in range(len(config.rewards)) if f"reward/{i}" in shared.slots), None)
+    run = config.rewards[index].run if index is not None and config.value.start == "reward" else None
+    start = adapters.start_of(run or config.policy, config.lora, base)
+    head = ScalarHead.load(Path(run) / artifacts.HEAD).folded() if run else ScalarHead(base.hidden_size).zero_()
+    if run is None and config.value.start == "reward":
+        log.info("No reward run on this base: the value role starts from the SFT adapter with a head of zeros.")
+    shared.add("value", adapter=start, head=head, trained=True)
+    return shared
+
+
+def _whole(config: PpoConfig, plan: Plan, base: Base, shared: SharedBase) -> Roles:
+    """Policy and value role as models of their own, each starting as a copy of its run's model."""
+    roles = SeparateModels(base.device)
+    roles.adopt(shared)
+    roles.add("policy", merged.copy_of(config.policy, plan.parents["policy"], base.device), trained=True)
+    runs = [(source.run, plan.parents[f"rewards.{i}"]) for i, source in enumerate(config.rewards) if source.run]
+    for run, manifest in runs if config.value.start == "reward" else []:
+        copy = merged.copy_of(run, manifest, base.device)
+        if copy.chat.same_tokens(base.chat):
+            head = ScalarHead.load(Path(run) / artifacts.HEAD).folded()
+            roles.add("value", copy, head=head, trained=True)
+            return roles
+    if config.value.start == "reward":
+        log.info("No reward run with the policy's tokens: the value role starts from the policy with a head of zeros.")
+    copy = merged.copy_of(config.policy, plan.parents["policy"], base.device)
+    roles.add("value", copy, head=ScalarHead(copy.hidden_size).zero_(), trained=True)
+    return roles
 
 
 def _optimizer(config: PpoConfig, roles: Roles, slot: str, learning_rate: float, total_steps: int) -> Optimizer:
@@ -149,9 +179,8 @@ def _finish(config: PpoConfig, plan: Plan, run: Run, training: Training) -> Mani
     storage.copy_directory(saved.directory / f"{BEST}-{progress.best_step}", best)
     save_roles(training.roles, last)
     chosen = progress.best_step if config.use == BEST else progress.step
-    storage.copy_directory(
-        (best if config.use == BEST else last) / "policy" / artifacts.ADAPTER, run.path / artifacts.ADAPTER
-    )
+    result = artifacts.ADAPTER if config.lora else artifacts.MODEL
+    storage.copy_directory((best if config.use == BEST else last) / "policy" / result, run.path / result)
     training.base.tokenizer.save_pretrained(run.path / artifacts.TOKENIZER)
     log.info("The %s step, %d of %d, is what downstream commands use.", config.use, chosen, progress.step)
     start = {name.replace("eval/", "start/"): value for name, value in progress.first.items()}
@@ -166,6 +195,7 @@ def _finish(config: PpoConfig, plan: Plan, run: Run, training: Training) -> Mani
         Manifest(
             kind="policy", stage="ppo", seed=config.seed, identity=plan.identity,
             metrics={**start, **end, **used, **runtime.peak_memory()}, seconds=saved.seconds(),
-            base=plan.parents["policy"].base, parents=plan.parents_table(STAGES["ppo"].needs(config)), details=details,
+            base=opening.identity_of_result(run.path, plan.parents["policy"]),
+            parents=plan.parents_table(STAGES["ppo"].needs(config)), details=details,
         )
     )  # fmt: skip

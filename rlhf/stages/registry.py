@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from rlhf import artifacts
 from rlhf.config import stages as configs
 from rlhf.config.rewards import ClassifierSection, RewardSource
 from rlhf.config.stages import StageConfig
@@ -37,7 +38,12 @@ class Stage:
 
 
 def _sft(config: configs.SftConfig) -> Needs:
-    return Needs(inputs=(Input("data", config.data, sources.load_demonstrations),), model=config.model)
+    inputs = (Input("data", config.data, sources.load_demonstrations),)
+    if config.adapter is None:
+        return Needs(inputs=inputs, model=config.model)
+    if artifacts.is_plain_adapter(config.adapter):
+        return Needs(inputs=inputs, model=config.model, directories=(("adapter", config.adapter),))
+    return Needs(parents=(Parent("adapter", config.adapter, ("policy",)),), inputs=inputs, model=config.model)
 
 
 def _train_rm(config: configs.RewardConfig) -> Needs:

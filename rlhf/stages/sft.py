@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: LoRA on the frozen base with TRL's SFTTrainer, loss on the responses only."""
+"""Supervised fine-tuning with TRL's SFTTrainer, an adapter on the frozen base or every weight; loss on responses."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, disable_progress_bars
-from peft import PeftModel, get_peft_model
+from peft import get_peft_model
 from peft.utils.other import TrainableTokensWrapper
 from transformers import TrainerCallback
 from trl import SFTConfig
@@ -22,7 +22,7 @@ from rlhf.data.records import Prompt, split_by_prompt
 from rlhf.data.tokenised import Dialogue, PromptRow
 from rlhf.errors import Problem, RlhfError
 from rlhf.evaluation import policy as measure
-from rlhf.models import adapters, opening, small_lora
+from rlhf.models import adapters, opening, small_lora, whole
 from rlhf.models.base import Base
 from rlhf.models.roles import SharedBase
 from rlhf.preflight import Plan
@@ -46,8 +46,7 @@ def run(config: SftConfig, plan: Plan, run: Run) -> Manifest:
     sampled = _prompts_to_sample(config, held_out, base.chat)
     log.info(report.sentence("Training data"))
 
-    model = get_peft_model(base.model, adapters.fresh_lora(config.lora, base.model, base.tokenizer))
-    small_lora.install(base.model)
+    model = _model(config, base)
     trainer = _trainer(config, model, base, rows, run)
     saved = Checkpoints(run, trainer.parts(), config.save_every, config.keep_checkpoints)
     saved.resume(trainer.args.max_steps)
@@ -57,23 +56,28 @@ def run(config: SftConfig, plan: Plan, run: Run) -> Manifest:
         progress.advance(progress.task_ids[0], trainer.restored_step)
         trainer.add_callback(_Advance(progress))
         trainer.train_from_here()
-    adapters.save(model, "default", run.path / artifacts.ADAPTER)
+    if config.lora:
+        adapters.save(model, "default", run.path / artifacts.ADAPTER)
+    else:
+        whole.save(model, base.tokenizer, run.path / artifacts.MODEL)
     base.tokenizer.save_pretrained(run.path / artifacts.TOKENIZER)
     train_seconds = saved.seconds()
     del trainer, model, saved.state
 
     # The rest measures the artifact as every later stage will load it, on a base that TRL has not touched.
     base = opening.open_base(config.model, device)
-    roles = SharedBase(base)
-    roles.add("base")
-    roles.add("policy", adapter=run.path / artifacts.ADAPTER, trained=False)
-    metrics = _measure(config, base, roles, held_out, sampled, run)
+    before = _held_out_loss(config, SharedBase(base), "base", base, held_out)
+    trained_on = config.model
+    if not config.lora:
+        trained_on = config.model.model_copy(update={"path": str(run.path / artifacts.MODEL), "revision": None})
+        base = opening.open_base(trained_on, device)
+    metrics = {"eval/base_loss": before} | _measure(config, base, before, held_out, sampled, run)
     metrics |= {"time/train_s": train_seconds, **runtime.peak_memory()}
     run.write_metrics(config.steps or 0, metrics)
     return run.finish(
         Manifest(
             kind="policy", stage="sft", seed=config.seed, identity=plan.identity, metrics=metrics,
-            seconds=saved.seconds(), base=opening.identity_of(base, config.model),
+            seconds=saved.seconds(), base=opening.identity_of(base, trained_on),
             parents=plan.parents_table(STAGES["sft"].needs(config)),
             details={"rows": vars(report), "prompts_held_out": len(held_out)},
         )
@@ -112,7 +116,28 @@ def _num_steps(config: SftConfig, num_rows: int) -> int:
     return max(1, math.ceil(num_rows * (config.epochs or 0) / config.batch.batch_size))
 
 
-def _trainer(config: SftConfig, model: PeftModel, base: Base, rows: list[Dialogue], run: Run) -> ResumableTrainer:
+def _model(config: SftConfig, base: Base) -> Any:
+    """What is trained: a fresh adapter, one that was made before, or every weight."""
+    if config.lora is None:
+        return base.model.requires_grad_(True)
+    if config.adapter is None:
+        model = get_peft_model(base.model, adapters.fresh_lora(config.lora, base.model, base.tokenizer))
+    else:
+        settings, state = adapters.read(adapters.directory_of(config.adapter))
+        rank = config.lora.r if "r" in config.lora.model_fields_set else settings.r
+        settings, state = adapters.grow(settings, state, rank)
+        settings.lora_dropout = config.lora.dropout
+        try:
+            model = get_peft_model(base.model, settings)
+            adapters.load(model, "default", state)
+        except (RuntimeError, ValueError, AssertionError) as error:
+            what = f"{config.adapter} does not fit {config.model.path}: {' '.join(str(error).split())[:160]}"
+            raise RlhfError(Problem("MOD032", "adapter", what, "the model that it was made on")) from None
+    small_lora.install(base.model)
+    return model
+
+
+def _trainer(config: SftConfig, model: Any, base: Base, rows: list[Dialogue], run: Run) -> ResumableTrainer:
     """TRL's trainer with every argument set that this stage relies upon."""
     for module in model.modules():
         if isinstance(module, TrainableTokensWrapper):
@@ -179,13 +204,21 @@ class _Advance(TrainerCallback):
         self.progress.advance(self.progress.task_ids[0])
 
 
-def _measure(
-    config: SftConfig, base: Base, roles: SharedBase, held_out: Any, sampled: list[PromptRow], run: Run
-) -> dict[str, float]:
-    """Held-out loss and perplexity of base and policy, and the policy's end-token rate."""
+def _held_out_loss(config: SftConfig, roles: SharedBase, slot: str, base: Base, held_out: Any) -> float:
+    """In nats a response token, end token included."""
+    if slot not in roles.slots:
+        roles.add(slot)
     turns = tokenised.turns(held_out, base.chat, config.loss_on == "last_turn", config.max_length)
-    before = measure.response_loss(roles, "base", turns, base.chat.pad_id, config.batch.micro_batch_size)
-    after = measure.response_loss(roles, "policy", turns, base.chat.pad_id, config.batch.micro_batch_size)
+    return measure.response_loss(roles, slot, turns, base.chat.pad_id, config.batch.micro_batch_size)
+
+
+def _measure(
+    config: SftConfig, base: Base, before: float, held_out: Any, sampled: list[PromptRow], run: Run
+) -> dict[str, float]:
+    """Held-out loss and perplexity of the policy, beside the base's ``before``, and the policy's end-token rate."""
+    roles = SharedBase(base)
+    roles.add("policy", adapter=artifacts.adapter_of(run.path), trained=False)
+    after = _held_out_loss(config, roles, "policy", base, held_out)
     engine = HfEngine(roles, "policy", base.chat, config.sampling.concurrency)
     seed = runtime.derived_seed(config.seed, "sft", "end token")
     samples = measure.respond(engine, base.chat, sampled, measure.sampling_of(config.sampling, seed))
@@ -197,9 +230,7 @@ def _measure(
     )  # fmt: skip
     if rate < config.min_end_token_rate:
         _refuse(config, base, rate)
-    return {
-        "eval/base_loss": before, "eval/loss": after, "eval/perplexity": math.exp(after), "eval/end_token_rate": rate,
-    }  # fmt: skip
+    return {"eval/loss": after, "eval/perplexity": math.exp(after), "eval/end_token_rate": rate}
 
 
 def _refuse(config: SftConfig, base: Base, rate: float) -> None:

@@ -8,11 +8,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTTrainer
 
 from rlhf import runtime
-from rlhf.models import adapters
+from rlhf.models import adapters, whole
 from rlhf.snapshots import Stateful
 
 
@@ -33,10 +34,10 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
     """The trainer calls ``save_step`` at the end of each step; see ``Checkpoints.end_of_step``.
 
     Everything below that begins with an underscore is a method of transformers' Trainer that reads or writes pickles
-    there. The adapter is called "default", as PEFT does.
+    there. An adapter is called "default", as PEFT does.
     """
 
-    PARTS = ("adapter", "optimizer", "scheduler", "generators", "progress")
+    PARTS = ("weights", "optimizer", "scheduler", "generators", "progress")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -49,8 +50,10 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
 
     def part(self, name: str) -> dict[str, Any]:
         """The present state of one part."""
-        if name == "adapter":
-            return {"weights": adapters.weights(self.model, "default")}
+        if name == "weights":
+            return {
+                "weights": adapters.weights(self.model, "default") if self.is_adapter else whole.weights(self.model)
+            }
         if name == "optimizer":
             return self.optimizer.state_dict()  # type: ignore[no-any-return]
         if name == "scheduler":
@@ -58,6 +61,14 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
         if name == "generators":
             return self.generators.state_dict()
         return {"json": json.dumps({**asdict(self.state), "log_history": []})}
+
+    @property
+    def is_adapter(self) -> bool:
+        return isinstance(self.model, PeftModel)
+
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        """All of them, as everywhere here; transformers would leave norms and biases out."""
+        return [name for name, _ in model.named_parameters()]
 
     @property
     def restored_step(self) -> int:
@@ -79,7 +90,11 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
         self.save_step(self.state.global_step, last=self.state.global_step == self.args.max_steps)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        adapters.load(self.model, "default", self.restored["adapter"]["weights"])
+        state = self.restored["weights"]["weights"]
+        if self.is_adapter:
+            adapters.load(self.model, "default", state)
+        else:
+            whole.load(self.model, state)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,10 +21,10 @@ from rlhf.data.tokenised import Group, PromptRow
 from rlhf.errors import Problem, RlhfError
 from rlhf.evaluation import policy as measure
 from rlhf.evaluation import reward as examine
-from rlhf.models import forward, opening
+from rlhf.models import adapters, forward, merged, opening
 from rlhf.models.base import Base
 from rlhf.models.heads import ScalarHead
-from rlhf.models.roles import Roles, SharedBase
+from rlhf.models.roles import Roles, SeparateModels, SharedBase
 from rlhf.optimizer import Optimizer
 from rlhf.preflight import Plan
 from rlhf.progress import bar
@@ -53,7 +52,7 @@ def run(config: RewardConfig, plan: Plan, run: Run) -> Manifest:
     sampled = _prompts_to_sample(config, train_records, base.chat)
     log.info(report.sentence("Training data"))
 
-    roles = _roles(config, base)
+    roles = _roles(config, plan, base)
     steps = _num_steps(config, len(train))
     optimizer = Optimizer(
         roles.trained_parameters("reward"), config.optim.learning_rate, steps, weight_decay=config.optim.weight_decay,
@@ -89,7 +88,8 @@ def run(config: RewardConfig, plan: Plan, run: Run) -> Manifest:
         Manifest(
             kind="reward", stage="train-rm", seed=config.seed, identity=plan.identity,
             metrics={**metrics, **runtime.peak_memory()}, seconds=saved.seconds(),
-            base=plan.parents["policy"].base, parents=plan.parents_table(STAGES["train-rm"].needs(config)),
+            base=opening.identity_of_result(run.path, plan.parents["policy"]),
+            parents=plan.parents_table(STAGES["train-rm"].needs(config)),
             details={"rows": vars(report), "heads": ["score"], "steps": steps, "prompts_held_out": len(held_out)},
         )
     )  # fmt: skip
@@ -127,11 +127,18 @@ def _num_steps(config: RewardConfig, num_groups: int) -> int:
     return config.steps or max(1, math.ceil(num_groups * (config.epochs or 0) / config.batch.batch_size))
 
 
-def _roles(config: RewardConfig, base: Base) -> SharedBase:
-    roles = SharedBase(base)
-    adapter = Path(config.policy) / artifacts.ADAPTER
-    roles.add("policy", adapter=adapter, trained=False)
-    roles.add("reward", adapter=adapter, head=ScalarHead(base.hidden_size), trained=True, rank=config.lora_r)
+def _roles(config: RewardConfig, plan: Plan, base: Base) -> Roles:
+    """The policy as it is, and the reward role: its adapter once more, or a copy of the model to train whole."""
+    shared, head = SharedBase(base), ScalarHead(base.hidden_size)
+    shared.add("policy", adapter=artifacts.adapter_of(config.policy), trained=False)
+    roles: SharedBase | SeparateModels = shared
+    if config.lora:
+        start = adapters.start_of(config.policy, config.lora, base)
+        shared.add("reward", adapter=start, head=head, trained=True, rank=config.lora.r)
+    else:
+        roles = SeparateModels(base.device)
+        roles.adopt(shared)
+        roles.add("reward", merged.copy_of(config.policy, plan.parents["policy"], base.device), head=head, trained=True)
     if config.runtime.gradient_checkpointing:
         roles.enable_gradient_checkpointing()
     return roles
@@ -191,7 +198,7 @@ def _held_out(config: RewardConfig, roles: Roles, base: Base, groups: Sequence[G
 
 
 def _standardise(
-    config: RewardConfig, roles: SharedBase, base: Base, rows: Sequence[PromptRow], run: Run
+    config: RewardConfig, roles: Roles, base: Base, rows: Sequence[PromptRow], run: Run
 ) -> dict[str, float]:
     """Set the head's shift and scale so that the SFT policy's samples have mean 0 and standard deviation 1."""
     engine = HfEngine(roles, "policy", base.chat, config.sampling.concurrency)
