@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -358,3 +359,33 @@ def test_ppo_learns_from_a_reward_model_from_elsewhere_and_from_a_run_on_another
         "batch.batch_size=8", "batch.minibatch_size=8", "sampling.max_new_tokens=8", cwd=chain,
     )  # fmt: skip
     assert "is on a base of its own (demo:base)" in (chain / "runs/ppo-other/run.log").read_text()
+
+
+def test_a_conversation_is_answered_scored_and_taken_up_again(chain, exported):
+    ask = "hi , anna here . my red kettle arrived broken . it is order #47 ."
+    turns = f"/again\n{ask}\n/again\n/reset\n{ask}\n/quit\n{ask}\n"
+    done = rlhf("chat", "runs/ppo", "--reward", "runs/train-rm", cwd=chain, stdin=turns)
+    assert "Nothing was asked yet" in done.stderr
+    answers = [answer.strip() for answer in done.stdout.splitlines()]
+    assert len(answers) == 3 and all(answers)
+    assert done.stdout == rlhf("chat", "runs/ppo", "--reward", exported, cwd=chain, stdin=turns).stdout
+    shown = re.findall(r"\[\d+ tokens, score (-?\d+\.\d+)\]", done.stderr)
+    rows = "".join(json.dumps({"prompt": ask, "completion": answer}) + "\n" for answer in answers)
+    scored = rlhf("score", "runs/train-rm", cwd=chain, stdin=rows).stdout.splitlines()
+    assert [float(text) for text in shown] == pytest.approx([json.loads(row)["score"] for row in scored], abs=2e-3)
+
+    greedy = ("--temperature", "0", "--max-new-tokens", "40")
+    rlhf("export", "runs/ppo", "whole-policy", cwd=chain)
+    said = [rlhf("chat", name, *greedy, cwd=chain, stdin=ask).stdout for name in ("runs/ppo", "whole-policy")]
+    made = [
+        json.loads(rlhf("generate", name, *greedy, cwd=chain, stdin=json.dumps({"prompt": ask})).stdout)["response"]
+        for name in ("runs/ppo", "whole-policy")
+    ]
+    assert said[0] == said[1] and made[0] == made[1] == said[0].strip()
+    for source, code, words in (
+        ("runs/nothere", 5, "no such directory"), ("runs/train-rm", 5, "is a reward run"),
+        ("whole-policy", 4, "has a chat template of its own"),
+    ):  # fmt: skip
+        template = ("--chat-template", "plain") if source == "whole-policy" else ()
+        assert words in rlhf("chat", source, *template, cwd=chain, stdin=ask, code=code).stderr
+    assert "leave it out" in rlhf("chat", "runs/ppo", "--chat-template", "plain", cwd=chain, stdin=ask, code=2).stderr

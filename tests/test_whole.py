@@ -218,7 +218,8 @@ CONFIGS = {
     },
     "ppo": {
         "policy": "runs/sft", "rewards": [{"run": "runs/train-rm"}], "lora": None,
-        "prompts": {"path": "rows.jsonl", "max_tokens": 32}, "steps": 4, "save_every": 2, "report_to": "none", "value": {"pretrain_steps": 1},
+        "prompts": {"path": "rows.jsonl", "max_tokens": 32}, "steps": 4, "save_every": 2,
+        "report_to": "none", "value": {"pretrain_steps": 1},
         "batch": {"batch_size": 8, "minibatch_size": 4, "micro_batch_size": 4}, "sampling": {"max_new_tokens": 8},
         "optim": {"learning_rate": 1e-3, "value_learning_rate": 1e-3},
         "evaluation": {"every": 2, "num_prompts": 4, "holdout_fraction": 0.3},

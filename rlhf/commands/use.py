@@ -1,4 +1,4 @@
-"""What is done with finished runs: sample, score, export."""
+"""What is done with finished runs: sample, score, talk, export."""
 
 from __future__ import annotations
 
@@ -6,26 +6,59 @@ import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from rlhf.commands.options import Json
 
+Policy = Annotated[str, typer.Argument(help="Policy run, or directory or hub id of a causal language model.")]
+Temperature = Annotated[float, typer.Option("--temperature", min=0.0, max=100.0, help="0 is greedy.")]
+NewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1)]
+TopP = Annotated[float, typer.Option("--top-p", min=1e-6, max=1.0)]
+Seed = Annotated[int, typer.Option("--seed", min=0)]
+Template = Annotated[
+    str | None, typer.Option("--chat-template", help="chatml or plain, for a model whose tokenizer has none.")
+]
+
 
 def generate(
-    run: Annotated[str, typer.Argument(help="Run directory of a policy.")],
+    run: Policy,
     prompts: Annotated[str, typer.Option("--prompts", help="JSONL of prompts, a data set, or - for stdin.")] = "-",
     out: Annotated[str, typer.Option("--out", help="JSONL file, or - for stdout.")] = "-",
     samples: Annotated[int, typer.Option("-n", "--samples", min=1, help="Responses a prompt.")] = 1,
-    temperature: Annotated[float, typer.Option("--temperature", min=0.0, max=100.0, help="0 is greedy.")] = 1.0,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 64,
-    top_p: Annotated[float, typer.Option("--top-p", min=1e-6, max=1.0)] = 1.0,
-    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+    temperature: Temperature = 1.0,
+    max_new_tokens: NewTokens = 64,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    chat_template: Template = None,
 ) -> None:
-    """Sample responses from any finished policy run."""
-    module = importlib.import_module("rlhf.stages.generate")
-    module.generate(run, prompts, out, samples, temperature, max_new_tokens, top_p, seed)
+    """Sample responses from a finished policy run, or a model from elsewhere."""
+    how = _sampling(max_new_tokens, temperature, seed, "generate", top_p)
+    importlib.import_module("rlhf.stages.generate").generate(run, prompts, out, samples, chat_template, how)
+
+
+def chat(
+    run: Policy,
+    reward: Annotated[
+        str | None, typer.Option("--reward", help="Reward run, or directory or hub id of a classifier.")
+    ] = None,
+    system: Annotated[str | None, typer.Option("--system", help="A system turn at the beginning.")] = None,
+    temperature: Temperature = 0.7,
+    max_new_tokens: NewTokens = 256,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    chat_template: Template = None,
+) -> None:
+    """Talk with a finished policy run or a model; /again, /reset, /quit."""
+    how = _sampling(max_new_tokens, temperature, seed, "chat", top_p)
+    importlib.import_module("rlhf.stages.chat").chat(run, reward, system, chat_template, how)
+
+
+def _sampling(max_new_tokens: int, temperature: float, seed: int, command: str, top_p: float) -> Any:
+    """The engine's settings; imports torch."""
+    engine, runtime = (importlib.import_module(f"rlhf.{name}") for name in ("rollouts.engine", "runtime"))
+    return engine.Sampling(max_new_tokens, temperature, runtime.derived_seed(seed, command), top_p=top_p)
 
 
 def score(
@@ -51,4 +84,4 @@ def export(
         typer.echo(json.dumps(outcome))
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"generate": generate, "score": score, "export": export}
+COMMANDS: dict[str, Callable[..., None]] = {"generate": generate, "score": score, "chat": chat, "export": export}

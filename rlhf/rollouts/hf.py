@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,10 +18,15 @@ from rlhf.rollouts.engine import Rollout, Sampling, draw, uniforms
 
 
 class HfEngine:
-    """Samples with the role ``slot``, at most ``concurrency`` rows at a time."""
+    """Samples with the role ``slot``, at most ``concurrency`` rows at a time.
 
-    def __init__(self, roles: Roles, slot: str, chat: ChatFormat, concurrency: int) -> None:
+    Args:
+        streamer: of transformers, is given the tokens of a single row as they come.
+    """
+
+    def __init__(self, roles: Roles, slot: str, chat: ChatFormat, concurrency: int, streamer: Any = None) -> None:
         self.roles, self.slot, self.chat, self.concurrency = roles, slot, chat, concurrency
+        self.streamer = streamer
         self.version = 0
 
     def sync(self, version: int) -> None:
@@ -70,7 +76,7 @@ class HfEngine:
             processors = LogitsProcessorList([_Choose(sampling, rows, width)] if sampling.temperature else [])
             whole = model.generate(
                 input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings,
-                logits_processor=processors,
+                logits_processor=processors, streamer=self.streamer,
             )  # fmt: skip
         return [self._cut(row, self._ends(sampling)) for row in whole[:, width:].tolist()]
 

@@ -1,35 +1,65 @@
-"""``rlhf generate``: sample from any finished policy run."""
+"""``rlhf generate``: sample from any finished policy run, or from a causal language model from elsewhere."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from rlhf import artifacts, runtime
-from rlhf.config.sections import RuntimeSection, SamplingSection
+import torch
+
+from rlhf import artifacts, names, runtime
+from rlhf.config.sections import ModelSection, RuntimeSection, SamplingSection
 from rlhf.data import lines, sources, tokenised
+from rlhf.errors import Problem, RlhfError
 from rlhf.evaluation import policy as measure
 from rlhf.models import opening
+from rlhf.models.base import Base
 from rlhf.models.roles import SharedBase
 from rlhf.rollouts.engine import Sampling
 from rlhf.rollouts.hf import HfEngine
 
 
-def generate(
-    run_dir: str, prompts: str, out: str, samples: int, temperature: float, max_new_tokens: int, top_p: float, seed: int
-) -> None:
+def generate(source: str, prompts: str, out: str, samples: int, template: str | None, how: Sampling) -> None:
     """Read prompts (JSONL, ``-`` for stdin, or any data set), write prompt, response and whether it ended."""
-    manifest = artifacts.read(run_dir, "policy")
-    artifacts.verify(Path(run_dir), manifest)
+    refuse_other_kinds(source, template)
     records = lines.load(sources.load_prompts, prompts)
-    device = runtime.set_up(RuntimeSection(), seed)
-    base = opening.reopen_base(manifest, device)
-    runtime.set_threads(RuntimeSection(), base.model, device)
-    opening.require_context(base.chat, 1, max_new_tokens, "--max-new-tokens")
-    roles = SharedBase(base)
-    roles.add("policy", adapter=artifacts.adapter_of(run_dir), trained=False)
-    rows, _ = tokenised.prompt_rows(records, base.chat, base.context_length - max_new_tokens, 0.0, prompts)
+    base, roles = open_policy(source, template, runtime.set_up(RuntimeSection(), how.seed))
+    opening.require_context(base.chat, 1, how.max_new_tokens, "--max-new-tokens")
+    rows, _ = tokenised.prompt_rows(records, base.chat, base.context_length - how.max_new_tokens, 0.0, prompts)
     repeated = [row for row in rows for _ in range(samples)]
     engine = HfEngine(roles, "policy", base.chat, SamplingSection().concurrency)
-    how = Sampling(max_new_tokens, temperature, runtime.derived_seed(seed, "generate"), top_p=top_p)
-    found = measure.respond(engine, base.chat, repeated, how)
-    lines.write(out, measure.sample_rows(found))
+    lines.write(out, measure.sample_rows(measure.respond(engine, base.chat, repeated, how)))
+
+
+def is_run(source: str) -> bool:
+    """Whether it is a run directory, finished or not, and no model.
+
+    Raises:
+        RlhfError: CKP001 for a path below a directory that is here, which is not: no hub is asked for it.
+    """
+    path = Path(source)
+    if not names.exists(source) and str(path.parent) != "." and path.parent.is_dir():
+        fix = f"a run or model directory; a hub id works where no directory {path.parent} stands"
+        raise RlhfError(Problem("CKP001", source, "no such directory.", fix))
+    return artifacts.is_finished(Path(source)) or (Path(source) / artifacts.STARTED).is_file()
+
+
+def refuse_other_kinds(source: str, template: str | None) -> None:
+    """Raise CKP004 for a run that is no policy, CFG040 for a template beside a run, which has its own."""
+    if not is_run(source):
+        return
+    artifacts.verify(Path(source), artifacts.read(source, "policy"))
+    if template is not None:
+        what = f"{source} is a run, which says how it was trained."
+        raise RlhfError(Problem("CFG040", "--chat-template", what, "leave it out"))
+
+
+def open_policy(source: str, template: str | None, device: torch.device) -> tuple[Base, SharedBase]:
+    """The role "policy": a finished run's, or a model directory or hub id as it is."""
+    if is_run(source):
+        base = opening.reopen_base(artifacts.read(source, "policy"), device)
+    else:
+        base = opening.open_base(ModelSection.model_validate({"path": source, "chat_template": template}), device)
+    runtime.set_threads(RuntimeSection(), base.model, device)
+    roles = SharedBase(base)
+    roles.add("policy", adapter=artifacts.adapter_of(source) if is_run(source) else None, trained=False)
+    return base, roles

@@ -19,6 +19,7 @@ from rlhf.models.roles import SharedBase
 from rlhf.scoring.scorer import Sample, Scorer
 from rlhf.scoring.shared import SharedScorer
 from rlhf.scoring.sources import add_reward, open_classifier
+from rlhf.stages.generate import is_run
 
 
 def score(source: str, data: str, out: str, micro_batch_size: int, label: str | None) -> None:
@@ -28,12 +29,11 @@ def score(source: str, data: str, out: str, micro_batch_size: int, label: str | 
         source: reward run (standardised scores), or directory or hub id of a sequence classifier (its logits).
         label: of a classifier with several.
     """
-    is_run = artifacts.is_finished(Path(source)) or (Path(source) / artifacts.CONFIG).is_file()
-    if is_run and label is not None:
+    if is_run(source) and label is not None:
         raise RlhfError(Problem("CFG040", "--label", f"{source} is a reward run, which has one score.", "leave it out"))
     records = lines.load(sources.load_demonstrations, data)
     device = runtime.set_up(RuntimeSection(), 0)
-    if is_run:
+    if is_run(source):
         samples, scorer = _of_run(source, records, device, micro_batch_size)
     else:
         section = ClassifierSection(path=source, label=int(label) if label and label.isdigit() else label)
