@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from peft import AutoPeftModelForCausalLM
 from tiny import ARCHITECTURES, base, build, lora, shake
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
@@ -18,7 +19,7 @@ from rlhf.artifacts import Manifest
 from rlhf.config.sections import ModelSection
 from rlhf.data.batches import collate
 from rlhf.errors import RlhfError
-from rlhf.models import forward, opening
+from rlhf.models import forward, hub, opening
 from rlhf.models.heads import ScalarHead
 from rlhf.models.roles import SharedBase
 from rlhf.stages.export import export
@@ -124,3 +125,67 @@ def test_what_cannot_be_exported_is_refused_with_the_reason(tmp_path):
     with pytest.raises(RlhfError, match=r"CKP009.*exists"):
         export(str(run), tmp_path / "out", adapter_only=False)
     assert Path(tmp_path / "out" / "config.json").is_file()
+
+
+class Hub:
+    """Stands in for the hub's client, and keeps what it was told."""
+
+    calls: list[tuple] = []  # noqa: RUF012
+
+    def whoami(self):
+        self.calls.append(("whoami",))
+
+    def create_repo(self, repository, private, exist_ok):
+        self.calls.append(("create", repository, private, exist_ok))
+        return f"https://hub/{repository}"
+
+    def upload_folder(self, repo_id, folder_path, commit_message):
+        self.calls.append(("upload", repo_id, sorted(path.name for path in folder_path.iterdir())))
+
+
+def test_an_export_is_uploaded_privately_with_its_card(tmp_path, monkeypatch):
+    run, _ = make_run(tmp_path, "policy")
+    monkeypatch.setattr(hub, "HfApi", Hub)
+    monkeypatch.setattr(Hub, "calls", [])
+    outcome = export(str(run), tmp_path / "out", False, "me/policy")
+    assert outcome["url"] == "https://hub/me/policy"
+    who, made, sent = Hub.calls
+    assert who == ("whoami",) and made == ("create", "me/policy", True, True) and sent[1] == "me/policy"
+    assert {"README.md", "model.safetensors", "tokenizer.json", "rlhf_export.json"} <= set(sent[2])
+    export(str(run), tmp_path / "open", True, "me/adapter", public=True)
+    assert Hub.calls[4] == ("create", "me/adapter", False, True)
+
+
+def test_without_a_login_nothing_is_computed_and_a_failed_upload_keeps_the_export(tmp_path, monkeypatch):
+    run, _ = make_run(tmp_path, "policy")
+
+    def offline(*_, **__):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(hub, "HfApi", Hub)
+    monkeypatch.setattr(Hub, "upload_folder", offline)
+    with pytest.raises(RlhfError, match=r"RES012.*me/policy.*no route to host.*hf upload me/policy"):
+        export(str(run), tmp_path / "out", False, "me/policy")
+    assert (tmp_path / "out/model.safetensors").is_file()
+    monkeypatch.setattr(Hub, "whoami", offline)
+    with pytest.raises(RlhfError, match=r"RES012.*hf auth login"):
+        export(str(run), tmp_path / "none", False, "me/policy")
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_card_names_base_parents_data_figures_and_limits(tmp_path):
+    run, _ = make_run(tmp_path, "policy")
+    found = json.loads((run / "manifest.json").read_text())
+    found["identity"] = {"data.path": "mine.jsonl", "data.rows": "abc" * 10}
+    found["parents"] = {"policy": {"run_dir": "runs/gone", "digest": "d" * 64}}
+    (run / "manifest.json").write_text(json.dumps(found))
+    outcome = export(str(run), tmp_path / "out", False)
+    card = (tmp_path / "out/README.md").read_text()
+    header, _, text = card.removeprefix("---\n").partition("\n---\n")
+    assert yaml.safe_load(header) == {
+        "library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["rlhf", "sft"],
+    }  # fmt: skip
+    data = "data: mine.jsonl (rows' digest abcabcabcabcabca)"
+    for words in (data, "made from policy: runs/gone", "| eval/loss | 1.0 |", "in bfloat16:", "## Limits", "digest"):
+        assert words in text, words
+    assert outcome["max_difference"] < 1e-4 < outcome["max_difference_bfloat16"] < 1.0

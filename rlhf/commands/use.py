@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from rlhf.commands.options import Json
+from rlhf.errors import Problem, RlhfError
 
 Policy = Annotated[str, typer.Argument(help="Policy run, or directory or hub id of a causal language model.")]
 Temperature = Annotated[float, typer.Option("--temperature", min=0.0, max=100.0, help="0 is greedy.")]
@@ -76,10 +77,17 @@ def export(
     run: Annotated[str, typer.Argument(help="Run directory of a policy or reward model.")],
     target: Annotated[Path, typer.Argument(help="Directory to write, which must not exist.")],
     adapter_only: Annotated[bool, typer.Option("--adapter-only", help="The policy's adapter, not merged.")] = False,
+    push_to_hub: Annotated[
+        str | None, typer.Option("--push-to-hub", metavar="OWNER/NAME", help="Upload it there, as a private one.")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="With --push-to-hub: for everyone to see.")] = False,
     as_json: Json = False,
 ) -> None:
     """Write a run as a plain Hugging Face directory that other tools read."""
-    outcome = importlib.import_module("rlhf.stages.export").export(run, target, adapter_only)
+    if public and push_to_hub is None:
+        raise RlhfError(Problem("CFG040", "--public", "nothing is uploaded.", "--push-to-hub OWNER/NAME"))
+    module = importlib.import_module("rlhf.stages.export")
+    outcome = module.export(run, target, adapter_only, push_to_hub, public)
     if as_json:
         typer.echo(json.dumps(outcome))
 

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rlhf import artifacts, runtime, storage
+from rlhf import artifacts, names, runtime, storage
 from rlhf.artifacts import Manifest
 from rlhf.config.sections import RuntimeSection
 from rlhf.data.batches import Sequences, collate
 from rlhf.data.records import Message
+from rlhf.demo import registry as demo
 from rlhf.errors import Problem, RlhfError
-from rlhf.models import forward, merged, opening
+from rlhf.models import forward, hub, merged, opening
 from rlhf.models.base import Base
 from rlhf.models.heads import ScalarHead
 from rlhf.models.roles import SharedBase
@@ -27,14 +28,18 @@ CARD, PROOF = "README.md", "rlhf_export.json"
 PROBES = ("hello", "what is the capital of france ?", "a")
 
 
-def export(run_dir: str, target: Path, adapter_only: bool) -> dict[str, Any]:
-    """Write the run's model, tokenizer, card and proof to ``target``, and reload it with plain transformers.
+def export(
+    run_dir: str, target: Path, adapter_only: bool, repository: str | None = None, public: bool = False
+) -> dict[str, Any]:
+    """Write the run's model, tokenizer, card and proof to ``target``, and reload it with plain transformers; then
+    upload it to ``repository`` of the hub, where one is named.
 
     A policy becomes an ``AutoModelForCausalLM``, or its adapter alone; a reward model becomes an
     ``AutoModelForSequenceClassification`` with one label.
 
     Raises:
-        RlhfError: CKP009 if ``target`` exists; what ``artifacts`` and ``merged`` refuse.
+        RlhfError: CKP009 if ``target`` exists; RES012 if the hub cannot be used, before anything is computed; what
+            ``artifacts`` and ``merged`` refuse.
     """
     if target.exists():
         raise RlhfError(Problem("CKP009", str(target), "exists.", "name a directory that does not"))
@@ -47,6 +52,8 @@ def export(run_dir: str, target: Path, adapter_only: bool) -> dict[str, Any]:
         raise RlhfError(
             Problem("CKP004", run_dir, "trained every weight: it has no adapter.", "leave --adapter-only out")
         )
+    if repository:
+        hub.require_login(repository)
     device = runtime.set_up(RuntimeSection(), 0)
     base = opening.reopen_base(manifest, device)
     wanted = _expected(base, Path(run_dir), manifest)
@@ -57,14 +64,23 @@ def export(run_dir: str, target: Path, adapter_only: bool) -> dict[str, Any]:
         else:
             # The base is loaded again: what was measured above has an adapter beside it.
             proof |= _write_model(opening.reopen_base(manifest, device), Path(run_dir), manifest, staging)
-            proof["max_difference"] = _difference(staging, base, manifest, wanted, proof.get("constant", 0.0))
+            constant = proof.get("constant", 0.0)
+            proof["max_difference"] = _difference(staging, base, manifest, wanted, constant, base.model.dtype)
             log.info("Reloaded by transformers alone: largest difference %.3g.", proof["max_difference"])
+            if base.model.dtype == torch.float32:
+                half = proof["max_difference_bfloat16"] = _difference(
+                    staging, base, manifest, wanted, constant, torch.bfloat16
+                )
+                log.info("Reloaded in bfloat16: largest difference %.3g.", half)
         if base.chat.template:
             base.tokenizer.chat_template = base.chat.template
         base.tokenizer.save_pretrained(staging)
         storage.write_json(staging / PROOF, proof)
         storage.write_text(staging / CARD, _card(run_dir, manifest, proof, adapter_only))
     log.info("Exported %s to %s.", run_dir, target)
+    if repository:
+        proof["url"] = hub.upload(target, repository, public)
+        log.info("Uploaded to %s.", proof["url"])
     return {"target": str(target), **proof}
 
 
@@ -104,10 +120,12 @@ def _expected(base: Base, run_dir: Path, manifest: Manifest) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _difference(target: Path, base: Base, manifest: Manifest, wanted: torch.Tensor, constant: float) -> float:
-    """The largest difference between ``wanted`` and what transformers alone reads from ``target``."""
+def _difference(
+    target: Path, base: Base, manifest: Manifest, wanted: torch.Tensor, constant: float, dtype: torch.dtype
+) -> float:
+    """The largest difference between ``wanted`` and what transformers alone reads from ``target`` in ``dtype``."""
     kind = AutoModelForCausalLM if manifest.kind == "policy" else AutoModelForSequenceClassification
-    model = kind.from_pretrained(target, dtype=base.model.dtype).to(base.device).eval()
+    model = kind.from_pretrained(target, dtype=dtype).to(base.device).eval()
     sequences = _probes(base, model.config.pad_token_id if manifest.kind == "reward" else base.chat.pad_id)
     found = model(input_ids=sequences.ids, attention_mask=sequences.attention_mask).logits.float().cpu()
     if manifest.kind == "reward":
@@ -118,16 +136,22 @@ def _difference(target: Path, base: Base, manifest: Manifest, wanted: torch.Tens
 
 def _card(run_dir: str, manifest: Manifest, proof: dict[str, Any], adapter_only: bool) -> str:
     assert manifest.base
-    header = ["---", "library_name: transformers", f"base_model: {manifest.base.source}", "---"]
     what = "LoRA adapter" if adapter_only else "model"
-    lines = [*header, "", f"# A {manifest.kind} {what} made by `rlhf {manifest.stage}`", ""]
+    lines = [
+        *_card_header(manifest, adapter_only),
+        "",
+        f"# A {manifest.kind} {what} made by `rlhf {manifest.stage}`",
+        "",
+    ]
     lines += [f"- base: {manifest.base.source} ({manifest.base.dtype}, digest {manifest.base.digest[:16]})"]
     lines += [f"- run: {run_dir}, digest {manifest.digest[:16]}, made on {manifest.created}, seed {manifest.seed}"]
-    lines += [
-        f"- made from {key}: {parent['run_dir']} ({parent['digest'][:16]})" for key, parent in manifest.parents.items()
-    ]
+    for key, parent in manifest.parents.items():
+        lines += [f"- made from {key}: {parent['run_dir']} ({parent['digest'][:16]})"]
+    lines += _data_lines(manifest)
     if "max_difference" in proof:
         lines += [f"- largest difference to the run after reloading: {proof['max_difference']:.3g}"]
+    if "max_difference_bfloat16" in proof:
+        lines += [f"- the same where it is loaded in bfloat16: {proof['max_difference_bfloat16']:.3g}"]
     if "constant" in proof:
         lines += [f"- the run's standardised score is the logit plus {proof['constant']:.6g}: the class has no bias"]
     lines += ["", "## What was measured", "", "| figure | value |", "|---|---|"]
@@ -138,3 +162,27 @@ def _card(run_dir: str, manifest: Manifest, proof: dict[str, Any], adapter_only:
         "policy that was optimised against one may have learnt its mistakes.", "",
     ]  # fmt: skip
     return "\n".join(lines)
+
+
+def _card_header(manifest: Manifest, adapter_only: bool) -> list[str]:
+    """The card's metadata; a base is named only where the hub could have it."""
+    assert manifest.base
+    task = "text-generation" if manifest.kind == "policy" else "text-classification"
+    header = ["---", f"library_name: {'peft' if adapter_only else 'transformers'}", f"pipeline_tag: {task}"]
+    if not names.exists(manifest.base.source) and not demo.is_demo(manifest.base.source):
+        header += [f"base_model: {manifest.base.source}"]
+    return [*header, f"tags: [rlhf, {manifest.stage}]", "---"]
+
+
+def _data_lines(manifest: Manifest) -> list[str]:
+    """The data of the run, and of the runs that it was made from, as far as they are still there."""
+    made = [("", manifest)]
+    for key, parent in manifest.parents.items():
+        if artifacts.is_finished(Path(parent["run_dir"])):
+            made += [(f" of {key}", artifacts.read(parent["run_dir"]))]
+    return [
+        f"- data{whose}: {found.identity[f'{name}.path']} (rows' digest {str(digest)[:16]})"
+        for whose, found in made
+        for key, digest in found.identity.items()
+        if key.endswith(".rows") and f"{(name := key.removesuffix('.rows'))}.path" in found.identity
+    ]
