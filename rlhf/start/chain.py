@@ -28,14 +28,6 @@ TITLES = {
 
 
 @dataclass(frozen=True)
-class Chain:
-    """Stage -> config, in the order in which they run, and the figures behind them for a table."""
-
-    configs: dict[str, Tree]
-    figures: tuple[tuple[str, str], ...]
-
-
-@dataclass(frozen=True)
 class Basis:
     """What all stages have in common."""
 
@@ -62,19 +54,23 @@ class Basis:
         answers = self.lengths["sft"].response
         usual = choose.quantile(answers, choose.QUANTILE)
         why = f"1.5 times the {choose.QUANTILE} quantile of the answers, {usual} tokens; the longest has {max(answers)}"
+        if self.new_tokens < choose.SLACK * usual:
+            why += "; no more than 1,024 and half of the context"
         return {"max_new_tokens": Choice(self.new_tokens, why), "temperature": Choice(1.0, "the same in all stages")}
 
 
-def build(model: ModelFacts, parts: Parts, lengths: dict[str, Lengths], last_only: bool) -> Chain:
-    """SFT alone, or the whole chain where there are preferences."""
+def basis(model: ModelFacts, parts: Parts, lengths: dict[str, Lengths], last_only: bool) -> Basis:
     new_tokens = choose.new_tokens(lengths["sft"].response, model.context_length)
-    basis = Basis(model, choose.size_of(model.num_parameters), parts, lengths, last_only, new_tokens)
+    return Basis(model, choose.size_of(model.num_parameters), parts, lengths, last_only, new_tokens)
+
+
+def build(basis: Basis) -> dict[str, Tree]:
+    """Stage -> config, in the order in which they run: SFT alone, or the whole chain where there are preferences."""
     configs: dict[str, Tree] = {"sft": sft(basis)}
-    if parts.reward:
+    if basis.parts.reward:
         configs |= {"train-rm": train_rm(basis), "eval-rm": eval_rm(basis), "ppo": ppo(basis)}
     steps = [{"stage": name, "config": f"configs/{name}.yaml"} for name in configs]
-    configs["pipeline"] = {"stages": steps}
-    return Chain(configs, tuple(_figures(basis, configs)))
+    return {**configs, "pipeline": {"stages": steps}}
 
 
 def sft(basis: Basis) -> Tree:
@@ -257,46 +253,3 @@ def _why_micro(tokens: int, size: Size) -> str:
 
 def _why_epochs(epochs: int, least: int) -> str:
     return "one pass" if epochs == 1 else f"as few as make {least} steps, at most this"
-
-
-def _figures(basis: Basis, configs: dict[str, Tree]) -> list[tuple[str, str]]:
-    model = basis.model
-    pad = f"{model.pad_token!r}, distinct from the end token"
-    if model.pad_token in (None, model.end_token):
-        pad = "the end token: masks come from lengths, so that its loss is kept; rlhf export names another token"
-    kind = "an instruct model" if model.is_instruct else "a base"
-    if model.is_initialised:
-        kind = "never pretrained"
-    tokens, why = choose.train_tokens(model)
-    found = [
-        ("model", f"{model.path}: {model.num_parameters / 1e6:,.1f} M parameters, {kind}, "
-                  f"context {model.context_length or 'without limit'}"),
-        ("template", f"{model.template} (the tokenizer has none)" if model.template else "the tokenizer's own"),
-        ("beginning", model.bos),
-        ("end token", f"{model.end_token!r}"),
-        ("trained tokens", f"{', '.join(tokens) or 'none'}: {why}"),
-        ("padding", pad),
-    ]  # fmt: skip
-    for name, tree in configs.items():
-        if name != "pipeline":
-            found.append((name, _summary(name, tree)))
-    return found
-
-
-def _summary(name: str, tree: Tree) -> str:
-    def value(*keys: str) -> Any:
-        entry: Any = tree
-        for key in keys:
-            entry = entry[key]
-        return entry.value if isinstance(entry, Choice) else entry
-
-    if name == "eval-rm":
-        return f"max_length {value('max_length')}"
-    batch = f"batch {value('batch', 'batch_size')} in {value('batch', 'micro_batch_size')}s"
-    rate = f"learning rate {value('optim', 'learning_rate'):g}"
-    if name == "ppo":
-        lengths = (
-            f"prompts to {value('prompts', 'max_tokens')}, answers to {value('sampling', 'max_new_tokens')} tokens"
-        )
-        return f"{lengths}, {batch}, {rate}, {value('steps')} steps"
-    return f"max_length {value('max_length')}, {batch}, {rate}, {value('epochs')} epochs"

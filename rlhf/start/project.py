@@ -11,7 +11,7 @@ from pathlib import Path
 from rlhf import names, storage
 from rlhf.demo import registry as demo
 from rlhf.errors import Problem, RlhfError
-from rlhf.start import chain, look, parts
+from rlhf.start import chain, look, parts, told
 from rlhf.start.render import render
 
 WORLD = "demo:"
@@ -54,13 +54,15 @@ def own(data: Sequence[str], model: str) -> Project:
     facts, chat = look.model(_lasting(model))
     rows = look.files(named)
     split, lengths, last_only, num_equal = look.lengths(parts.split(rows), chat)
-    built = chain.build(facts, split, lengths, last_only)
-    files = {f"configs/{name}.yaml": render(chain.TITLES[name], tree) for name, tree in built.configs.items()}
+    basis = chain.basis(facts, split, lengths, last_only)
+    configs = chain.build(basis)
+    files = {f"configs/{name}.yaml": render(chain.TITLES[name], tree) for name, tree in configs.items()}
     for part, path in chain.DATA.items():
         if records := getattr(split, part):
             lines = (json.dumps(parts.as_json(record), ensure_ascii=False) for record in records)
             files[path] = "".join(f"{line}\n" for line in lines)
-    return Project(files, (*(("data", line) for line in rows.counts), *_told(split, num_equal), *built.figures))
+    read = [("data", line) for line in rows.counts]
+    return Project(files, (*read, *told.parts_figures(split, num_equal), *told.figures(basis, configs)))
 
 
 def embedded_world() -> Project:
@@ -71,18 +73,6 @@ def embedded_world() -> Project:
     return Project(
         files, (("model", MODEL), ("data", "the embedded world's; rlhf demo --out DIR writes it to look at"))
     )
-
-
-def _told(split: parts.Parts, num_equal: int) -> list[tuple[str, str]]:
-    counts = ", ".join(f"{name} {rows} ({prompts} prompts)" for name, (rows, prompts) in split.counts().items() if rows)
-    found = [("parts", f"{counts}; no prompt is in two parts")]
-    if split.left_out:
-        found.append(("left out", f"{split.left_out} rows of prompts that serve another stage"))
-    if num_equal:
-        found.append(("left out", f"{num_equal} comparisons of responses that are the same tokens"))
-    if not split.reward:
-        found.append(("stages", "SFT alone: without preferences there is no reward model; rlhf collect makes them"))
-    return found
 
 
 def _lasting(model: str) -> str:

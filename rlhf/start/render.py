@@ -45,11 +45,14 @@ def scalar(value: Any) -> str:
         return f"{value:g}"
     if isinstance(value, str) and PLAIN.fullmatch(value) and yaml_reader.scalar(value) == value:
         return value
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return '"' + "".join(sign if sign.isprintable() else f"\\U{ord(sign):08x}" for sign in escaped) + '"'
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{key}: {scalar(entry)}" for key, entry in value.items()) + "}"
     if isinstance(value, list):
         return f"[{', '.join(map(scalar, value))}]"
-    return json.dumps(value, ensure_ascii=False)
+    return json.dumps(value)
 
 
 def _lines(tree: Tree, indent: str) -> Iterator[str]:
