@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import shutil
@@ -18,7 +17,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf import cli
 from rlhf.config import load, yaml_reader
 from rlhf.config.sections import DataSection
 from rlhf.config.stages import SftConfig
@@ -46,24 +44,6 @@ def ask(number):
 
 def pair(number, **more):
     return {"prompt": f"q{number}", "chosen": "ok" + "!" * (number % 2), "rejected": f"no{number % 3}", **more}
-
-
-@pytest.fixture
-def rlhf(monkeypatch, capsys):
-    """Run a command in this process: its exit code and all that it printed."""
-    monkeypatch.setattr(cli.interrupts, "install", lambda: None)
-    logger = logging.getLogger("rlhf")
-    before = logger.handlers[:], logger.level, logger.propagate
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["rlhf", *map(str, args)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        shown = capsys.readouterr()
-        return stop.value.code, shown.err + shown.out
-
-    yield run
-    logger.handlers[:], logger.level, logger.propagate = before
 
 
 # ---- parts ----
@@ -328,15 +308,15 @@ def test_a_model_is_described_by_its_tokenizer_config_and_embeddings(tmp_path):
 # ---- whole ----
 
 
-def test_preferences_alone_run_to_the_end_with_no_hand_edits(tmp_path, monkeypatch, rlhf):
+def test_preferences_alone_run_to_the_end_with_no_hand_edits(tmp_path, monkeypatch, here):
     tiny.build(tmp_path / "m", "llama")
     lines(tmp_path / "prefs.jsonl", map(pair, range(150)))
     monkeypatch.chdir(tmp_path)
-    code, text = rlhf("init", "new", "--data", "prefs.jsonl", "--model", "m")
+    code, text = here("init", "new", "--data", "prefs.jsonl", "--model", "m")
     assert code == 0 and "prefs.jsonl: 150 preferences" in text and "no prompt is in two parts" in text
     assert "never pretrained" in text and "'<|pad|>', distinct from the end token" in text
     monkeypatch.chdir(tmp_path / "new")
-    code, text = rlhf("check")
+    code, text = here("check")
     assert code == 0 and text.count("a sound ") == len(CONFIGS)
     written = {name: Path(f"configs/{name}.yaml").read_text() for name in CONFIGS}
     assert all(text.count("# ") >= (1 if name == "pipeline" else 3) for name, text in written.items())
@@ -345,7 +325,7 @@ def test_preferences_alone_run_to_the_end_with_no_hand_edits(tmp_path, monkeypat
         found |= {json.loads(line)["prompt"] for line in Path(f"data/{name}.jsonl").read_text().splitlines()}
     assert sum(map(len, sets)) == len(set().union(*sets)) == 150
     for stage in CONFIGS[:4]:
-        code, text = rlhf(stage)
+        code, text = here(stage)
         assert code == 0, text
     manifests = {name: json.loads(Path(f"runs/{name}/manifest.json").read_text()) for name in CONFIGS[:4]}
     assert manifests["sft"]["metrics"]["eval/end_token_rate"] >= 0.2
@@ -375,11 +355,11 @@ def command(cwd, *args, path=ROOT):
     return done.stdout
 
 
-def test_demonstrations_alone_make_an_sft_stage_alone_and_say_so(tmp_path, monkeypatch, rlhf):
+def test_demonstrations_alone_make_an_sft_stage_alone_and_say_so(tmp_path, monkeypatch, here):
     tiny.build(tmp_path / "m")
     lines(tmp_path / "d.jsonl", ({"prompt": f"q{n}", "completion": "ok"} for n in range(30)))
     monkeypatch.chdir(tmp_path)
-    code, text = rlhf("init", "new", "--data", "d.jsonl", "--model", "m", "--json")
+    code, text = here("init", "new", "--data", "d.jsonl", "--model", "m", "--json")
     assert code == 0
     found = json.loads(text)
     assert found["files"] == ["configs/sft.yaml", "configs/pipeline.yaml", "data/sft.jsonl"]
@@ -398,7 +378,7 @@ def test_long_rows_are_dropped_by_a_limit_that_the_config_names_and_the_table_co
     assert longer / len(part) <= config.data.max_dropped_fraction < 0.6
 
 
-def test_what_cannot_be_made_leaves_nothing_behind(tmp_path, monkeypatch, rlhf):
+def test_what_cannot_be_made_leaves_nothing_behind(tmp_path, monkeypatch, here):
     monkeypatch.chdir(tmp_path)
     lines(tmp_path / "p.jsonl", map(pair, range(20)))
     tiny.build(tmp_path / "m")
@@ -413,22 +393,22 @@ def test_what_cannot_be_made_leaves_nothing_behind(tmp_path, monkeypatch, rlhf):
         (("new", "--data", "gone.jsonl", "--model", "m"), 3, "DAT010] gone.jsonl: no such file"),
         (("new", "--data", "p.jsonl", "--model", "m"), 3, "DAT031] --data: too few prompts"),
     ):
-        code, text = rlhf("init", *args)
+        code, text = here("init", *args)
         assert code == exit_code and wanted in text and "Traceback" not in text, text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m", "p.jsonl", "used"]
     assert Path("used/file").read_text() == "mine"
 
 
-def test_without_data_it_is_the_embedded_worlds_chain_as_shipped(tmp_path, monkeypatch, rlhf):
+def test_without_data_it_is_the_embedded_worlds_chain_as_shipped(tmp_path, monkeypatch, here):
     shipped = {path.name: path.read_text() for path in (ROOT / "configs").glob("*.yaml")}
     carried = {path.name: path.read_text() for path in (ROOT / "rlhf/start/world").glob("*.yaml")}
     assert carried == shipped, "copy configs/*.yaml to rlhf/start/world/, which the wheel carries"
     monkeypatch.chdir(tmp_path)
-    assert rlhf("init", "a")[0] == rlhf("init", "b", "--data", "demo:", "--model", "demo:base")[0] == 0
+    assert here("init", "a")[0] == here("init", "b", "--data", "demo:", "--model", "demo:base")[0] == 0
     for name in ("a", "b"):
         assert {path.name: path.read_text() for path in Path(name, "configs").iterdir()} == shipped
     monkeypatch.chdir("a")
-    assert rlhf("check")[0] == 0
+    assert here("check")[0] == 0
 
 
 @pytest.mark.slow
