@@ -22,6 +22,7 @@ from rlhf.data.records import Prompt, split_by_prompt
 from rlhf.data.tokenised import Dialogue, PromptRow
 from rlhf.errors import Problem, RlhfError
 from rlhf.evaluation import policy as measure
+from rlhf.evaluation import stopping
 from rlhf.models import adapters, opening, small_lora
 from rlhf.models.base import Base
 from rlhf.models.roles import SharedBase
@@ -41,6 +42,7 @@ def run(config: SftConfig, plan: Plan, run: Run) -> Manifest:
     device = runtime.set_up(config.runtime, config.seed)
     base = opening.open_base(config.model, device)
     runtime.set_threads(config.runtime, base.model, device)
+    stopping.warn_of_untrained_end(base, config.lora.train_tokens)
     train, held_out = split_by_prompt(plan.data["data"].records, config.holdout_fraction, config.seed)
     rows, report = _tokenise(config, train, base.chat)
     sampled = _prompts_to_sample(config, held_out, base.chat)
@@ -67,7 +69,7 @@ def run(config: SftConfig, plan: Plan, run: Run) -> Manifest:
     roles = SharedBase(base)
     roles.add("base")
     roles.add("policy", adapter=run.path / artifacts.ADAPTER, trained=False)
-    metrics = _measure(config, base, roles, held_out, sampled, run)
+    metrics = _measure(config, base, roles, held_out, sampled, report.num_truncated, run)
     metrics |= {"time/train_s": train_seconds, **runtime.peak_memory()}
     run.write_metrics(config.steps or 0, metrics)
     return run.finish(
@@ -180,8 +182,9 @@ class _Advance(TrainerCallback):
 
 
 def _measure(
-    config: SftConfig, base: Base, roles: SharedBase, held_out: Any, sampled: list[PromptRow], run: Run
-) -> dict[str, float]:
+    config: SftConfig, base: Base, roles: SharedBase, held_out: Any, sampled: list[PromptRow], num_truncated: int,
+    run: Run,
+) -> dict[str, float]:  # fmt: skip
     """Held-out loss and perplexity of base and policy, and the policy's end-token rate."""
     turns = tokenised.turns(held_out, base.chat, config.loss_on == "last_turn", config.max_length)
     before = measure.response_loss(roles, "base", turns, base.chat.pad_id, config.batch.micro_batch_size)
@@ -196,19 +199,16 @@ def _measure(
         before, after, math.exp(before), math.exp(after), 100 * rate, len(samples),
     )  # fmt: skip
     if rate < config.min_end_token_rate:
-        _refuse(config, base, rate)
+        _refuse(config, base, rate, stopping.causes(base, config.lora.train_tokens, samples, num_truncated))
     return {
         "eval/base_loss": before, "eval/loss": after, "eval/perplexity": math.exp(after), "eval/end_token_rate": rate,
     }  # fmt: skip
 
 
-def _refuse(config: SftConfig, base: Base, rate: float) -> None:
+def _refuse(config: SftConfig, base: Base, rate: float, causes: tuple[str, str]) -> None:
+    why, fix = causes
     what = (
         f"only {rate:.0%} of the sampled responses end with {base.chat.end_token!r} within "
-        f"{config.sampling.max_new_tokens} tokens, needed: {config.min_end_token_rate:.0%}."
-    )
-    fix = (
-        f"train the token (lora.train_tokens: [{base.chat.end_token!r}]), train longer, raise sampling.max_new_tokens, "
-        "or set min_end_token_rate openly"
+        f"{config.sampling.max_new_tokens} tokens, needed: {config.min_end_token_rate:.0%}{f'; {why}' if why else ''}."
     )
     raise RlhfError(Problem("GRD002", "sft", what, fix))
