@@ -71,7 +71,7 @@ TRAPS = {
         ["MOD015", "a conversation begins with '<s>' twice", "a template that writes it once"],
     ),
     "no prefix": (
-        lambda: ChatFormat(tokenizer("{% for m in messages %}{{ loop.length }}{{ m['content'] }}<|im_end|>{% endfor %}")),
+        lambda: ChatFormat(tokenizer("{% for m in messages %}{{ loop.length }}{{ m.content }}<|im_end|>{% endfor %}")),
         ["MOD011", "a rendered prompt is not the beginning of prompt and response", "generation prompt matches"],
     ),
     "no template": (

@@ -305,6 +305,18 @@ def test_a_model_is_described_by_its_tokenizer_config_and_embeddings(tmp_path):
     assert look.model("demo:base")[0].untrained == ()
 
 
+def test_a_template_that_writes_earlier_turns_anew_makes_loss_on_the_last_turn(tmp_path):
+    shorten = tiny.CHATML.replace("{{ m['content'] }}", "{{ m['content'] if loop.last else m['content'][:1] }}")
+    tiny.build(tmp_path / "m", template=shorten.replace("if loop.last", "if loop.last or m['role'] == 'user'"))
+    talk = [*ask(0), Message("assistant", "first"), *ask(1), Message("assistant", "second")]
+    rows_ = [{"messages": [{"role": m.role, "content": f"{m.content}{n}"} for m in talk]} for n in range(30)]
+    project.make(tmp_path / "new", [lines(tmp_path / "d.jsonl", rows_)], str(tmp_path / "m"))
+    assert load.load(SftConfig, tmp_path / "new/configs/sft.yaml").loss_on == "last_turn"
+    tiny.build(tmp_path / "n")
+    project.make(tmp_path / "other", [lines(tmp_path / "d.jsonl", rows_)], str(tmp_path / "n"))
+    assert load.load(SftConfig, tmp_path / "other/configs/sft.yaml").loss_on == "all_turns"
+
+
 # ---- whole ----
 
 
@@ -405,9 +417,11 @@ def test_without_data_it_is_the_embedded_worlds_chain_as_shipped(tmp_path, monke
     assert carried == shipped, "copy configs/*.yaml to rlhf/start/world/, which the wheel carries"
     monkeypatch.chdir(tmp_path)
     assert here("init", "a")[0] == here("init", "b", "--data", "demo:", "--model", "demo:base")[0] == 0
-    for name in ("a", "b"):
-        assert {path.name: path.read_text() for path in Path(name, "configs").iterdir()} == shipped
-    monkeypatch.chdir("a")
+    Path("c").mkdir()
+    monkeypatch.chdir("c")
+    assert here("init", ".")[0] == 0
+    for name in ("a", "b", "c"):
+        assert {path.name: path.read_text() for path in Path(tmp_path, name, "configs").iterdir()} == shipped
     assert here("check")[0] == 0
 
 

@@ -135,7 +135,7 @@ def train_rm(basis: Basis) -> Tree:
 
 
 def eval_rm(basis: Basis) -> Tree:
-    long, dropped, _, _ = _lengths(basis, "eval", 0.0, 0)
+    long, dropped, *_ = _lengths(basis, "eval", 0.0, 0)
     responses = max(len(record.responses) for record in basis.parts.eval)
     return {
         "run_dir": "runs/eval-rm",

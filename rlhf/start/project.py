@@ -27,7 +27,7 @@ class Project:
 
 
 def make(directory: Path, data: Sequence[str], model: str | None) -> Project:
-    """Look, decide, and write the directory whole or not at all.
+    """Look, decide, and write.
 
     Without data, or with ``demo:``, and without another model it is the embedded world's own chain.
 
@@ -91,8 +91,16 @@ def _refuse_used(directory: Path) -> None:
 
 
 def _write(directory: Path, project: Project) -> None:
+    """A new directory whole or not at all; into one that is there and empty, which may be somebody's place to stand."""
+    if directory.is_dir():
+        _write_into(directory, project)
+        return
     with storage.staged_directory(directory) as staging:
-        for name, text in project.files.items():
-            path = staging / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            storage.write_text(path, text)
+        _write_into(staging, project)
+
+
+def _write_into(directory: Path, project: Project) -> None:
+    for name, text in project.files.items():
+        path = directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        storage.write_text(path, text)
