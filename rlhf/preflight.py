@@ -14,6 +14,7 @@ from rlhf.config.rewards import ClassifierSection
 from rlhf.config.sections import DataSection, ModelSection
 from rlhf.config.stages import StageConfig
 from rlhf.data.records import count_shared_prompts
+from rlhf.data.settings import NOT_REACHED
 from rlhf.data.sources import Loaded
 from rlhf.demo import registry as demo
 from rlhf.errors import Problem, RlhfError
@@ -77,11 +78,12 @@ def prepare(config: StageConfig, needs: Needs, parents_may_be_missing: bool = Fa
     """Check everything that needs no weights; all problems of a phase are raised together.
 
     Args:
-        parents_may_be_missing: a parent that has not been run yet is only noted, as for ``rlhf check`` of a chain.
+        parents_may_be_missing: a parent that has not been run yet is only noted, as for ``rlhf check`` of a chain, and
+            so is a hub that cannot be reached.
     """
     unchecked: list[str] = []
     problems: list[Problem] = []
-    data = _read_data(needs, problems)
+    data = _read_data(needs, parents_may_be_missing, problems, unchecked)
     parents = _read_parents(needs, parents_may_be_missing, problems, unchecked)
     data |= _overlaps(data, parents)
     models: list[tuple[str, ModelSection | ClassifierSection]] = [*needs.scorers]
@@ -100,7 +102,7 @@ def prepare(config: StageConfig, needs: Needs, parents_may_be_missing: bool = Fa
     return Plan(parents, data, identity, tuple(unchecked), tuple(figures))
 
 
-def _read_data(needs: Needs, problems: list[Problem]) -> dict[str, Loaded]:
+def _read_data(needs: Needs, hub_may_be_away: bool, problems: list[Problem], unchecked: list[str]) -> dict[str, Loaded]:
     data: dict[str, Loaded] = {}
     for item in needs.inputs:
         try:
@@ -108,7 +110,10 @@ def _read_data(needs: Needs, problems: list[Problem]) -> dict[str, Loaded]:
                 raise RlhfError(*refused)
             data[item.key] = item.read(item.section)
         except RlhfError as error:
-            problems += error.problems
+            if hub_may_be_away and error.problems[0].code == NOT_REACHED:
+                unchecked.append(f"{item.key}: the rows of {item.section.path}, as the hub cannot be reached")
+            else:
+                problems += error.problems
     return data
 
 

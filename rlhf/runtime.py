@@ -28,8 +28,18 @@ def choose_device(section: RuntimeSection) -> torch.device:
     """
     if section.device == "cuda" and not torch.cuda.is_available():
         raise RlhfError(Problem("RES001", "runtime.device", "cuda is not available here.", "runtime.device: cpu"))
+    if section.device == "auto" and not torch.cuda.is_available() and torch.backends.mps.is_available():
+        log.warning("This Mac's GPU (MPS) is not supported and not used: the run is on the CPU.")
     name = ("cuda" if torch.cuda.is_available() else "cpu") if section.device == "auto" else section.device
     return torch.device(name)
+
+
+def require_dtype(dtype: str, device: torch.device) -> None:
+    """Raise RES006 where a GPU would only emulate bfloat16, as those before Ampere do."""
+    if device.type != "cuda" or dtype != "bfloat16" or torch.cuda.is_bf16_supported(including_emulation=False):
+        return
+    what = f"{torch.cuda.get_device_name(device)} has no bfloat16, and float16 overflows where bfloat16 does not."
+    raise RlhfError(Problem("RES006", "model.dtype: bfloat16", what, "model.dtype: float32, or a newer GPU"))
 
 
 def set_up(section: RuntimeSection, seed: int) -> torch.device:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -25,3 +27,23 @@ def _processor_as_it_was():
     yield
     torch.set_flush_denormal(False)
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def here(monkeypatch, capsys):
+    """Run a command in this process and working directory: its exit code and all that it printed."""
+    from rlhf import cli
+
+    monkeypatch.setattr(cli.interrupts, "install", lambda: None)
+    logger = logging.getLogger("rlhf")
+    before = logger.handlers[:], logger.level, logger.propagate
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["rlhf", *map(str, args)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        shown = capsys.readouterr()
+        return stop.value.code, shown.err + shown.out
+
+    yield run
+    logger.handlers[:], logger.level, logger.propagate = before

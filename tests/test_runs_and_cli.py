@@ -35,6 +35,7 @@ LAYERS = [
     ["rollouts", "scoring"],
     ["evaluation"],
     ["ppo.experience", "ppo.update", "ppo.training"],
+    ["start"],
     ["stages"],
     ["commands"],
     ["cli"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -37,4 +38,22 @@ def demo(
         typer.echo(f"{path}: {rows} rows")
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"check": check, "demo": demo}
+def init(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Directory to make; it must be new or empty.")],
+    data: Annotated[
+        list[str] | None, typer.Option("--data", help="File of demonstrations, preferences, rankings, ratings or "
+                                       "prompts; demo: for the embedded world. Repeatable.")
+    ] = None,
+    model: Annotated[str | None, typer.Option("--model", help="Directory or hub id of the base.")] = None,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Look at data and a model, and write a commented chain of configs that runs."""
+    project = importlib.import_module("rlhf.start.project").make(directory, data or [], model)
+    if as_json:
+        typer.echo(json.dumps({"directory": str(directory), "files": list(project.files), "figures": project.figures}))
+        return
+    typer.echo("\n".join(f"{name:<16}{text}" for name, text in project.figures))
+    typer.echo(f"\nWrote {', '.join(project.files)}.\nNext: cd {directory} && rlhf pipeline")
+
+
+COMMANDS: dict[str, Callable[..., None]] = {"init": init, "check": check, "demo": demo}

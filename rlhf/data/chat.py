@@ -36,7 +36,7 @@ class ChatFormat:
 
     Raises:
         RlhfError: MOD010 without a template, MOD010, MOD011 or MOD014 with one that does not show where a response
-            begins and ends.
+            begins and ends, MOD015 with one that writes the token at the beginning twice.
     """
 
     def __init__(self, tokenizer: Any, template: str | None = None, context_length: int | None = None) -> None:
@@ -48,6 +48,8 @@ class ChatFormat:
         if template is not None and own:
             what = f"has a chat template of its own, so {template} would not be what it was trained with."
             raise RlhfError(Problem("MOD010", "model.chat_template", what, "model.chat_template: null"))
+        if template == "chatml":
+            self._require_chatml()
         self.template_name, self.template = template, TEMPLATES[template] if template else None
         self._encode_cached = lru_cache(maxsize=4096)(self._encode)
         probe = (Message("user", "hello there"), Message("assistant", SENTINEL))
@@ -56,15 +58,17 @@ class ChatFormat:
         self.tail = rendered[rendered.rindex(SENTINEL) + len(SENTINEL) :]
         tail_ids = self._encode(self.tail.lstrip(" "))
         if not tail_ids:
-            raise RlhfError(
-                Problem("MOD010", "chat template", "writes nothing after an assistant turn.", "another one")
-            )
+            what, fix = "writes nothing after an assistant turn: a model that learns it never stops.", "another one"
+            if tokenizer.eos_token is None:
+                fix = "a template with an end token of its own: this tokenizer has no eos_token"
+            raise RlhfError(Problem("MOD010", "chat template", what, fix))
         self.end_id = tail_ids[0]
         self.end_token = str(tokenizer.convert_ids_to_tokens(self.end_id))
         if self.end_id not in {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}:
             what = f"writes {self.tail!r} after an assistant turn, which text may contain: no response could hold it."
             raise RlhfError(Problem("MOD014", "chat template", what, "a template that ends turns with a special token"))
         self._control = self._control_tokens(rendered)
+        self._refuse_two_beginnings(probe[:1])
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.end_id
         self.pad_token = tokenizer.convert_ids_to_tokens(self.pad_id)
         head, body = self._render(probe[:1], True), self._body(probe[:1], SENTINEL)
@@ -72,6 +76,13 @@ class ChatFormat:
         self._joint = separate != self._encode(head + body) and self._encode(head + body)[
             : len(self._encode(head))
         ] == self._encode(head)
+
+    @property
+    def marks(self) -> list[str]:
+        """The control tokens of a rendered conversation, the end token too, without the one at its beginning."""
+        turns = (Message("user", "hello there"), Message("assistant", SENTINEL), Message("user", "hello there"))
+        rendered, begin = self._render(turns, True), self.tokenizer.bos_token
+        return [token for token in self._control if token in rendered and (token != begin or token == self.end_token)]
 
     def prompt_ids(self, messages: Messages) -> list[int]:
         """Ids of the rendered conversation with the opening of the answer."""
@@ -165,6 +176,22 @@ class ChatFormat:
 
     def _encode(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def _require_chatml(self) -> None:
+        """ChatML's marks are tokens: written letter by letter, text could hold them, and none could end a response."""
+        lacking = [mark for mark in ("<|im_start|>", "<|im_end|>") if mark not in self.tokenizer.get_vocab()]
+        if lacking:
+            what = f"chatml marks turns with {' and '.join(lacking)}, which the tokenizer does not have."
+            raise RlhfError(Problem("MOD010", "model.chat_template", what, "model.chat_template: plain"))
+
+    def _refuse_two_beginnings(self, messages: Messages) -> None:
+        """A second one is what no model saw in pretraining; it lowers quality and says nothing."""
+        begin = self.tokenizer.bos_token_id
+        ids = self._encode(self._render(messages, True))
+        if begin is not None and ids[:2] == [begin, begin]:
+            what = f"a conversation begins with {self.tokenizer.bos_token!r} twice."
+            fix = "a template that writes it once, or a tokenizer that adds none to rendered text"
+            raise RlhfError(Problem("MOD015", "chat template", what, fix))
 
     def _control_tokens(self, rendered: str) -> list[str]:
         """Tokens that text must not write: the special ones, and the added ones that the template marks turns with."""

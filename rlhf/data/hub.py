@@ -11,7 +11,7 @@ from datasets import packaged_modules
 
 from rlhf import names
 from rlhf.config.sections import DataSection
-from rlhf.data.settings import refuse_settings
+from rlhf.data.settings import NOT_REACHED, refuse_settings
 from rlhf.errors import Problem, RlhfError
 
 FILE_SUFFIXES = {".parquet", ".csv", ".json", ".tsv", ".txt", ".arrow", ".gz", ".zst", ".zip"}
@@ -22,7 +22,8 @@ def read(data: DataSection) -> Iterator[tuple[str, dict[str, Any]]]:
     """(where, row) of each row.
 
     Raises:
-        RlhfError: DAT010 where nothing of this name can be loaded, or the split is not named and there are several.
+        RlhfError: DAT010 where nothing of this name can be loaded, or the split is not named and there are several,
+            DAT015 where the hub cannot be reached.
     """
     datasets.disable_progress_bars()
     path = Path(data.path)
@@ -42,6 +43,9 @@ def read(data: DataSection) -> Iterator[tuple[str, dict[str, Any]]]:
             raise RlhfError(Problem("DAT010", data.path, "no such file.", "check the path"))
     except RlhfError:
         raise
+    except ConnectionError:
+        fix = "go online, unset HF_HUB_OFFLINE, or name a file"
+        raise RlhfError(Problem(NOT_REACHED, data.path, "the hub cannot be reached.", fix)) from None
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise RlhfError(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from rlhf.config.sections import DataSection
 from rlhf.errors import Problem, RlhfError
 
+NOT_REACHED = "DAT015"
+
 
 def refuse_settings(data: DataSection, kind: str, *settings: str, fix: str = "") -> None:
     """Raise DAT001 for settings that mean nothing for this kind of data; none is ignored."""

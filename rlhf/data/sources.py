@@ -66,6 +66,14 @@ def load_prompts(data: DataSection) -> Loaded:
     return _load(data, "prompts", rows.prompt)
 
 
+def raw_rows(data: DataSection) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, row) of each row as it stands in the data, for a look at its form before it is read as a record."""
+    problems: list[Problem] = []
+    yield from _rows(data, problems, [])
+    if problems:
+        raise RlhfError(*problems)
+
+
 def check_dropped(num_rows: int, dropped: Mapping[str, int], max_dropped_fraction: float, where: str) -> None:
     """Raise DAT020 where more than the allowed share of the rows would be dropped; the message has the counts."""
     total = sum(dropped.values())

@@ -79,7 +79,7 @@ def dialogues(
     _require_context(chat, max_length)
     kept: list[Dialogue] = []
     dropped = truncated = 0
-    whole = _each(records, lambda record: chat.demonstration(record.messages, last_only))
+    whole = each(records, lambda record: chat.demonstration(record.messages, last_only))
     for ids, trained in whole:
         if len(ids) > max_length:
             if too_long == "drop" or not any(trained[:max_length]):
@@ -103,7 +103,7 @@ def turns(records: Sequence[Demonstration], chat: ChatFormat, last_only: bool, m
         ]
 
     return [
-        turn for found in _each(records, of) for turn in found
+        turn for found in each(records, of) for turn in found
         if len(turn.prompt_ids) + len(turn.response_ids) <= max_length
     ]  # fmt: skip
 
@@ -122,7 +122,7 @@ def groups(
     kept: list[Group] = []
     problems: list[Problem] = []
     dropped = truncated = tokens = longest = 0
-    whole = _each(records, lambda record: [_turn(chat, record.prompt, response) for response in record.responses])
+    whole = each(records, lambda record: [_turn(chat, record.prompt, response) for response in record.responses])
     for record, pairs in zip(records, whole, strict=True):
         prompt, room = pairs[0].prompt_ids, max_length - len(pairs[0].prompt_ids)
         if any(len(pair.response_ids) > room for pair in pairs):
@@ -146,7 +146,7 @@ def prompt_rows(
     records: Sequence[Prompt], chat: ChatFormat, max_tokens: int, max_dropped_fraction: float, where: str
 ) -> tuple[list[PromptRow], LengthReport]:
     """Prompts as ids; longer ones are dropped and counted."""
-    rows = _each(records, lambda record: PromptRow(record.messages, chat.prompt_ids(record.messages)))
+    rows = each(records, lambda record: PromptRow(record.messages, chat.prompt_ids(record.messages)))
     kept = [row for row in rows if len(row.ids) <= max_tokens]
     dropped = len(rows) - len(kept)
     _check([len(row.ids) for row in rows], len(kept), dropped, max_tokens, max_dropped_fraction, where)
@@ -163,7 +163,7 @@ def prompts_with_room(
         RlhfError: MOD022 if there is none.
     """
     room = min(max_tokens, chat.context_length - new_tokens) if chat.context_length else max_tokens
-    rows = _each(records, lambda record: PromptRow(record.messages, chat.prompt_ids(record.messages)))
+    rows = each(records, lambda record: PromptRow(record.messages, chat.prompt_ids(record.messages)))
     kept = [row for row in rows if len(row.ids) <= room]
     if not kept:
         what = f"{new_tokens} tokens fit behind none of {len(rows)} prompts in the base's context."
@@ -184,7 +184,7 @@ def _require_context(chat: ChatFormat, max_length: int) -> None:
         raise RlhfError(Problem("MOD022", "max_length", what, f"{chat.context_length} or less"))
 
 
-def _each(records: Sequence[Record], tokenise: Callable[[Record], Found]) -> list[Found]:
+def each(records: Sequence[Record], tokenise: Callable[[Record], Found]) -> list[Found]:
     """What ``tokenise`` makes of each record; whatever it refuses is raised together, each under its record's place."""
     found: list[Found] = []
     problems: list[Problem] = []

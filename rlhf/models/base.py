@@ -94,7 +94,7 @@ def load_base(
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise cannot_load(source, "model", error) from None
     refuse_incomplete(source, report["missing_keys"], "a causal language model")
-    _refuse_unknown(source, model, tokenizer)
+    refuse_unknown(source, model, tokenizer)
     model.requires_grad_(False)
     model.eval()
     model.generation_config = GenerationConfig()
@@ -184,7 +184,8 @@ def refuse_not_finite(source: str, model: nn.Module) -> None:
         raise RlhfError(Problem("MOD008", source, what, "download the model again"))
 
 
-def _refuse_unknown(source: str, model: Any, tokenizer: Any) -> None:
+def refuse_unknown(source: str, model: Any, tokenizer: Any) -> None:
+    """MOD003 for a tokenizer larger than the embeddings, MOD004 for logits that are scaled; needs no weights."""
     config = model.config.get_text_config()
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:

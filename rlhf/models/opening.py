@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from rlhf import artifacts
+from rlhf import artifacts, runtime
 from rlhf.artifacts import BaseIdentity, Manifest
 from rlhf.config.sections import ModelSection
 from rlhf.data.chat import ChatFormat
@@ -20,6 +20,7 @@ CONSENT = "RLHF_TRUST_REMOTE_CODE"
 
 def open_base(model: ModelSection, device: torch.device) -> Base:
     """The frozen base of a config."""
+    runtime.require_dtype(model.dtype, device)
     return load_base(
         model.path, revision=model.revision, dtype=model.dtype, device=device, template=model.chat_template,
         trust_remote_code=model.trust_remote_code, attn_implementation=model.attn_implementation,

@@ -22,6 +22,7 @@ from rlhf.data.records import Prompt, split_by_prompt
 from rlhf.data.tokenised import Dialogue, PromptRow
 from rlhf.errors import Problem, RlhfError
 from rlhf.evaluation import policy as measure
+from rlhf.evaluation import stopping
 from rlhf.models import adapters, opening, small_lora, whole
 from rlhf.models.base import Base
 from rlhf.models.roles import SharedBase
@@ -41,6 +42,7 @@ def run(config: SftConfig, plan: Plan, run: Run) -> Manifest:
     device = runtime.set_up(config.runtime, config.seed)
     base = opening.open_base(config.model, device)
     runtime.set_threads(config.runtime, base.model, device)
+    stopping.warn_of_untrained_end(base, _trained_tokens(config, base))
     train, held_out = split_by_prompt(plan.data["data"].records, config.holdout_fraction, config.seed)
     rows, report = _tokenise(config, train, base.chat)
     sampled = _prompts_to_sample(config, held_out, base.chat)
@@ -71,7 +73,7 @@ def run(config: SftConfig, plan: Plan, run: Run) -> Manifest:
     if not config.lora:
         trained_on = config.model.model_copy(update={"path": str(run.path / artifacts.MODEL), "revision": None})
         base = opening.open_base(trained_on, device)
-    metrics = {"eval/base_loss": before} | _measure(config, base, before, held_out, sampled, run)
+    metrics = _measure(config, base, before, held_out, sampled, report.num_truncated, run)
     metrics |= {"time/train_s": train_seconds, **runtime.peak_memory()}
     run.write_metrics(config.steps or 0, metrics)
     return run.finish(
@@ -213,7 +215,7 @@ def _held_out_loss(config: SftConfig, roles: SharedBase, slot: str, base: Base, 
 
 
 def _measure(
-    config: SftConfig, base: Base, before: float, held_out: Any, sampled: list[PromptRow], run: Run
+    config: SftConfig, base: Base, before: float, held_out: Any, sampled: list[PromptRow], num_truncated: int, run: Run
 ) -> dict[str, float]:
     """Held-out loss and perplexity of the policy, beside the base's ``before``, and the policy's end-token rate."""
     roles = SharedBase(base)
@@ -229,17 +231,21 @@ def _measure(
         before, after, math.exp(before), math.exp(after), 100 * rate, len(samples),
     )  # fmt: skip
     if rate < config.min_end_token_rate:
-        _refuse(config, base, rate)
-    return {"eval/loss": after, "eval/perplexity": math.exp(after), "eval/end_token_rate": rate}
+        _refuse(config, base, rate, stopping.causes(base, _trained_tokens(config, base), samples, num_truncated))
+    return {
+        "eval/base_loss": before, "eval/loss": after, "eval/perplexity": math.exp(after), "eval/end_token_rate": rate,
+    }  # fmt: skip
 
 
-def _refuse(config: SftConfig, base: Base, rate: float) -> None:
+def _trained_tokens(config: SftConfig, base: Base) -> list[str]:
+    """Tokens whose rows are no longer the base's; an adapter that was made before had its own warning."""
+    return config.lora.train_tokens if config.lora and not config.adapter else [base.chat.end_token]
+
+
+def _refuse(config: SftConfig, base: Base, rate: float, causes: tuple[str, str]) -> None:
+    why, fix = causes
     what = (
         f"only {rate:.0%} of the sampled responses end with {base.chat.end_token!r} within "
-        f"{config.sampling.max_new_tokens} tokens, needed: {config.min_end_token_rate:.0%}."
-    )
-    fix = (
-        f"train the token (lora.train_tokens: [{base.chat.end_token!r}]), train longer, raise sampling.max_new_tokens, "
-        "or set min_end_token_rate openly"
+        f"{config.sampling.max_new_tokens} tokens, needed: {config.min_end_token_rate:.0%}{f'; {why}' if why else ''}."
     )
     raise RlhfError(Problem("GRD002", "sft", what, fix))

@@ -1,0 +1,106 @@
+"""A directory with configs and data splits, decided whole before a byte of it is written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from rlhf import names, storage
+from rlhf.demo import registry as demo
+from rlhf.errors import Problem, RlhfError
+from rlhf.start import chain, look, parts, told
+from rlhf.start.render import render
+
+WORLD = "demo:"
+MODEL = "demo:base"
+
+
+@dataclass(frozen=True)
+class Project:
+    """File -> text, and what was decided, as lines of a table."""
+
+    files: dict[str, str]
+    figures: tuple[tuple[str, str], ...]
+
+
+def make(directory: Path, data: Sequence[str], model: str | None) -> Project:
+    """Look, decide, and write.
+
+    Without data, or with ``demo:``, and without another model it is the embedded world's own chain.
+
+    Raises:
+        RlhfError: RES005 for a directory that holds something, CFG009 where data need a model, and what is wrong
+            with model or data.
+    """
+    _refuse_used(directory)
+    wanted = list(data) or [WORLD]
+    if wanted == [WORLD] and model in (None, MODEL):
+        project = embedded_world()
+    elif model is None:
+        what = "not named, and the embedded world's base knows the words of that world only."
+        raise RlhfError(Problem("CFG009", "--model", what, "a directory or hub id, for instance Qwen/Qwen2.5-0.5B"))
+    else:
+        project = own(wanted, model)
+    _write(directory, project)
+    return project
+
+
+def own(data: Sequence[str], model: str) -> Project:
+    """The chain of a model and files of one's own; ``demo:`` stands for all data sets of the embedded world."""
+    named = [name for path in data for name in ([WORLD + kind for kind in demo.DATASETS] if path == WORLD else [path])]
+    facts, chat = look.model(_lasting(model))
+    rows = look.files(named)
+    split, lengths, last_only, num_equal = look.lengths(parts.split(rows), chat)
+    basis = chain.basis(facts, split, lengths, last_only)
+    configs = chain.build(basis)
+    files = {f"configs/{name}.yaml": render(chain.TITLES[name], tree) for name, tree in configs.items()}
+    for part, path in chain.DATA.items():
+        if records := getattr(split, part):
+            lines = (json.dumps(parts.as_json(record), ensure_ascii=False) for record in records)
+            files[path] = "".join(f"{line}\n" for line in lines)
+    read = [("data", line) for line in rows.counts]
+    return Project(files, (*read, *told.parts_figures(split, num_equal), *told.figures(basis, configs)))
+
+
+def embedded_world() -> Project:
+    """The shipped chain; its data sets are made when they are read."""
+    folder = resources.files("rlhf.start") / "world"
+    found = {f"configs/{entry.name}": entry.read_text("utf-8") for entry in folder.iterdir() if entry.is_file()}
+    files = dict(sorted(found.items()))
+    return Project(
+        files, (("model", MODEL), ("data", "the embedded world's; rlhf demo --out DIR writes it to look at"))
+    )
+
+
+def _lasting(model: str) -> str:
+    """A path that means the same inside of the new directory."""
+    if demo.is_demo(model):
+        return model
+    if refused := names.refused(model, "--model", "MOD001"):
+        raise RlhfError(refused)
+    return str(Path(model).resolve()) if names.exists(model) else model
+
+
+def _refuse_used(directory: Path) -> None:
+    if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
+        what = "is a file." if directory.is_file() else "is not empty."
+        raise RlhfError(Problem("RES005", str(directory), what, "name a new directory"))
+
+
+def _write(directory: Path, project: Project) -> None:
+    """A new directory whole or not at all; into one that is there and empty, which may be somebody's place to stand."""
+    if directory.is_dir():
+        _write_into(directory, project)
+        return
+    with storage.staged_directory(directory) as staging:
+        _write_into(staging, project)
+
+
+def _write_into(directory: Path, project: Project) -> None:
+    for name, text in project.files.items():
+        path = directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        storage.write_text(path, text)

@@ -1,0 +1,236 @@
+"""What goes wrong on the first day with a model and data of one's own: each is a message with its fix, or harmless."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+from peft import get_peft_model
+from tiny import CHATML, tokenizer
+
+from rlhf import runtime
+from rlhf.config import load
+from rlhf.config.sections import ModelSection, RuntimeSection
+from rlhf.config.stages import SftConfig
+from rlhf.data import tokenised
+from rlhf.data.chat import ChatFormat
+from rlhf.data.records import Demonstration, Message, Prompt
+from rlhf.errors import RlhfError
+from rlhf.evaluation import stopping
+from rlhf.models import opening
+from rlhf.models.base import load_base
+from rlhf.scoring.scorer import Sample
+from rlhf.stages import sft
+from rlhf.start import look
+
+USER = (Message("user", "hi"),)
+TALK = (*USER, Message("assistant", "yes"), Message("user", "sure?"), Message("assistant", "no"))
+NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + CHATML
+THINKING = CHATML.replace(
+    "{{ m['content'] }}", "{{ m['content'] if loop.last or m['role'] == 'user' else m['content'][:1] }}"
+)
+
+
+@pytest.fixture
+def said():
+    found: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: found.append(record.getMessage())
+    logger = logging.getLogger("rlhf")
+    logger.addHandler(handler)
+    yield found
+    logger.removeHandler(handler)
+
+
+def with_bos(template):
+    own = tokenizer(template)
+    own.add_special_tokens({"bos_token": "<s>"})
+    return own
+
+
+def without(*marks):
+    """A tokenizer that lacks ChatML's marks, or its end token as well."""
+    own = tokenizer(None)
+    for mark in marks:
+        assert mark in own.get_vocab()
+    kept = json.loads(own.backend_tokenizer.to_str())
+    kept["added_tokens"] = [token for token in kept["added_tokens"] if token["content"] not in marks]
+    kept["model"]["vocab"] = {word: index for word, index in kept["model"]["vocab"].items() if word not in marks}
+    inner = type(own.backend_tokenizer).from_str(json.dumps(kept))
+    return tiny.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|endoftext|>", pad_token="<|pad|>")
+
+
+TRAPS = {
+    "two beginnings": (
+        lambda: ChatFormat(with_bos("{{ bos_token }}{{ bos_token }}" + CHATML)),
+        ["MOD015", "a conversation begins with '<s>' twice", "a template that writes it once"],
+    ),
+    "no prefix": (
+        lambda: ChatFormat(tokenizer("{% for m in messages %}{{ loop.length }}{{ m.content }}<|im_end|>{% endfor %}")),
+        ["MOD011", "a rendered prompt is not the beginning of prompt and response", "generation prompt matches"],
+    ),
+    "no template": (
+        lambda: ChatFormat(tokenizer(None)),
+        ["MOD010", "has no chat template", "model.chat_template: one of chatml, plain"],
+    ),
+    "chatml without its tokens": (
+        lambda: ChatFormat(without("<|im_start|>", "<|im_end|>"), "chatml"),
+        ["MOD010", "chatml marks turns with <|im_start|> and <|im_end|>, which the tokenizer does not have",
+         "model.chat_template: plain"],
+    ),
+    "an end that is no token": (
+        lambda: ChatFormat(tokenizer("{% for m in messages %}{{ m['content'] }}\n\n{% endfor %}")),
+        ["MOD014", "which text may contain", "a template that ends turns with a special token"],
+    ),
+    "no end at all": (
+        lambda: ChatFormat(tokenizer("{% for m in messages %}{{ m['content'] }}{% endfor %}")),
+        ["MOD010", "writes nothing after an assistant turn: a model that learns it never stops"],
+    ),
+    "a system turn that is refused": (
+        lambda: tokenised.prompt_rows(
+            [Prompt(USER, "d.jsonl:1"), Prompt((Message("system", "be kind"), *USER), "d.jsonl:2")],
+            ChatFormat(tokenizer(NO_SYSTEM)), 99, 0.0, "prompts",
+        ),
+        ["MOD013", "d.jsonl:2 (chat template)", "refuses a conversation of system, user: no system turn",
+         "leave that turn out of the data"],
+    ),
+    "earlier turns written anew": (
+        lambda: tokenised.dialogues(
+            [Demonstration(TALK, "d.jsonl:7")], ChatFormat(tokenizer(THINKING)), False, 99, "drop", 0.0, "data"
+        ),
+        ["MOD012", "d.jsonl:7 (chat template)", "writes an earlier turn differently", "loss_on: last_turn"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("trap", "wanted"), TRAPS.values(), ids=TRAPS)
+def test_a_template_or_tokenizer_that_would_go_wrong_in_silence_is_one_message(trap, wanted):
+    with pytest.raises(RlhfError) as caught:
+        trap()
+    for words in wanted:
+        assert words in str(caught.value)
+
+
+def test_one_beginning_is_kept_and_counted_in_the_prompt_alone():
+    chat = ChatFormat(with_bos("{{ bos_token }}" + CHATML))
+    ids = [*chat.prompt_ids(USER), *chat.response_ids(USER, "yes"), chat.end_id]
+    assert ids.count(chat.tokenizer.bos_token_id) == 1 and ids[0] == chat.tokenizer.bos_token_id
+    assert "<s>" not in chat.marks and chat.end_token in chat.marks
+
+
+def test_a_conversation_of_several_turns_trains_every_answer_with_its_end_or_the_last_alone():
+    chat = ChatFormat(tokenizer())
+    for last_only, wanted in ((False, "yes<|im_end|>no<|im_end|>"), (True, "no<|im_end|>")):
+        ids, trained = chat.demonstration(TALK, last_only)
+        assert chat.tokenizer.decode([i for i, keep in zip(ids, trained, strict=True) if keep]) == wanted
+
+
+def test_a_tokenizer_larger_than_the_embeddings_is_refused_by_init_and_by_every_stage(tmp_path):
+    directory = tiny.build(tmp_path / "m")
+    own = tokenizer()
+    own.add_tokens(["<one>"])
+    own.save_pretrained(directory)
+    for opens in (load_base, look.model):
+        with pytest.raises(RlhfError, match="MOD003.*the tokenizer has 261 tokens, the embeddings 260 rows"):
+            opens(str(directory))
+
+
+@pytest.mark.parametrize("pad", [None, "<|im_end|>"], ids=["no pad", "pad is the end token"])
+def test_padding_that_is_the_end_token_takes_no_loss_from_it(tmp_path, pad):
+    """TRL's own batches: the end token of every row is a label, and no padding is."""
+    directory = tiny.build(tmp_path / "m")
+    tokenizer(pad=pad).save_pretrained(directory)
+    base = load_base(str(directory))
+    config = SftConfig.model_validate(
+        {"data": {"path": "x"}, "epochs": 1.0, "max_length": 64, "batch": {"batch_size": 2, "micro_batch_size": 2}}
+    )
+    records = [Demonstration((*USER, Message("assistant", text)), "x:1") for text in ("a", "a long answer")]
+    rows, _ = tokenised.dialogues(records, base.chat, False, 64, "drop", 0.0, "data")
+    model = get_peft_model(base.model, tiny.lora(base))
+    trainer = sft._trainer(config, model, base, rows, SimpleNamespace(path=tmp_path))
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert base.chat.pad_id == base.chat.end_id == 2
+    for ids, labels in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True):
+        row = next(row for row in rows if row.ids == ids[: len(row.ids)])
+        wanted = [i if keep else -100 for i, keep in zip(row.ids, row.trained, strict=True)]
+        assert labels == wanted + [-100] * (len(ids) - len(row.ids)) and wanted[-1] == base.chat.end_id
+    assert (batch["labels"] == base.chat.end_id).sum() == 2
+
+
+def sample(ids, finished=False):
+    return Sample(USER, "", [5], ids, finished, ids)
+
+
+def trained_looking(base):
+    with torch.no_grad():
+        weight = base.model.get_input_embeddings().weight
+        weight *= torch.linspace(0.5, 1.5, len(weight))[:, None]
+    return base
+
+
+def test_the_causes_of_a_model_that_never_stops_are_told_apart(tmp_path, said):
+    base = tiny.base(tmp_path / "m")
+    own = base.tokenizer.eos_token_id
+    why, fix = stopping.causes(base, [], [sample([9])], 0)
+    assert why == "its row in the embeddings is untrained, and stays frozen"
+    assert fix.startswith("lora.train_tokens: ['<|im_end|>']; train longer")
+    stopping.warn_of_untrained_end(base, [])
+    assert len(said) == 1 and "the end token '<|im_end|>'" in said[0] and "lora.train_tokens: ['<|im_end|>']" in said[0]
+    stopping.warn_of_untrained_end(base, ["<|im_end|>"])
+    trained_looking(base)
+    stopping.warn_of_untrained_end(base, [])
+    assert len(said) == 1
+    why, fix = stopping.causes(base, [], [sample([9, own, 9]), sample([9]), sample([own])], 0)
+    assert why == "2 of 3 write '<|endoftext|>' instead, with which the base ends"
+    assert "sampling.stop_tokens: ['<|endoftext|>'] in every stage" in fix
+    why, fix = stopping.causes(base, ["<|im_end|>"], [sample([9])], 12)
+    assert why == "12 training rows were cut at max_length and lost it" and fix.startswith(
+        "too_long: drop, or a larger"
+    )
+    why, fix = stopping.causes(base, [], [sample([9])], 0)
+    assert why == "" and fix.startswith("lora.train_tokens: ['<|im_end|>']; train longer")
+
+
+def test_sft_refuses_to_hand_on_a_model_that_never_stops_and_names_the_causes(tmp_path, monkeypatch, here):
+    monkeypatch.chdir(tmp_path)
+    tiny.build(tmp_path / "m")
+    rows = [{"prompt": f"p{number}", "completion": "a long answer " * (1 + number % 2 * 5)} for number in range(12)]
+    Path("d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("sft.yaml").write_text(
+        "model: {path: m}\ndata: {path: d.jsonl}\nsteps: 1\nmax_length: 60\ntoo_long: truncate\n"
+        "batch: {batch_size: 4, micro_batch_size: 4}\nsampling: {max_new_tokens: 4}\nholdout_fraction: 0.3\n"
+    )
+    code, text = here("sft", "-c", "sft.yaml")
+    assert code == 7 and not Path("runs/sft/manifest.json").exists()
+    assert "error[GRD002] sft: only 0% of the sampled responses end with '<|im_end|>' within 4 tokens" in text
+    assert "its row in the embeddings is untrained" in text and "training rows were cut at max_length" in text
+    assert "lora.train_tokens: ['<|im_end|>']; too_long: drop" in text
+    assert text.count("is like those of tokens never seen in pretraining") == 1
+
+
+def test_a_gpu_that_only_emulates_bfloat16_is_refused_before_a_weight_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    with pytest.raises(RlhfError, match="RES006.*Tesla T4 has no bfloat16.*model.dtype: float32"):
+        opening.open_base(ModelSection(path=str(tmp_path), dtype="bfloat16"), torch.device("cuda"))
+    runtime.require_dtype("float32", torch.device("cuda"))
+    runtime.require_dtype("bfloat16", torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    runtime.require_dtype("bfloat16", torch.device("cuda"))
+
+
+def test_on_a_mac_auto_is_the_cpu_and_says_so_and_mps_is_no_device(tmp_path, monkeypatch, said):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for there in (False, True):
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda there=there: there)
+        assert runtime.choose_device(RuntimeSection()) == torch.device("cpu")
+    assert said == ["This Mac's GPU (MPS) is not supported and not used: the run is on the CPU."]
+    assert runtime.choose_device(RuntimeSection(device="cpu")) == torch.device("cpu") and len(said) == 1
+    (tmp_path / "sft.yaml").write_text("data: {path: x}\nepochs: 1\nruntime: {device: mps}\n")
+    with pytest.raises(RlhfError, match="CFG003.*runtime.device: must be 'auto', 'cpu' or 'cuda', got 'mps'"):
+        load.load(SftConfig, tmp_path / "sft.yaml")
