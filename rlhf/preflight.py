@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rlhf import artifacts, model_files, names, resources, runs
+from rlhf import artifacts, installed, model_files, names, resources, runs
 from rlhf.artifacts import Manifest
 from rlhf.config.load import flatten
 from rlhf.config.sections import DataSection, ModelSection
@@ -36,7 +36,7 @@ class Input:
 
     key: str
     section: DataSection
-    read: Callable[[DataSection], Loaded]
+    read: Callable[[DataSection, int], Loaded]
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ def prepare(config: StageConfig, needs: Needs, parents_may_be_missing: bool = Fa
         parents_may_be_missing: a parent that has not been run yet is only noted, as for ``rlhf check`` of a chain.
     """
     unchecked: list[str] = []
-    problems: list[Problem] = []
-    data = _read_data(needs, problems)
+    problems = installed.missing_trackers(getattr(config, "report_to", None))
+    data = _read_data(needs, config.seed, problems)
     parents = _read_parents(needs, parents_may_be_missing, problems, unchecked)
     problems += _other_bases(parents)
     data |= _overlaps(data, parents)
@@ -93,24 +93,26 @@ def prepare(config: StageConfig, needs: Needs, parents_may_be_missing: bool = Fa
     return Plan(parents, data, identity, tuple(unchecked), tuple(figures))
 
 
-def _read_data(needs: Needs, problems: list[Problem]) -> dict[str, Loaded]:
+def _read_data(needs: Needs, seed: int, problems: list[Problem]) -> dict[str, Loaded]:
     data: dict[str, Loaded] = {}
     for item in needs.inputs:
         try:
             if refused := _refused_data(item):
                 raise RlhfError(*refused)
-            data[item.key] = item.read(item.section)
+            data[item.key] = item.read(item.section, seed)
         except RlhfError as error:
             problems += error.problems
     return data
 
 
 def _refused_data(item: Input) -> list[Problem]:
-    path, key = item.section.path, f"{item.key}.path"
-    found = (
-        None if demo.is_demo(path) else names.refused(path, key, "DAT010", path.endswith(DATA_FILES)),
-        names.refused_revision(item.section.revision, f"{item.key}.revision"),
-    )
+    found: list[Problem | None] = []
+    for index, source in enumerate(item.section.sources):
+        key = f"{item.key}.mixture.{index}" if item.section.mixture else item.key
+        path = source.path
+        if not demo.is_demo(path):
+            found.append(names.refused(path, f"{key}.path", "DAT010", path.endswith(DATA_FILES)))
+        found.append(names.refused_revision(source.revision, f"{key}.revision"))
     return [problem for problem in found if problem]
 
 
@@ -238,5 +240,7 @@ def _identity(
 ) -> dict[str, Any]:
     keys = {key: value for key, value in flatten(config).items() if key.split(".")[0] not in NOT_IDENTITY}
     keys |= {f"{key}.rows": loaded.digest for key, loaded in data.items()}
+    for key, loaded in data.items():
+        keys |= {f"{key}.mixture.{index}.drawn": one.num_drawn for index, one in enumerate(loaded.drawn)}
     keys |= {f"{key}.run": manifest.digest for key, manifest in parents.items()}
     return keys | ({"model.files": base_digest} if base_digest else {})

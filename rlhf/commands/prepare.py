@@ -1,8 +1,10 @@
-"""What is done before a run: check, and look at the embedded world's data."""
+"""What is done before a run: check, look up a key, look at the embedded world's data."""
 
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -20,11 +22,23 @@ def check(
         str | None, typer.Option("--stage", help="Whose config it is, where the name does not say.")
     ] = None,
     sets: Sets = None,
+    show: Annotated[
+        int, typer.Option("--show", min=0, help="Print N rows of each data set as the model will see them.")
+    ] = 0,
     as_json: Json = False,
 ) -> None:
-    """Check configs, paths and every data row, without weights or tokenizer."""
-    results = inspection.check([*(files or []), *(config or [])], stage, sets or [])
-    typer.echo(json.dumps(results) if as_json else "\n".join(inspection.check_lines(results)))
+    """Check configs, paths and every data row, without weights, and without the tokenizer unless rows are shown."""
+    results = inspection.check([*(files or []), *(config or [])], stage, sets or [], show)
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    typer.echo(json.dumps(results) if as_json else "\n".join(inspection.check_lines(results, colour)))
+
+
+def config(
+    stage: Annotated[str | None, typer.Argument(help="A stage, or pipeline; none: all, as Markdown.")] = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema, for editors.")] = False,
+) -> None:
+    """Print every key of a config with its default, meaning and bounds."""
+    typer.echo(inspection.reference_of(stage, schema), nl=stage is not None)
 
 
 def demo(
@@ -37,4 +51,4 @@ def demo(
         typer.echo(f"{path}: {rows} rows")
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"check": check, "demo": demo}
+COMMANDS: dict[str, Callable[..., None]] = {"check": check, "config": config, "demo": demo}

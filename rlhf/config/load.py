@@ -205,16 +205,17 @@ def _suggestion(path: Path_, config_class: type[Section]) -> str:
 def _keys(config_class: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field in config_class.model_fields.items():
         yield prefix + name
-        for inner in _sections(field.annotation):
+        for inner in sections_in(field.annotation):
             yield from _keys(inner, f"{prefix}{name}.")
 
 
-def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
+def sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The sections that a type holds, alone or in a list or a union."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     elif typing.get_origin(annotation) in (typing.Union, types.UnionType, list, typing.Annotated):
         for inner in typing.get_args(annotation):
-            yield from _sections(inner)
+            yield from sections_in(inner)
 
 
 def _fix(given: Any, kind: str) -> str:
