@@ -11,7 +11,9 @@ from typing import Annotated
 
 import typer
 
+from rlhf import storage
 from rlhf.commands.options import Json, Sets
+from rlhf.errors import Problem, RlhfError
 from rlhf.stages import inspection
 
 
@@ -41,6 +43,25 @@ def config(
     typer.echo(inspection.reference_of(stage, schema), nl=stage is not None)
 
 
+def migrate(
+    old: Annotated[Path, typer.Argument(help="Config of TRL (script arguments) or LlamaFactory.")],
+    out: Annotated[Path | None, typer.Option("--out", help="File to write, which must not exist.")] = None,
+    stage: Annotated[
+        str | None, typer.Option("--stage", help="sft, train-rm or ppo, where the file does not tell.")
+    ] = None,
+) -> None:
+    """Translate a config of TRL or LlamaFactory, and name every key that has no counterpart."""
+    if out and out.exists():
+        raise RlhfError(Problem("CFG010", str(out), "stands there already.", "name another file"))
+    found = inspection.migrated(old, stage)
+    if out is None:
+        typer.echo(found.text(old.name), nl=False)
+        return
+    storage.write_text(out, found.text(old.name))
+    counts = f"{len(found.undecided)} keys to decide, {len(found.gone)} without counterpart"
+    typer.echo(f"{out}: a {found.stage} config; {counts}.")
+
+
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Directory to write to.")],
     size: Annotated[int, typer.Option("--size", min=1, help="Rows of each data set.")] = 200,
@@ -51,4 +72,4 @@ def demo(
         typer.echo(f"{path}: {rows} rows")
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"check": check, "config": config, "demo": demo}
+COMMANDS: dict[str, Callable[..., None]] = {"check": check, "config": config, "demo": demo, "migrate": migrate}

@@ -63,10 +63,21 @@ def load(config_class: type[Config], path: Path | None, overrides: Sequence[str]
             stands in it, and without the secret.
     """
     value, places = yaml_reader.read_file(path) if path else ({}, {})
+    return _settled(config_class, value, places, str(path) if path else "config", overrides)
+
+
+def load_text(config_class: type[Config], text: str, name: str) -> Config:
+    """The same for a file that is not written yet; ``name`` stands in the messages."""
+    return _settled(config_class, *yaml_reader.read_text(text, name), name, ())
+
+
+def _settled(
+    config_class: type[Config], value: Any, places: yaml_reader.Places, name: str, overrides: Sequence[str]
+) -> Config:
     if not isinstance(value, dict):
         what = f"expected a mapping at the top level, got {_kind(value)}."
-        raise RlhfError(Problem("CFG002", f"{path}:1", what, "write key: value"))
-    source = _Source(str(path) if path else "config", value, places, {})
+        raise RlhfError(Problem("CFG002", f"{name}:1", what, "write key: value"))
+    source = _Source(name, value, places, {})
     for item in overrides:
         _override(value, item, source.origins)
     if secret := list(_secrets(source, config_class)):

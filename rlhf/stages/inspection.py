@@ -11,7 +11,8 @@ from typing import Any
 
 from rlhf import artifacts, preflight, storage
 from rlhf.artifacts import Manifest
-from rlhf.config import load, reference
+from rlhf.config import load, migrate, reference, yaml_reader
+from rlhf.config.migration import Migration
 from rlhf.config.sections import Section
 from rlhf.config.stages import PipelineConfig
 from rlhf.demo import registry as demo
@@ -75,6 +76,26 @@ def reference_of(stage_id: str | None, schema: bool) -> str:
     _refuse_unknown(stage_id or "", "rlhf config", "one of")
     config_class = classes[stage_id or ""]
     return json.dumps(reference.schema(config_class), indent=2) if schema else reference.table(config_class)
+
+
+def migrated(path: Path, stage_id: str | None) -> Migration:
+    """A config of TRL or LlamaFactory as one of ours, in the form that ``check`` accepts.
+
+    Raises:
+        RlhfError: CFG030 for what cannot be translated, SEC008 where a secret would stand in the outcome.
+    """
+    old, _ = yaml_reader.read_file(path)
+    if not isinstance(old, dict):
+        raise RlhfError(Problem("CFG030", str(path), "has no keys at the top level.", "name a config"))
+    classes: dict[str, type[Section]] = {name: stage.config_class for name, stage in STAGES.items()}
+    listed = Path(str(old.get("dataset_dir") or "data")) / "dataset_info.json"
+    try:
+        data_sets = json.loads(listed.read_text("utf-8")) if storage.is_file(listed) else {}
+    except ValueError as error:
+        raise RlhfError(Problem("CFG030", str(listed), f"is no JSON: {error}.", "mend it")) from None
+    found = migrate.migrate(old, classes, stage_id, str(path), data_sets if isinstance(data_sets, dict) else {})
+    load.load_text(classes[found.stage], found.text(path.name), str(path))
+    return found
 
 
 def _refuse_unknown(stage_id: str, where: str, fix: str) -> None:
