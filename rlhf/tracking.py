@@ -126,8 +126,6 @@ def _told(name: str, what: str) -> Iterator[None]:
     """Whatever a tracker's library raises, with the tracker's name."""
     try:
         yield
-    except (RlhfError, KeyboardInterrupt):
-        raise
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         fix = "see to its settings, or leave it out of report_to; --resume goes on from the last checkpoint"

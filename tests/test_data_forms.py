@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rlhf.config.sections import DataSection
 from rlhf.data import sources
@@ -163,3 +166,24 @@ def test_fields_and_keys_of_turns_that_are_not_read_are_named(tmp_path):
 def test_columns_reach_the_fields_of_every_form(tmp_path):
     row = {"dialogue": [HUMAN, GPT]}
     assert load(tmp_path, "demonstrations", [row], columns={"conversations": "dialogue"}).records[0].messages == SAID
+
+
+PLAIN = st.none() | st.booleans() | st.integers(0, 2) | st.sampled_from(["", "q", "a", SPOKEN, "\0"])
+TURN = st.dictionaries(st.sampled_from(["from", "value", "role", "content"]), PLAIN | st.just("human") | st.just("gpt"))
+FIELDS = (
+    "prompt", "completion", "response", "messages", "conversations", "system", "instruction", "input", "output", "text",
+    "history", "chosen", "rejected", "label", "completions", "labels", "responses", "ranks", "margin",
+)  # fmt: skip
+ROW = st.dictionaries(st.sampled_from(FIELDS), PLAIN | TURN | st.lists(TURN | PLAIN, max_size=3), max_size=6)
+
+
+@given(st.sampled_from(sorted(LOADERS)), st.lists(ROW, min_size=1, max_size=3))
+@settings(max_examples=150, deadline=None)
+def test_any_value_in_any_field_of_any_form_is_a_record_or_one_clean_refusal(tmp_path_factory, kind, rows):
+    path = tmp_path_factory.getbasetemp() / "forms.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with contextlib.suppress(RlhfError):
+        for record in LOADERS[kind](DataSection(path=str(path), max_dropped_fraction=1.0)).records:
+            turns = getattr(record, "messages", ()) or record.prompt
+            texts = [turn.content for turn in turns] + list(getattr(record, "responses", ()))
+            assert texts and all(text.strip() for text in texts)

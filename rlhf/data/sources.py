@@ -184,7 +184,7 @@ def _compare_labelled(data: DataSection, found: _Reading) -> None:
 def _extra_keys(value: Any) -> set[str]:
     """Keys of the turns of a conversation beside what is read of them."""
     turns = value if isinstance(value, list) else [value]
-    return {key for turn in turns if isinstance(turn, Mapping) for key in turn} - TURN_KEYS
+    return {key for turn in turns if isinstance(turn, Mapping) for key in turn if turn[key] is not None} - TURN_KEYS
 
 
 def _check_choice(source: SourceSection, kind: str) -> None:
