@@ -119,11 +119,6 @@ class DataSection(SourceSection):
             for source, limit in zip(self.mixture, limits, strict=True)
         ]
 
-    @property
-    def label(self) -> str:
-        """What messages call it."""
-        return " + ".join(source.path for source in self.sources)
-
 
 class OptimSection(Section):
     learning_rate: LearningRate = Field(description="peak learning rate of AdamW")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from rlhf.data import rows
@@ -56,20 +57,27 @@ def read(row: Row, where: str, kind: str, told: str | None = None) -> tuple[Any,
     Raises:
         RowError: what is wrong with the row, also where its forms disagree.
     """
-    known = FORMS[kind]
-    if told:
-        form = next(form for form in known if form.name == told)
-        return form.read(row, where), form
-    whole = [form for form in known if not form.told and all(name in row for name in form.needs)]
-    shown = [form for form in known if any(name in row for name in form.shown_by)]
-    sole = [form for form in shown if form.sole]
-    fit = sole or [form for form in whole if not form.alone] or whole or [*shown, known[0]][:1]
+    fit = _fitting(kind, frozenset(row)) if told is None else _told(kind, told)
     record = fit[0].read(row, where)
     for other in fit[1:]:
         if other.read(row, where) != record:
             what = f"has the fields of two forms, {fit[0].name} and {other.name}, which say different things"
             raise RowError(f"{what}: set form to one of them.")
     return record, fit[0]
+
+
+def _told(kind: str, name: str) -> tuple[Form, ...]:
+    return tuple(form for form in FORMS[kind] if form.name == name)
+
+
+@lru_cache(maxsize=256)
+def _fitting(kind: str, fields: frozenset[str]) -> tuple[Form, ...]:
+    """The forms that a row with these fields has; where it has none, the one that it is likely meant to have."""
+    known = FORMS[kind]
+    whole = [form for form in known if not form.told and fields.issuperset(form.needs)]
+    shown = [form for form in known if fields.intersection(form.shown_by)]
+    sole = [form for form in shown if form.sole]
+    return tuple(sole or [form for form in whole if not form.alone] or whole or [*shown, known[0]][:1])
 
 
 def conversation(row: Row) -> Messages:

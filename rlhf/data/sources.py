@@ -147,8 +147,10 @@ def _row(
     try:
         record, form = forms.read(row, where, kind, source.form)
         found.records.append(record)
-        found.ignored |= {name for name in row if name not in form.fields}
-        found.ignored |= {f"{name}[].{key}" for name in form.fields for key in _extra_keys(row.get(name))}
+        found.ignored.update(row.keys() - set(form.fields))
+        for name in form.fields:
+            if not isinstance(value := row.get(name), str):
+                found.ignored.update(f"{name}[].{key}" for key in _extra_keys(value))
     except EqualResponses as error:
         _equal(where, error, data, found)
     except MissingField as error:
@@ -183,7 +185,7 @@ def _compare_labelled(data: DataSection, found: _Reading) -> None:
 
 def _extra_keys(value: Any) -> set[str]:
     """Keys of the turns of a conversation beside what is read of them."""
-    turns = value if isinstance(value, list) else [value]
+    turns = value if isinstance(value, list) else (value,)
     return {key for turn in turns if isinstance(turn, Mapping) for key in turn if turn[key] is not None} - TURN_KEYS
 
 
