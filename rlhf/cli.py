@@ -31,6 +31,12 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on with the unfinishe
 AllowChange = Annotated[
     list[str] | None, typer.Option("--allow-change", help="Config key that may differ when resuming. Repeatable.")
 ]
+Limit = Annotated[
+    int | None,
+    typer.Option(
+        "--limit", min=1, help="Read only the first N rows of each data set, for a trial.", show_default=False
+    ),
+]
 # Typer carries its own copy of click, and offers these two by no name of its own.
 UsageError: Any = typer.BadParameter.__mro__[1]
 ClickException: Any = typer.BadParameter.__mro__[2]
@@ -75,10 +81,13 @@ def _add_stage(stage: Stage) -> None:
         overwrite: Annotated[bool, typer.Option("--overwrite", help="Move what stands in run_dir aside.")] = False,
         resume: Resume = False,
         allow_change: AllowChange = None,
+        limit: Limit = None,
         as_json: Json = False,
     ) -> None:
         start = Start(dry_run, overwrite, resume, tuple(allow_change or ()))
-        _run_stage(stage, config, [*(sets or []), *(bare or [])], start, as_json)
+        path, overrides = config or _default_config(stage.default_config), [*(sets or []), *(bare or [])]
+        overrides += limits(stage, path, overrides, limit) if limit else []
+        _run_stage(stage, path, overrides, start, as_json)
 
     app.command(stage.id, help=f"{stage.summary} Without -c, reads {stage.default_config}.")(command)
 
@@ -93,8 +102,16 @@ class Start:
     allowed: tuple[str, ...] = ()
 
 
-def _run_stage(stage: Stage, path: Path | None, overrides: list[str], start: Start, as_json: bool) -> None:
-    config = load.load(stage.config_class, path or _default_config(stage.default_config), overrides)
+def limits(stage: Stage, path: Path, overrides: list[str], limit: int) -> list[str]:
+    """``--limit N`` as overrides: the key of every data set that the stage reads."""
+    inputs = stage.needs(load.load(stage.config_class, path, overrides)).inputs
+    if not inputs:
+        raise RlhfError(Problem("CFG005", "--limit", f"rlhf {stage.id} reads no data set.", "leave it out"))
+    return [f"{item.key}.limit={limit}" for item in inputs]
+
+
+def _run_stage(stage: Stage, path: Path, overrides: list[str], start: Start, as_json: bool) -> None:
+    config = load.load(stage.config_class, path, overrides)
     needs = stage.needs(config)
     plan = preflight.prepare(config, needs)
     run_dir = Path(config.run_dir)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rlhf import artifacts, model_files, names, resources, runs
+from rlhf import artifacts, installed, model_files, names, resources, runs
 from rlhf.artifacts import Manifest
 from rlhf.config.load import flatten
 from rlhf.config.rewards import ClassifierSection
@@ -38,7 +38,7 @@ class Input:
 
     key: str
     section: DataSection
-    read: Callable[[DataSection], Loaded]
+    read: Callable[[DataSection, int], Loaded]
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,8 @@ def prepare(config: StageConfig, needs: Needs, parents_may_be_missing: bool = Fa
             so is a hub that cannot be reached.
     """
     unchecked: list[str] = []
-    problems: list[Problem] = []
-    data = _read_data(needs, parents_may_be_missing, problems, unchecked)
+    problems = installed.missing_trackers(getattr(config, "report_to", None))
+    data = _read_data(needs, config.seed, parents_may_be_missing, problems, unchecked)
     parents = _read_parents(needs, parents_may_be_missing, problems, unchecked)
     data |= _overlaps(data, parents)
     models: list[tuple[str, ModelSection | ClassifierSection]] = [*needs.scorers]
@@ -102,13 +102,15 @@ def prepare(config: StageConfig, needs: Needs, parents_may_be_missing: bool = Fa
     return Plan(parents, data, identity, tuple(unchecked), tuple(figures))
 
 
-def _read_data(needs: Needs, hub_may_be_away: bool, problems: list[Problem], unchecked: list[str]) -> dict[str, Loaded]:
+def _read_data(
+    needs: Needs, seed: int, hub_may_be_away: bool, problems: list[Problem], unchecked: list[str]
+) -> dict[str, Loaded]:
     data: dict[str, Loaded] = {}
     for item in needs.inputs:
         try:
             if refused := _refused_data(item):
                 raise RlhfError(*refused)
-            data[item.key] = item.read(item.section)
+            data[item.key] = item.read(item.section, seed)
         except RlhfError as error:
             if hub_may_be_away and error.problems[0].code == NOT_REACHED:
                 unchecked.append(f"{item.key}: the rows of {item.section.path}, as the hub cannot be reached")
@@ -118,11 +120,13 @@ def _read_data(needs: Needs, hub_may_be_away: bool, problems: list[Problem], unc
 
 
 def _refused_data(item: Input) -> list[Problem]:
-    path, key = item.section.path, f"{item.key}.path"
-    found = (
-        None if demo.is_demo(path) else names.refused(path, key, "DAT010", path.endswith(DATA_FILES)),
-        names.refused_revision(item.section.revision, f"{item.key}.revision"),
-    )
+    found: list[Problem | None] = []
+    for index, source in enumerate(item.section.sources):
+        key = f"{item.key}.mixture.{index}" if item.section.mixture else item.key
+        path = source.path
+        if not demo.is_demo(path):
+            found.append(names.refused(path, f"{key}.path", "DAT010", path.endswith(DATA_FILES)))
+        found.append(names.refused_revision(source.revision, f"{key}.revision"))
     return [problem for problem in found if problem]
 
 
@@ -275,5 +279,7 @@ def _identity(
 ) -> dict[str, Any]:
     keys = {key: value for key, value in flatten(config).items() if key.split(".")[0] not in NOT_IDENTITY}
     keys |= {f"{key}.rows": loaded.digest for key, loaded in data.items()}
+    for key, loaded in data.items():
+        keys |= {f"{key}.mixture.{index}.drawn": one.num_drawn for index, one in enumerate(loaded.drawn)}
     keys |= {f"{key}.run": manifest.digest for key, manifest in parents.items()}
     return keys | {f"{key}.files": digest for key, digest in digests.items() if digest}

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 
 from rlhf import artifacts, cli, interrupts
 from rlhf.artifacts import Manifest
-from rlhf.data import sources, tokenised
+from rlhf.data import files, sources, tokenised
 from rlhf.data.chat import ChatFormat
 from rlhf.data.records import Message, Prompt
 from rlhf.errors import Problem, RlhfError
@@ -223,7 +223,7 @@ SETTINGS = [
      ["CFG001", "sampling.top_p", "unknown key", "Fix: known keys here"]),
     ("31 save_every 0", "ppo", {"save_every": 0}, ["CFG003", "save_every", "greater than or equal to 1, got 0"]),
     ("32 keep one", "ppo", {"keep_checkpoints": 1}, ["CFG003", "keep_checkpoints", "equal to 2, got 1"]),
-    ("81 an unknown logger", "sft", {"report_to": "wandb"}, ["CFG003", "report_to", "'none' or 'tensorboard'"]),
+    ("81 an unknown logger", "sft", {"report_to": "comet"}, ["CFG003", "report_to", "'none', 'tensorboard'"]),
     ("33 seed -1", "collect", {"seed": -1}, ["CFG003", "seed", "greater than or equal to 0, got -1"]),
     ("33 seed 2^70", "sft", {"seed": 2**70}, ["CFG003", "seed", "less than 4294967296"]),
     ("33 seed text", "sft", {"seed": "abc"}, ["CFG003", "seed", "integer, got 'abc'", "Fix"]),
@@ -457,7 +457,7 @@ def test_56_a_mark_of_the_template_is_refused_in_text_though_it_is_no_special_to
 
 
 def test_58_data_that_changes_while_it_is_read(rlhf, monkeypatch):
-    read = sources.jsonl.read
+    read = files.jsonl.read
 
     def read_and_append(path, *rest):
         for row in read(path, *rest):
@@ -465,7 +465,7 @@ def test_58_data_that_changes_while_it_is_read(rlhf, monkeypatch):
             path.write_bytes(path.read_bytes() + b"\n")
 
     shutil.copy("sft.yaml", "run.yaml")
-    monkeypatch.setattr(sources.jsonl, "read", read_and_append)
+    monkeypatch.setattr(files.jsonl, "read", read_and_append)
     rows = Path("train.jsonl").read_bytes()
     refused(rlhf("check", "run.yaml", "--stage", "sft"), 3, "DAT014", "train.jsonl: changed while it was read", "Fix")
     Path("train.jsonl").write_bytes(rows)

@@ -123,7 +123,7 @@ SCALARS = (
 def _names(section):
     for name, field in section.model_fields.items():
         yield name
-        for inner in load._sections(field.annotation):
+        for inner in load.sections_in(field.annotation):
             yield from _names(inner)
 
 

@@ -18,12 +18,12 @@ from rlhf.errors import Problem, RlhfError, render
 ROOT = Path(__file__).parents[1]
 LAYERS = [
     ["errors", "masking"],
-    ["storage", "names"],
+    ["storage", "names", "installed"],
     ["config", "artifacts", "data.records"],
     ["demo"],
     [
-        "data.sources", "data.rows", "data.jsonl", "data.hub", "data.settings", "data.lines", "interrupts", "runs",
-        "progress",
+        "data.sources", "data.files", "data.forms", "data.labelled", "data.rows", "data.mixture", "data.jsonl",
+        "data.hub", "data.settings", "data.lines", "interrupts", "runs", "progress",
     ],
     ["model_files"],
     ["resources"],

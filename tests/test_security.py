@@ -308,7 +308,7 @@ def test_a_model_that_brings_code_is_refused(tmp_path):
         ("#" * (1 << 20) + "\nsteps: 1", "SEC001", 8),
         ("hf_token: kcanary12", "SEC008", 8),
         ("data: {api_key: kcanary12}", "SEC008", 8),
-        ("report_to: wandb", "CFG003", 2),
+        ("report_to: comet", "CFG003", 2),
     ],
 )
 def test_configs_that_attack_or_hold_secrets_are_refused(tmp_path, text, code, exit_code, monkeypatch):

@@ -1,16 +1,20 @@
-"""What is done before a run: check, and look at the embedded world's data."""
+"""What is done before a run: check, look up a key, look at the embedded world's data."""
 
 from __future__ import annotations
 
 import importlib
 import json
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from rlhf import storage
 from rlhf.commands.options import Json, Sets
+from rlhf.errors import Problem, RlhfError
 from rlhf.stages import inspection
 
 
@@ -21,11 +25,42 @@ def check(
         str | None, typer.Option("--stage", help="Whose config it is, where the name does not say.")
     ] = None,
     sets: Sets = None,
+    show: Annotated[
+        int, typer.Option("--show", min=0, help="Print N rows of each data set as the model will see them.")
+    ] = 0,
     as_json: Json = False,
 ) -> None:
-    """Check configs, paths and every data row, without weights or tokenizer."""
-    results = inspection.check([*(files or []), *(config or [])], stage, sets or [])
-    typer.echo(json.dumps(results) if as_json else "\n".join(inspection.check_lines(results)))
+    """Check configs, paths and every data row, without weights, and without the tokenizer unless rows are shown."""
+    results = inspection.check([*(files or []), *(config or [])], stage, sets or [], show)
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    typer.echo(json.dumps(results) if as_json else "\n".join(inspection.check_lines(results, colour)))
+
+
+def config(
+    stage: Annotated[str | None, typer.Argument(help="A stage, or pipeline; none: all, as Markdown.")] = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema, for editors.")] = False,
+) -> None:
+    """Print every key of a config with its default, meaning and bounds."""
+    typer.echo(inspection.reference_of(stage, schema), nl=stage is not None)
+
+
+def migrate(
+    old: Annotated[Path, typer.Argument(help="Config of TRL (script arguments) or LlamaFactory.")],
+    out: Annotated[Path | None, typer.Option("--out", help="File to write, which must not exist.")] = None,
+    stage: Annotated[
+        str | None, typer.Option("--stage", help="sft, train-rm or ppo, where the file does not tell.")
+    ] = None,
+) -> None:
+    """Translate a config of TRL or LlamaFactory, and name every key that has no counterpart."""
+    if out and out.exists():
+        raise RlhfError(Problem("CFG010", str(out), "stands there already.", "name another file"))
+    found = inspection.migrated(old, stage)
+    if out is None:
+        typer.echo(found.text(old.name), nl=False)
+        return
+    storage.write_text(out, found.text(old.name))
+    counts = f"{len(found.undecided)} keys to decide, {len(found.gone)} without counterpart"
+    typer.echo(f"{out}: a {found.stage} config; {counts}.")
 
 
 def demo(
@@ -56,4 +91,6 @@ def init(
     typer.echo(f"\nWrote {', '.join(project.files)}.\nNext: cd {directory} && rlhf pipeline")
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"init": init, "check": check, "demo": demo}
+COMMANDS: dict[str, Callable[..., None]] = {
+    "init": init, "check": check, "config": config, "migrate": migrate, "demo": demo,
+}  # fmt: skip

@@ -63,10 +63,21 @@ def load(config_class: type[Config], path: Path | None, overrides: Sequence[str]
             stands in it, and without the secret.
     """
     value, places = yaml_reader.read_file(path) if path else ({}, {})
+    return _settled(config_class, value, places, str(path) if path else "config", overrides)
+
+
+def load_text(config_class: type[Config], text: str, name: str) -> Config:
+    """The same for a file that is not written yet; ``name`` stands in the messages."""
+    return _settled(config_class, *yaml_reader.read_text(text, name), name, ())
+
+
+def _settled(
+    config_class: type[Config], value: Any, places: yaml_reader.Places, name: str, overrides: Sequence[str]
+) -> Config:
     if not isinstance(value, dict):
         what = f"expected a mapping at the top level, got {_kind(value)}."
-        raise RlhfError(Problem("CFG002", f"{path}:1", what, "write key: value"))
-    source = _Source(str(path) if path else "config", value, places, {})
+        raise RlhfError(Problem("CFG002", f"{name}:1", what, "write key: value"))
+    source = _Source(name, value, places, {})
     for item in overrides:
         _override(value, item, source.origins)
     if secret := list(_secrets(source, config_class)):
@@ -205,16 +216,17 @@ def _suggestion(path: Path_, config_class: type[Section]) -> str:
 def _keys(config_class: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field in config_class.model_fields.items():
         yield prefix + name
-        for inner in _sections(field.annotation):
+        for inner in sections_in(field.annotation):
             yield from _keys(inner, f"{prefix}{name}.")
 
 
-def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
+def sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The sections that a type holds, alone or in a list or a union."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     elif typing.get_origin(annotation) in (typing.Union, types.UnionType, list, typing.Annotated):
         for inner in typing.get_args(annotation):
-            yield from _sections(inner)
+            yield from sections_in(inner)
 
 
 def _fix(given: Any, kind: str) -> str:

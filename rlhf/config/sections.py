@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, StringConstraints, Tag, model_validator
 
 Text = Annotated[str, StringConstraints(min_length=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -14,6 +14,13 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 LearningRate = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+
+TrackerName = Literal["tensorboard", "wandb", "trackio", "mlflow"]
+ReportTo = Annotated[
+    Annotated[Literal["none", TrackerName], Tag("name")] | Annotated[list[TrackerName], Tag("list")],
+    Discriminator(lambda value: "list" if isinstance(value, list) else "name"),
+]
 
 
 class Section(BaseModel):
@@ -57,15 +64,72 @@ class RoleLoraSection(Section):
     )
 
 
-class DataSection(Section):
+FormName = Literal[
+    "prompt-completion", "prompt-response", "messages", "sharegpt", "alpaca", "text", "chosen", "pair", "shared-head",
+    "ranking", "unpaired", "prompt",
+]  # fmt: skip
+
+
+class SourceSection(Section):
+    """One place that rows come from."""
+
     path: Text = Field(description="JSONL (also .gz), parquet, a directory, a hub id, or demo:NAME?size=N&seed=S")
     name: str | None = Field(None, description="subset of a hub data set")
     split: str | None = Field(None, description="split of a hub data set or saved directory")
     revision: str | None = Field(None, description="hub revision")
     columns: dict[str, str] = Field(default_factory=dict, description="our field name -> the name in the data")
-    limit: Count | None = Field(None, description="read only the first N rows, for a trial")
+    form: FormName | None = Field(None, description="form of the rows; null: what their fields show")
+    limit: Count | None = Field(None, description="read only the first N rows (of each source), for a trial")
+
+
+class MixtureSource(SourceSection):
+    """One source of a mixture."""
+
+    weight: Positive | None = Field(
+        None, description="its share of the rows drawn, in proportion to the other weights; all null: every row once"
+    )
+
+
+class DataSection(SourceSection):
+    """Rows from one place, or drawn from several."""
+
+    path: Text | None = Field(  # type: ignore[assignment]
+        None, description="JSONL (also .gz), parquet, a directory, a hub id, or demo:NAME?size=N&seed=S; or mixture"
+    )
+    mixture: Annotated[list[MixtureSource], Field(min_length=1)] | None = Field(
+        None, description="several sources instead of path, each with its weight"
+    )
+    mixture_rows: Count | None = Field(
+        None, description="rows drawn from a mixture with weights; null: as many as its sources hold"
+    )
     drop_equal: bool = Field(False, description="drop and count pairs of equal texts instead of refusing them")
     max_dropped_fraction: Fraction = Field(0.05, description="more dropped rows than this is an error")
+
+    @model_validator(mode="after")
+    def _one_place_or_a_mixture(self) -> DataSection:
+        if (self.path is None) == (self.mixture is None):
+            raise ValueError("give exactly one of path and mixture")
+        weights = [source.weight for source in self.mixture or ()]
+        if None in weights and any(weights):
+            raise ValueError("give every source of a mixture a weight, or none of them")
+        if self.mixture_rows and not any(weights):
+            raise ValueError("mixture_rows needs a mixture with weights")
+        named = [key for key in ("name", "split", "revision", "columns", "form") if self.mixture and getattr(self, key)]
+        if named:
+            raise ValueError(f"{' and '.join(named)}: set it in each source of the mixture")
+        return self
+
+    @property
+    def sources(self) -> list[MixtureSource]:
+        """Every place that rows come from; ``limit`` holds for each."""
+        if self.mixture is None:
+            keys = SourceSection.model_fields
+            return [MixtureSource.model_validate({key: getattr(self, key) for key in keys})]
+        limits = [[limit for limit in (source.limit, self.limit) if limit] for source in self.mixture]
+        return [
+            source.model_copy(update={"limit": min(limit, default=None)})
+            for source, limit in zip(self.mixture, limits, strict=True)
+        ]
 
 
 class OptimSection(Section):

@@ -29,6 +29,7 @@ from rlhf.config.sections import (
     NonNegative,
     OptimSection,
     Positive,
+    ReportTo,
     RoleLoraSection,
     RuntimeSection,
     SamplingSection,
@@ -92,7 +93,7 @@ class SftConfig(StageConfig, TrainedForAWhile, LongRows):
     )
     end_token_samples: Count = Field(128, description="held-out prompts sampled to measure the end-token rate")
     min_end_token_rate: Fraction = Field(0.9, description="fewer responses that end by themselves is an error")
-    report_to: Literal["none", "tensorboard"] = "none"
+    report_to: ReportTo = Field("none", description="tracker of the metrics, or a list of them; beside metrics.jsonl")
 
     @model_validator(mode="after")
     def _micro_batches_fill_a_batch(self) -> SftConfig:
@@ -137,7 +138,7 @@ class RewardConfig(StageConfig, TrainedForAWhile, LongRows):
         default_factory=SamplingSection, description="how the SFT policy is sampled to standardise the scores"
     )
     standardise_samples: Count = Field(256, description="SFT samples that set the scores' shift and scale")
-    report_to: Literal["none", "tensorboard"] = "none"
+    report_to: ReportTo = Field("none", description="tracker of the metrics, or a list of them; beside metrics.jsonl")
 
 
 class CollectConfig(StageConfig):
@@ -187,7 +188,9 @@ class PpoConfig(StageConfig):
     keep_checkpoints: Annotated[int, Field(ge=2)] = Field(2, description="newest checkpoints that are kept")
     guards: GuardSection = Field(default_factory=GuardSection)
     use: Literal["best", "last"] = Field("best", description="the step that downstream commands get")
-    report_to: Literal["none", "tensorboard"] = "tensorboard"
+    report_to: ReportTo = Field(
+        "tensorboard", description="tracker of the metrics, or a list of them; beside metrics.jsonl"
+    )
 
     @model_validator(mode="after")
     def _groups_fill_batches(self) -> PpoConfig:
@@ -227,4 +230,4 @@ class PipelineStep(Section):
 class PipelineConfig(Section):
     """Stages in order, each in its own process."""
 
-    stages: Annotated[list[PipelineStep], Field(min_length=1)]
+    stages: Annotated[list[PipelineStep], Field(min_length=1)] = Field(description="in the order in which they run")

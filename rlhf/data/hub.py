@@ -10,7 +10,7 @@ import datasets
 from datasets import packaged_modules
 
 from rlhf import names
-from rlhf.config.sections import DataSection
+from rlhf.config.sections import SourceSection
 from rlhf.data.settings import NOT_REACHED, refuse_settings
 from rlhf.errors import Problem, RlhfError
 
@@ -18,7 +18,7 @@ FILE_SUFFIXES = {".parquet", ".csv", ".json", ".tsv", ".txt", ".arrow", ".gz", "
 FORMATS = {".parquet": "parquet", ".csv": "csv", ".json": "json"}
 
 
-def read(data: DataSection) -> Iterator[tuple[str, dict[str, Any]]]:
+def read(data: SourceSection) -> Iterator[tuple[str, dict[str, Any]]]:
     """(where, row) of each row.
 
     Raises:

@@ -11,7 +11,9 @@ from rlhf.data.records import ROLES, Comparison, Demonstration, Judgement, Messa
 
 Row = Mapping[str, Any]
 HUMAN, TURN = "\n\nHuman:", "\n\nAssistant:"
+HEADLESS = "'chosen': the shared head does not begin with a human turn."
 MAX_NAMES = 20
+CALLS = ("tool_calls", "function_call")
 
 
 class RowError(ValueError):
@@ -30,35 +32,47 @@ class EqualResponses(RowError):
     """Differently ranked responses that are the same text."""
 
 
-def demonstration(row: Row, where: str) -> Demonstration:
-    """From ``prompt`` and ``completion`` (or ``response``), or from ``messages``."""
-    if "messages" in row:
-        found = messages(row["messages"], "messages")
-    else:
-        key = "completion" if "completion" in row or "response" not in row else "response"
-        head = prompt_of(_need(row, "prompt"))
-        check_turns(head, "prompt", ends_with="user")
-        found = (*head, *_answer(_need(row, key), key))
-    check_turns(found, "messages" if "messages" in row else key, ends_with="assistant")
+def from_messages(row: Row, where: str) -> Demonstration:
+    """From ``messages``."""
+    return demonstration(messages(need(row, "messages"), "messages"), "messages", where)
+
+
+def from_completion(row: Row, where: str, key: str = "completion") -> Demonstration:
+    """From ``prompt`` and ``completion``, each text or messages."""
+    head = prompt_of(need(row, "prompt"))
+    check_turns(head, "prompt", ends_with="user")
+    return demonstration((*head, *_answer(need(row, key), key)), key, where)
+
+
+def demonstration(found: Messages, field: str, where: str) -> Demonstration:
+    check_turns(found, field, ends_with="assistant")
     return Demonstration(found, where)
 
 
-def prompt(row: Row, where: str) -> Prompt:
-    """From ``prompt``, or from ``messages`` (a final assistant turn is what is to be answered anew)."""
-    if "prompt" in row:
-        found = prompt_of(row["prompt"])
-    else:
-        found = messages(_need(row, "messages"), "messages")
-        found = found[:-1] if found and found[-1].role == "assistant" else found
+def from_prompt(row: Row, where: str) -> Prompt:
+    """From ``prompt``."""
+    return prompt(prompt_of(need(row, "prompt")), where)
+
+
+def without_answer(found: Messages) -> Messages:
+    """A final assistant turn is what is to be answered anew."""
+    return found[:-1] if found and found[-1].role == "assistant" else found
+
+
+def prompt(found: Messages, where: str) -> Prompt:
     check_turns(found, "prompt", ends_with="user")
     return Prompt(found, where)
 
 
-def comparison(row: Row, where: str) -> Comparison:
-    """From ``prompt``, ``responses``, ``ranks``; or ``chosen`` and ``rejected`` with ``prompt`` or a shared head."""
-    if "responses" in row or "ranks" in row:
-        return _ranking(row, where)
-    chosen, rejected = _need(row, "chosen"), _need(row, "rejected")
+def pair(row: Row, where: str) -> Comparison:
+    """From ``chosen`` and ``rejected``, with ``prompt`` or a shared head."""
+    head, best, worst = parts_of_pair(row)
+    return preferred(row, head, best, worst, where)
+
+
+def parts_of_pair(row: Row) -> tuple[Messages, str, str]:
+    """The prompt of a pair, the chosen response and the rejected one."""
+    chosen, rejected = need(row, "chosen"), need(row, "rejected")
     if isinstance(chosen, list) != isinstance(rejected, list):
         raise RowError("'rejected': must be of the same form as 'chosen'.")
     if "prompt" in row:
@@ -66,6 +80,11 @@ def comparison(row: Row, where: str) -> Comparison:
         best, worst = _response(chosen, "chosen", head), _response(rejected, "rejected", head)
     else:
         head, best, worst = _shared_head(chosen, rejected)
+    return head, best, worst
+
+
+def preferred(row: Row, head: Messages, best: str, worst: str, where: str) -> Comparison:
+    """One pair as a comparison, with the row's ``margin`` if it has one."""
     check_turns(head, "prompt", ends_with="user")
     if best == worst:
         raise EqualResponses("'chosen' equals 'rejected'.")
@@ -78,16 +97,17 @@ def comparison(row: Row, where: str) -> Comparison:
     return Comparison(head, (best, worst), (judgement,), where)
 
 
-def _ranking(row: Row, where: str) -> Comparison:
-    head = prompt_of(_need(row, "prompt"))
+def ranking(row: Row, where: str) -> Comparison:
+    """From ``prompt``, ``responses`` and ``ranks``."""
+    head = prompt_of(need(row, "prompt"))
     check_turns(head, "prompt", ends_with="user")
-    texts, ranks = _need(row, "responses"), _need(row, "ranks")
+    texts, ranks = need(row, "responses"), need(row, "ranks")
     for name in ("chosen", "rejected", "margin"):
         if name in row:
             raise RowError(f"'{name}': belongs to a pair, this row is a ranking ('responses' and 'ranks').")
     if not isinstance(texts, list) or len(texts) < 2:
         raise RowError("'responses': need a list of at least two texts.")
-    responses = tuple(_text(text, f"responses[{index}]") for index, text in enumerate(texts))
+    responses = tuple(text_of(text, f"responses[{index}]") for index, text in enumerate(texts))
     if not isinstance(ranks, list) or len(ranks) != len(texts) or not all(type(rank) is int for rank in ranks):
         raise RowError(f"'ranks': need {len(texts)} whole numbers, one a response, 1 for the best.")
     if len(set(ranks)) == 1:
@@ -107,7 +127,7 @@ def prompt_of(value: Any) -> Messages:
     """A text is one user message; a list is a conversation."""
     if isinstance(value, list):
         return messages(value, "prompt")
-    return (Message("user", _text(value, "prompt")),)
+    return (Message("user", text_of(value, "prompt")),)
 
 
 def messages(value: Any, field: str) -> Messages:
@@ -120,7 +140,9 @@ def messages(value: Any, field: str) -> Messages:
             raise RowError(f"'{place}': need an object with role and content.")
         if item.get("role") not in ROLES:
             raise RowError(f"'{place}.role': need system, user or assistant, got {reprlib.repr(item.get('role'))}.")
-        found.append(Message(item["role"], _text(item.get("content"), f"{place}.content")))
+        if calls := next((name for name in CALLS if item.get(name)), None):
+            raise RowError(f"'{place}.{calls}': calls of tools are not read, and the turn means nothing without them.")
+        found.append(Message(item["role"], text_of(item.get("content"), f"{place}.content")))
     return tuple(found)
 
 
@@ -136,13 +158,13 @@ def check_turns(found: Messages, field: str, ends_with: str) -> None:
 
 
 def _answer(value: Any, field: str) -> Messages:
-    return messages(value, field) if isinstance(value, list) else (Message("assistant", _text(value, field)),)
+    return messages(value, field) if isinstance(value, list) else (Message("assistant", text_of(value, field)),)
 
 
 def _response(value: Any, field: str, head: Messages) -> str:
     """The response text; a message list may repeat the prompt in front of it."""
     if not isinstance(value, list):
-        return _text(value, field)
+        return text_of(value, field)
     found = messages(value, field)
     if found[: len(head)] == head:
         found = found[len(head) :]
@@ -159,32 +181,34 @@ def _shared_head(chosen: Any, rejected: Any) -> tuple[Messages, str, str]:
                 "'rejected': 'chosen' and 'rejected' must be one conversation up to the last assistant turn."
             )
         return best[:-1], best[-1].content, worst[-1].content
-    first, second = _text(chosen, "chosen"), _text(rejected, "rejected")
+    first, second = text_of(chosen, "chosen"), text_of(rejected, "rejected")
     cut = first.rfind(TURN)
     if cut < 0 or second.rfind(TURN) != cut or first[:cut] != second[:cut]:
         raise RowError(f"'prompt': missing, and 'chosen' and 'rejected' share no head that ends with {TURN!r}.")
-    answers = [_text(text[cut + len(TURN) :].strip(), name) for text, name in ((first, "chosen"), (second, "rejected"))]
+    answers = [
+        text_of(text[cut + len(TURN) :].strip(), name) for text, name in ((first, "chosen"), (second, "rejected"))
+    ]
     for answer, name in zip(answers, ("chosen", "rejected"), strict=True):
         if HUMAN in answer:
             raise RowError(f"'{name}': goes on with a human turn after its last answer.")
-    return _transcript(first[:cut]), answers[0], answers[1]
+    return transcript(first[:cut]), answers[0], answers[1]
 
 
-def _transcript(text: str) -> Messages:
-    """A conversation written as "\\n\\nHuman: ...\\n\\nAssistant: ..."."""
+def transcript(text: str, field: str = "prompt", fault: str = HEADLESS) -> Messages:
+    """A conversation written as "\\n\\nHuman: ...\\n\\nAssistant: ..."; ``fault`` says what a text is that is not."""
+    if not text.startswith(HUMAN):
+        raise RowError(fault)
     found: list[Message] = []
     for part in text.split(HUMAN)[1:]:
         user, *answers = part.split(TURN)
         found.append(Message("user", user.strip()))
         found += [Message("assistant", answer.strip()) for answer in answers]
-    if not found or not text.startswith(HUMAN):
-        raise RowError("'chosen': the shared head does not begin with a human turn.")
     for index, message in enumerate(found):
-        _text(message.content, f"prompt[{index}].content")
+        text_of(message.content, f"{field}[{index}].content")
     return tuple(found)
 
 
-def _need(row: Row, field: str) -> Any:
+def need(row: Row, field: str) -> Any:
     if field not in row:
         raise MissingField(field, row)
     return row[field]
@@ -197,7 +221,7 @@ def names(fields: Iterable[str]) -> str:
     return ", ".join(shown[:MAX_NAMES] + more)
 
 
-def _text(value: Any, field: str) -> str:
+def text_of(value: Any, field: str) -> str:
     if not isinstance(value, str):
         kind = "null" if value is None else type(value).__name__
         raise RowError(f"'{field}': need text, got {kind}.")

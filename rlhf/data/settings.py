@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from rlhf.config.sections import DataSection
+from rlhf.config.sections import SourceSection
 from rlhf.errors import Problem, RlhfError
 
 NOT_REACHED = "DAT015"
 
 
-def refuse_settings(data: DataSection, kind: str, *settings: str, fix: str = "") -> None:
+def refuse_settings(data: SourceSection, kind: str, *settings: str, fix: str = "") -> None:
     """Raise DAT001 for settings that mean nothing for this kind of data; none is ignored."""
     given = [name for name in settings if getattr(data, name) is not None]
     if given:

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from rlhf import storage
-from rlhf.config.sections import DataSection
-from rlhf.data import jsonl, rows
+from rlhf.config.sections import DataSection, MixtureSource, SourceSection
+from rlhf.data import files, forms, mixture, rows
+from rlhf.data.forms import FORMS
+from rlhf.data.labelled import Labelled, compared
+from rlhf.data.mixture import Drawn
 from rlhf.data.rows import EqualResponses, MissingField, RowError
-from rlhf.data.settings import refuse_settings
-from rlhf.demo import registry as demo
 from rlhf.errors import Problem, RlhfError
 
-KNOWN = {
-    "demonstrations": ("prompt", "completion", "response", "messages"),
-    "comparisons": ("prompt", "chosen", "rejected", "margin", "responses", "ranks", "scores", "provenance"),
-    "prompts": ("prompt", "messages"),
-}
 EQUAL = "two differently ranked responses are equal"
+UNCOMPARED = "no response to the same prompt has the other label"
 COLLECTED = "preferences.jsonl"
+TURN_KEYS = {"role", "content", "from", "value"}
 
 
 @dataclass(frozen=True)
@@ -34,6 +31,7 @@ class Loaded:
     Args:
         num_rows: rows read; ``num_dropped`` says how many of them are no record, by reason.
         digest: SHA-256 of the file, or of the records where there is no single file.
+        drawn: what each source of a mixture gave; empty where there is one source.
     """
 
     records: tuple[Any, ...]
@@ -42,34 +40,32 @@ class Loaded:
     digest: str
     source: str
     warnings: tuple[str, ...] = ()
+    drawn: tuple[Drawn, ...] = ()
 
     def notes(self) -> list[str]:
         """What a person should know of the rows that were read: the dropped ones by reason, and the warnings."""
         return [f"{count} rows dropped: {reason}" for reason, count in self.num_dropped.items()] + list(self.warnings)
 
 
-def load_demonstrations(data: DataSection) -> Loaded:
-    """Conversations that end with an assistant turn."""
-    return _load(data, "demonstrations", rows.demonstration)
+def load_demonstrations(data: DataSection, seed: int = 0) -> Loaded:
+    """Conversations that end with an assistant turn. ``seed`` sets which rows a mixture draws."""
+    return _load(data, "demonstrations", seed)
 
 
-def load_comparisons(data: DataSection) -> Loaded:
+def load_comparisons(data: DataSection, seed: int = 0) -> Loaded:
     """Pairs and rankings. A collect run's directory stands for the preferences in it."""
-    collected = Path(data.path) / COLLECTED
-    if storage.is_file(collected):
-        data = data.model_copy(update={"path": str(collected)})
-    return _load(data, "comparisons", rows.comparison)
+    return _load(data, "comparisons", seed)
 
 
-def load_prompts(data: DataSection) -> Loaded:
+def load_prompts(data: DataSection, seed: int = 0) -> Loaded:
     """Conversations that wait for an answer."""
-    return _load(data, "prompts", rows.prompt)
+    return _load(data, "prompts", seed)
 
 
 def raw_rows(data: DataSection) -> Iterator[tuple[str, dict[str, Any]]]:
     """(where, row) of each row as it stands in the data, for a look at its form before it is read as a record."""
     problems: list[Problem] = []
-    yield from _rows(data, problems, [])
+    yield from files.read(data, problems, [])
     if problems:
         raise RlhfError(*problems)
 
@@ -83,125 +79,157 @@ def check_dropped(num_rows: int, dropped: Mapping[str, int], max_dropped_fractio
         raise RlhfError(Problem("DAT020", where, what, "mend the rows, or raise max_dropped_fraction openly"))
 
 
-def _load(data: DataSection, kind: str, record: Callable[[Mapping[str, Any], str], Any]) -> Loaded:
-    _check_columns(data, kind)
+def _load(data: DataSection, kind: str, seed: int) -> Loaded:
+    """All sources, whose problems are raised together, as one data set."""
+    parts: list[Loaded] = []
     problems: list[Problem] = []
-    missing: dict[str, list[Problem]] = {}
-    records: list[Any] = []
-    ignored: dict[str, int] = {}
-    notes: list[str] = []
-    present: set[str] = set()
-    num_rows = num_equal = 0
-    before = _stamp(data.path)
-    for where, raw in islice(_rows(data, problems, notes), data.limit):
-        num_rows += 1
-        present |= raw.keys()
-        row = _renamed(raw, data.columns)
-        for name in row.keys() - set(KNOWN[kind]):
-            ignored[name] = ignored.get(name, 0) + 1
+    for source in data.sources:
+        collected = Path(source.path) / COLLECTED
+        if kind == "comparisons" and storage.is_file(collected):
+            source = source.model_copy(update={"path": str(collected)})
         try:
-            records.append(record(row, where))
-        except EqualResponses as error:
-            num_equal += 1
-            if not data.drop_equal:
-                problems.append(Problem("DAT012", where, str(error), "drop the row, or set drop_equal: true"))
-        except MissingField as error:
-            theirs = data.columns.get(error.field)
-            fix = f"columns.{error.field} names '{theirs}'" if theirs else ""
-            problems.append(Problem("DAT004", where, str(error), fix))
-            missing.setdefault(error.field, []).append(problems[-1])
-        except RowError as error:
-            problems.append(Problem("DAT004", where, str(error)))
-    _raise(data, problems, records, num_rows, present, missing, notes)
-    dropped = {EQUAL: num_equal} if num_equal else {}
-    check_dropped(num_rows, dropped, data.max_dropped_fraction, data.path)
-    if not records:
-        raise RlhfError(Problem("DAT013", data.path, f"no rows left: all {num_rows} were dropped."))
-    if ignored:
-        notes.append(f"ignored fields: {rows.names(sorted(ignored))}")
-    digest = _digest(data, records)
-    if _stamp(data.path) != before:
-        raise RlhfError(Problem("DAT014", data.path, "changed while it was read.", "run again when it is written"))
-    return Loaded(tuple(records), num_rows, dropped, digest, data.path, tuple(notes))
+            parts.append(_read(source, data, kind))
+        except RlhfError as error:
+            problems += error.problems
+    if problems:
+        raise RlhfError(*problems)
+    return _mixed(parts, data.sources, data.mixture_rows, seed) if data.mixture else parts[0]
 
 
-def _stamp(path: str) -> tuple[int, ...] | None:
-    """Tells whether a file is the one that it was a moment ago; None where there is no file."""
-    if not storage.is_file(Path(path)):
-        return None
-    found = Path(path).stat()
-    return found.st_ino, found.st_size, found.st_mtime_ns
+def _mixed(parts: Sequence[Loaded], sources: Sequence[MixtureSource], total: int | None, seed: int) -> Loaded:
+    records, drawn = mixture.draw([part.records for part in parts], sources, total, seed)
+    dropped: Counter[str] = Counter()
+    for part in parts:
+        dropped.update(part.num_dropped)
+    notes = [f"{part.source}: {note}" for part in parts for note in part.warnings]
+    notes += [one.sentence() for one in drawn]
+    notes += mixture.shared_prompts([(part.source, part.records) for part in parts])
+    counts = [[part.digest, one.num_drawn] for part, one in zip(parts, drawn, strict=True)]
+    digest = storage.sha256_json({"sources": counts, "seed": seed if sources[0].weight else None})
+    return Loaded(
+        tuple(records), sum(part.num_rows for part in parts), dict(dropped), digest,
+        " + ".join(part.source for part in parts), tuple(notes), tuple(drawn),
+    )  # fmt: skip
 
 
-def _check_columns(data: DataSection, kind: str) -> None:
-    known = KNOWN[kind]
-    fix = f"one of {rows.names(known)}"
+@dataclass
+class _Reading:
+    """What has been found in a source so far."""
+
+    records: list[Any] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    missing: dict[str, list[Problem]] = field(default_factory=dict)
+    ignored: set[str] = field(default_factory=set)
+    present: set[str] = field(default_factory=set)
+    num_rows: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+
+
+def _read(source: MixtureSource, data: DataSection, kind: str) -> Loaded:
+    _check_choice(source, kind)
+    found = _Reading()
+    before = files.stamp(source.path)
+    for where, raw in islice(files.read(source, found.problems, found.notes), source.limit):
+        found.num_rows += 1
+        found.present |= raw.keys()
+        _row(files.renamed(raw, source.columns), where, source, data, kind, found)
+    _compare_labelled(data, found)
+    _raise(source, found)
+    check_dropped(found.num_rows, found.dropped, data.max_dropped_fraction, source.path)
+    if not found.records:
+        raise RlhfError(Problem("DAT013", source.path, f"no rows left: all {found.num_rows} were dropped."))
+    if found.ignored:
+        found.notes.append(f"ignored fields: {rows.names(sorted(found.ignored))}")
+    digest = files.digest(source, found.records)
+    if files.stamp(source.path) != before:
+        raise RlhfError(Problem("DAT014", source.path, "changed while it was read.", "run again when it is written"))
+    return Loaded(
+        tuple(found.records), found.num_rows, dict(found.dropped), digest, source.path, tuple(found.notes)
+    )  # fmt: skip
+
+
+def _row(
+    row: Mapping[str, Any], where: str, source: SourceSection, data: DataSection, kind: str, found: _Reading
+) -> None:
+    try:
+        record, form = forms.read(row, where, kind, source.form)
+        found.records.append(record)
+        found.ignored.update(row.keys() - set(form.fields))
+        for name in form.fields:
+            if not isinstance(value := row.get(name), str):
+                found.ignored.update(f"{name}[].{key}" for key in _extra_keys(value))
+    except EqualResponses as error:
+        _equal(where, error, data, found)
+    except MissingField as error:
+        theirs = source.columns.get(error.field)
+        fix = f"columns.{error.field} names '{theirs}'" if theirs else ""
+        found.problems.append(Problem("DAT004", where, str(error), fix))
+        found.missing.setdefault(error.field, []).append(found.problems[-1])
+    except RowError as error:
+        found.problems.append(Problem("DAT004", where, str(error)))
+
+
+def _equal(where: str, error: EqualResponses, data: DataSection, found: _Reading) -> None:
+    found.dropped[EQUAL] += 1
+    if not data.drop_equal:
+        found.problems.append(Problem("DAT012", where, str(error), "drop the row, or set drop_equal: true"))
+
+
+def _compare_labelled(data: DataSection, found: _Reading) -> None:
+    """Responses with a label of their own become comparisons between those to one prompt."""
+    labelled = [record for record in found.records if isinstance(record, Labelled)]
+    if not labelled:
+        return
+    made, alone, equal = compared(labelled)
+    for where, error in equal:
+        _equal(where, error, data, found)
+    if alone:
+        found.dropped[UNCOMPARED] += alone
+    found.records = [record for record in found.records if not isinstance(record, Labelled)] + made
+    used = len(labelled) - alone - len(equal)
+    found.notes.append(f"{used} labelled responses give {len(made)} comparisons, one a prompt")
+
+
+def _extra_keys(value: Any) -> set[str]:
+    """Keys of the turns of a conversation beside what is read of them."""
+    turns = value if isinstance(value, list) else (value,)
+    return {key for turn in turns if isinstance(turn, Mapping) for key in turn if turn[key] is not None} - TURN_KEYS
+
+
+def _check_choice(source: SourceSection, kind: str) -> None:
+    """Columns and form are those of the kind of data."""
+    known = list(dict.fromkeys(name for form in FORMS[kind] for name in form.fields))
     wrong = [
-        Problem("DAT003", data.path, f"columns.{ours}: {kind} have no such field.", fix)
-        for ours in data.columns
+        Problem("DAT003", source.path, f"columns.{ours}: {kind} have no such field.", f"one of {rows.names(known)}")
+        for ours in source.columns
         if ours not in known
     ]
+    forms_known = [form.name for form in FORMS[kind]]
+    if source.form and source.form not in forms_known:
+        fix = f"one of {', '.join(forms_known)}"
+        wrong.append(Problem("DAT003", source.path, f"form {source.form}: {kind} have no such form.", fix))
     if wrong:
         raise RlhfError(*wrong)
 
 
-def _raise(
-    data: DataSection,
-    problems: list[Problem],
-    records: list[Any],
-    num_rows: int,
-    present: set[str],
-    missing: Mapping[str, list[Problem]],
-    notes: Sequence[str],
-) -> None:
-    for ours, theirs in data.columns.items():
-        if num_rows and theirs not in present:
-            what = f"no field '{theirs}' (columns.{ours}) in any row; found {rows.names(sorted(present))}."
-            raise RlhfError(Problem("DAT003", data.path, what, "name a field that is there"))
-    if problems and not records and len({problem.what for problem in problems}) == 1 and len(problems) == num_rows > 1:
+def _raise(source: SourceSection, found: _Reading) -> None:
+    problems, num_rows, present = found.problems, found.num_rows, rows.names(sorted(found.present))
+    for ours, theirs in source.columns.items():
+        if num_rows and theirs not in found.present:
+            what = f"no field '{theirs}' (columns.{ours}) in any row; found {present}."
+            raise RlhfError(Problem("DAT003", source.path, what, "name a field that is there"))
+    same = len({problem.what for problem in problems}) == 1 and len(problems) == num_rows > 1
+    if same and not found.records:
         first = problems[0]
         fix = first.fix or "columns maps other names: {ours: theirs}"
-        raise RlhfError(Problem(first.code, data.path, f"all {num_rows} rows: {first.what}", fix))
-    for field, found in missing.items():
-        if len(found) == num_rows > 1:
-            what = f"all {num_rows} rows: no field '{field}'; found {rows.names(sorted(present))}."
-            one = Problem("DAT003", data.path, what, "columns maps other names: {ours: theirs}")
+        raise RlhfError(Problem(first.code, source.path, f"all {num_rows} rows: {first.what}", fix))
+    for name, missing in found.missing.items():
+        if len(missing) == num_rows > 1:
+            what = f"all {num_rows} rows: no field '{name}'; found {present}."
+            one = Problem("DAT003", source.path, what, "columns maps other names: {ours: theirs}")
             raise RlhfError(one, *(problem for problem in problems if problem.code != "DAT004"))
     if problems:
         raise RlhfError(*problems)
     if not num_rows:
-        raise RlhfError(Problem("DAT013", data.path, "; ".join(("no rows", *notes)) + "."))
-
-
-def _rows(data: DataSection, problems: list[Problem], notes: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    if demo.is_demo(data.path):
-        refuse_settings(data, "the embedded world", "name", "split", "revision", fix=f"{data.path}?split=test")
-        yield from ((f"{data.path}[{index}]", row) for index, row in enumerate(demo.rows(data.path)))
-    elif data.path.endswith((".jsonl", ".jsonl.gz", ".json.gz", ".ndjson")):
-        refuse_settings(data, "a JSONL file", "name", "split", "revision")
-        yield from ((f"{data.path}:{number}", row) for number, row in jsonl.read(Path(data.path), problems, notes))
-    else:
-        # The one import inside a function below the command line: `datasets` takes seconds and pulls torch in, and
-        # neither `rlhf --help` nor a check of JSONL files should pay for it.
-        from rlhf.data import hub
-
-        yield from hub.read(data)
-
-
-def _renamed(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    if not columns:
-        return row
-    taken = set(columns.values())
-    kept = {key: value for key, value in row.items() if key not in taken and key not in columns}
-    return kept | {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
-
-
-def _digest(data: DataSection, records: list[Any]) -> str:
-    path = Path(data.path)
-    if path.is_file():
-        return storage.sha256(path)
-    digest = hashlib.sha256()
-    for record in records:
-        held = vars(record) | {"where": None}  # the same rows under another path are the same
-        digest.update(json.dumps(held, default=vars, sort_keys=True).encode())
-    return digest.hexdigest()
+        raise RlhfError(Problem("DAT013", source.path, "; ".join(("no rows", *found.notes)) + "."))

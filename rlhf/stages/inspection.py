@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rlhf import artifacts, preflight, storage
 from rlhf.artifacts import Manifest
-from rlhf.config import load
+from rlhf.config import load, migrate, reference, yaml_reader
+from rlhf.config.migration import Migration
+from rlhf.config.sections import Section
 from rlhf.config.stages import PipelineConfig
 from rlhf.demo import registry as demo
 from rlhf.errors import Problem, RlhfError
 from rlhf.stages.registry import STAGES
 
 
-def check(files: Sequence[Path], stage: str | None, overrides: Sequence[str]) -> list[dict[str, Any]]:
-    """Check configs; parents that have not run yet are noted, not refused. All problems are raised together."""
+def check(
+    files: Sequence[Path], stage: str | None, overrides: Sequence[str], show: int = 0
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Check configs; parents that have not run yet are noted, not refused. All problems are raised together.
+
+    Args:
+        show: that many rows of each data set come back as the model will see them, for which the tokenizer is loaded.
+    """
     paths = list(files) or [path for path in sorted(Path("configs").glob("*.yaml")) if _known(path.stem)]
     if not paths:
         raise RlhfError(Problem("CFG001", "configs/", "no stage config here.", "name a file"))
@@ -26,7 +35,7 @@ def check(files: Sequence[Path], stage: str | None, overrides: Sequence[str]) ->
     problems: list[Problem] = []
     for path in paths:
         try:
-            results.append(_check_file(path, stage or path.stem, overrides))
+            results.append(_check_file(path, stage or path.stem, overrides, show))
         except RlhfError as error:
             problems += error.problems
     if problems:
@@ -34,36 +43,93 @@ def check(files: Sequence[Path], stage: str | None, overrides: Sequence[str]) ->
     return results
 
 
-def _check_file(path: Path, stage_id: str, overrides: Sequence[str]) -> dict[str, Any]:
-    if not _known(stage_id):
-        known = ", ".join([*STAGES, "pipeline"])
-        raise RlhfError(
-            Problem("CFG008", str(path), f"no stage is called '{stage_id}'.", f"--stage with one of {known}")
-        )
+def _check_file(path: Path, stage_id: str, overrides: Sequence[str], show: int) -> dict[str, Any]:
+    _refuse_unknown(stage_id, str(path), "--stage with one of")
     if stage_id == "pipeline":
         steps = load.load(PipelineConfig, path, overrides).stages
         return {"config": str(path), "stage": stage_id, "steps": [step.model_dump() for step in steps]}
     stage = STAGES[stage_id]
     config = load.load(stage.config_class, path, overrides)
-    plan = preflight.prepare(config, stage.needs(config), parents_may_be_missing=True)
+    needs = stage.needs(config)
+    plan = preflight.prepare(config, needs, parents_may_be_missing=True)
     data = {
         key: {"rows": len(loaded.records), "dropped": loaded.num_dropped, "notes": loaded.notes()}
         for key, loaded in plan.data.items()
     }
-    return {"config": str(path), "stage": stage_id, "data": data, "not_checked": list(plan.unchecked)}
+    unchecked = list(plan.unchecked)
+    if show:
+        showing = importlib.import_module("rlhf.stages.showing")
+        if waits := showing.waits_for(needs, plan):
+            unchecked.append(f"rows are shown with the tokenizer of {waits}, once that run is made")
+        else:
+            for key, found in showing.rows(config, needs, plan, show).items():
+                data[key]["shown"] = found
+    return {"config": str(path), "stage": stage_id, "data": data, "not_checked": unchecked}
+
+
+def reference_of(stage_id: str | None, schema: bool) -> str:
+    """The reference of one stage's config or its JSON schema; of all as one document."""
+    classes: dict[str, type[Section]] = {name: stage.config_class for name, stage in STAGES.items()}
+    classes["pipeline"] = PipelineConfig
+    if stage_id is None and not schema:
+        return reference.document(classes)
+    _refuse_unknown(stage_id or "", "rlhf config", "one of")
+    config_class = classes[stage_id or ""]
+    return json.dumps(reference.schema(config_class), indent=2) if schema else reference.table(config_class)
+
+
+def migrated(path: Path, stage_id: str | None) -> Migration:
+    """A config of TRL or LlamaFactory as one of ours, in the form that ``check`` accepts.
+
+    Raises:
+        RlhfError: CFG030 for what cannot be translated, SEC008 where a secret would stand in the outcome.
+    """
+    old, _ = yaml_reader.read_file(path)
+    if not isinstance(old, dict):
+        raise RlhfError(Problem("CFG030", str(path), "has no keys at the top level.", "name a config"))
+    classes: dict[str, type[Section]] = {name: stage.config_class for name, stage in STAGES.items()}
+    listed = Path(str(old.get("dataset_dir") or "data")) / "dataset_info.json"
+    try:
+        data_sets = json.loads(listed.read_text("utf-8")) if storage.is_file(listed) else {}
+    except ValueError as error:
+        raise RlhfError(Problem("CFG030", str(listed), f"is no JSON: {error}.", "mend it")) from None
+    found = migrate.migrate(old, classes, stage_id, str(path), data_sets if isinstance(data_sets, dict) else {})
+    load.load_text(classes[found.stage], found.text(path.name), str(path))
+    return found
+
+
+def _refuse_unknown(stage_id: str, where: str, fix: str) -> None:
+    if not _known(stage_id):
+        known = ", ".join([*STAGES, "pipeline"])
+        raise RlhfError(Problem("CFG008", where, f"no stage is called '{stage_id}'.", f"{fix} {known}"))
 
 
 def _known(stage_id: str) -> bool:
     return stage_id in STAGES or stage_id == "pipeline"
 
 
-def check_lines(results: Sequence[dict[str, Any]]) -> Iterator[str]:
+def check_lines(results: Sequence[dict[str, Any]], colour: bool = False) -> Iterator[str]:
     for result in results:
         yield f"{result['config']}: a sound {result['stage']} config."
         for key, entry in result.get("data", {}).items():
             yield f"  {key}: {entry['rows']} rows."
             yield from (f"  {key}: {note}." for note in entry["notes"])
+            for row in entry.get("shown", []):
+                yield from _row_lines(row, colour)
         yield from (f"  not checked: {note}." for note in result.get("not_checked", []))
+
+
+def _row_lines(row: Mapping[str, Any], colour: bool) -> Iterator[str]:
+    """A row as text; what is marked is green, or stands between brackets that text hardly has."""
+    before, after = ("\x1b[32m", "\x1b[0m") if colour else ("\u27e6", "\u27e7")
+    yield f"  -- {row['where']}: {row['about']}"
+    text = "".join(f"{before}{_visible(part)}{after}" if marked else _visible(part) for part, marked in row["parts"])
+    yield from (f"     {line}" for line in text.split("\n"))
+
+
+def _visible(text: str) -> str:
+    """Whatever a terminal could take for a command or would not show, escaped."""
+    return "".join(letter if letter == "\n" or letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def summary(run_dir: Path) -> dict[str, Any]:

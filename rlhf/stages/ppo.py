@@ -41,7 +41,7 @@ def run(config: PpoConfig, plan: Plan, run: Run) -> Manifest:
     progress, saved = training.progress, training.saved
     if saved.resume(config.steps) and config.kl.target is None:
         progress.kl_coef = config.kl.coef
-    training.tracker = Tracker(run.path, config.report_to, progress.step)
+    training.tracker = Tracker(run.path, config.report_to)
     with interrupts.deferred(), bar("PPO", config.steps) as shown:
         if not progress.first:
             training.standardise()

@@ -53,11 +53,13 @@ def run(config: SftConfig, plan: Plan, run: Run) -> Manifest:
     saved = Checkpoints(run, trainer.parts(), config.save_every, config.keep_checkpoints)
     saved.resume(trainer.args.max_steps)
     trainer.save_step = saved.end_of_step
-    trainer.add_callback(_Record(run, Tracker(run.path, config.report_to, trainer.restored_step)))
+    tracker = Tracker(run.path, config.report_to)
+    trainer.add_callback(_Record(run, tracker))
     with interrupts.deferred(), bar("SFT", trainer.args.max_steps) as progress:
         progress.advance(progress.task_ids[0], trainer.restored_step)
         trainer.add_callback(_Advance(progress))
         trainer.train_from_here()
+    tracker.close()
     if config.lora:
         adapters.save(model, "default", run.path / artifacts.ADAPTER)
     else:

@@ -66,7 +66,7 @@ def run(config: RewardConfig, plan: Plan, run: Run) -> Manifest:
     }  # fmt: skip
     saved = Checkpoints(run, state, config.save_every, config.keep_checkpoints)
     saved.resume(steps)
-    tracker = Tracker(run.path, config.report_to, position.step)
+    tracker = Tracker(run.path, config.report_to)
     with interrupts.deferred(), bar("Reward model", steps) as progress:
         progress.advance(progress.task_ids[0], position.step)
         while position.step < steps:

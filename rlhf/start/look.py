@@ -107,11 +107,13 @@ def form_of(row: Mapping[str, Any], path: str) -> str:
         return "preferences"
     if "responses" in row and ("ranks" in row or _ratings(row)):
         return "rankings" if "ranks" in row else "ratings"
+    if type(row.get("label")) is bool:
+        return "preferences"
     turns = row.get("messages")
     last = turns[-1] if isinstance(turns, list) and turns else None
     if any(name in row for name in ANSWERS) or (isinstance(last, Mapping) and last.get("role") == "assistant"):
         return "demonstrations"
-    if "prompt" in row or "messages" in row:
+    if any(name in row for name in ("prompt", "messages", "instruction")):
         return "prompts"
     what = f"no known form of a row: it has {forms.names(sorted(row)) or 'no field'}."
     fix = "prompt with chosen and rejected, with responses and ranks or ratings, with completion, or alone; or messages"
@@ -174,7 +176,7 @@ def _read(data: DataSection, form: str) -> tuple[list[Any], list[str]]:
             even += 1
             continue
         try:
-            records.append(forms.comparison(_ranked(row, values), where))
+            records.append(forms.ranking(_ranked(row, values), where))
         except RowError as error:
             problems.append(Problem("DAT004", where, str(error)))
     if problems:

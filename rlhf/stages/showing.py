@@ -1,0 +1,99 @@
+"""Rows as the model will see them: the text of their tokens, and what of it carries loss or is read by a head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import groupby
+from typing import Any
+
+from rlhf.config.ppo import PromptsSection
+from rlhf.config.stages import LongRows, SftConfig, StageConfig
+from rlhf.data.chat import ChatFormat
+from rlhf.data.records import Comparison, Demonstration, Prompt
+from rlhf.errors import Problem, RlhfError
+from rlhf.models import opening
+from rlhf.preflight import Needs, Plan
+
+Row = dict[str, Any]
+
+
+def rows(config: StageConfig, needs: Needs, plan: Plan, count: int) -> dict[str, list[Row]]:
+    """The first rows of each data set: {"where", "about", "parts": [[text, is marked]]}.
+
+    Marked are the tokens that carry loss (demonstrations) and the end token, where the head reads (comparisons).
+
+    Raises:
+        RlhfError: what the chat format refuses, by row.
+    """
+    chat = _chat(needs, plan)
+    problems: list[Problem] = []
+    found: dict[str, list[Row]] = {}
+    for item in needs.inputs:
+        found[item.key] = []
+        for record in plan.data[item.key].records[:count]:
+            try:
+                found[item.key] += _shown(record, chat, config, item.section)
+            except RlhfError as error:
+                problems += [replace(problem, where=f"{record.where} ({problem.where})") for problem in error.problems]
+    if problems:
+        raise RlhfError(*problems)
+    return found
+
+
+def waits_for(needs: Needs, plan: Plan) -> str | None:
+    """The run whose tokenizer is needed, where it does not stand yet."""
+    if needs.model or needs.parents[0].key in plan.parents:
+        return None
+    return needs.parents[0].run_dir
+
+
+def _chat(needs: Needs, plan: Plan) -> ChatFormat:
+    model = needs.model or opening.model_of(plan.parents[needs.parents[0].key])
+    return opening.open_chat(model)
+
+
+def _shown(record: Any, chat: ChatFormat, config: Any, section: Any) -> Iterator[Row]:
+    limit = section.max_tokens if isinstance(section, PromptsSection) else getattr(config, "max_length", None)
+    cut = isinstance(config, LongRows) and config.too_long == "truncate"
+    if isinstance(record, Demonstration):
+        last_only = isinstance(config, SftConfig) and config.loss_on == "last_turn"
+        ids, marked = chat.demonstration(record.messages, last_only)
+        yield _row(record.where, chat, ids, marked, f"{sum(marked)} carry loss", limit, cut)
+    elif isinstance(record, Prompt):
+        ids = chat.prompt_ids(record.messages)
+        yield _row(record.where, chat, ids, [False] * len(ids), "the response follows", limit, False)
+    else:
+        for index, response in enumerate(record.responses):
+            ids = [*chat.prompt_ids(record.prompt), *chat.response_ids(record.prompt, response), chat.end_id]
+            marked = [False] * (len(ids) - 1) + [True]
+            about = f"response {index + 1}{_standing(record, index)}, the head reads the last"
+            yield _row(record.where, chat, ids, marked, about, limit, cut)
+
+
+def _standing(record: Comparison, index: int) -> str:
+    """Which other responses this one is preferred to."""
+    worse = [str(one.second + 1) for one in record.judgements if one.first == index and one.probability > 0.5]
+    return f" (preferred to {', '.join(worse)})" if worse else ""
+
+
+def _row(
+    where: str, chat: ChatFormat, ids: Sequence[int], marked: Sequence[bool], about: str, limit: int | None, cut: bool
+) -> Row:
+    said = f"{len(ids)} tokens, {about}"
+    if limit and len(ids) > limit:
+        said += f"; longer than {limit}: {'cut to that' if cut else 'dropped'}"
+        ids, marked = (ids[:limit], marked[:limit]) if cut else (ids, marked)
+    return {"where": where, "about": said, "parts": parts(chat.tokenizer, ids, marked)}
+
+
+def parts(tokenizer: Any, ids: Sequence[int], marked: Sequence[bool]) -> list[list[Any]]:
+    """Runs of equally marked tokens as [text, is marked]; joined, the texts are what the whole sequence decodes to."""
+    found: list[list[Any]] = []
+    end, before = 0, ""
+    for is_marked, run in groupby(marked):
+        end += len(list(run))
+        text = str(tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        found.append([text.removeprefix(before), is_marked])
+        before = text
+    return found

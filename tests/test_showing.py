@@ -1,0 +1,117 @@
+"""``check --show`` and ``--limit``: rows as the model will see them, and a trial on the first of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+
+from rlhf import cli
+from rlhf.config import load
+from rlhf.config.sections import DataSection
+from rlhf.config.stages import PpoConfig, RewardConfig, SftConfig
+from rlhf.data import sources
+from rlhf.data.chat import ChatFormat
+from rlhf.errors import RlhfError
+from rlhf.preflight import Input, Needs, Plan
+from rlhf.stages import inspection, showing
+from rlhf.stages.registry import STAGES, Stage
+
+TWO_TURNS = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, "abcd", strict=True)]
+
+
+@pytest.fixture
+def chat(monkeypatch):
+    found = ChatFormat(tiny.tokenizer())
+    monkeypatch.setattr(showing.opening, "open_chat", lambda model: found)
+    return found
+
+
+def rows_of(tmp_path, config_class, rows, kind, count=3, **options):
+    path = tmp_path / "d.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    key = "prompts" if kind == "prompts" else "data"
+    config = config_class.model_validate({key: {"path": str(path)}, **options})
+    read = getattr(sources, f"load_{kind}")
+    section = getattr(config, key)
+    needs = Needs(inputs=(Input(key, section, read),), model=SftConfig.model_fields["model"].default_factory())
+    return showing.rows(config, needs, Plan({}, {key: read(section)}, {}, ()), count)[key]
+
+
+def marked(row):
+    return [text for text, is_marked in row["parts"] if is_marked]
+
+
+def test_a_demonstration_shows_which_turns_carry_loss_and_every_token(tmp_path, chat):
+    (row,) = rows_of(tmp_path, SftConfig, [{"messages": TWO_TURNS}], "demonstrations", epochs=1.0)
+    assert marked(row) == ["b<|im_end|>", "d<|im_end|>"]
+    assert "".join(text for text, _ in row["parts"]) == (
+        "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
+        "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\nd<|im_end|>"
+    )
+    assert row["where"].endswith("d.jsonl:1") and row["about"].endswith("4 carry loss")
+    options = {"epochs": 1.0, "loss_on": "last_turn"}
+    (row,) = rows_of(tmp_path, SftConfig, [{"messages": TWO_TURNS}], "demonstrations", **options)
+    assert marked(row) == ["d<|im_end|>"]
+
+
+def test_a_comparison_shows_both_responses_and_where_the_head_reads(tmp_path, chat):
+    data = [{"prompt": "q", "responses": ["x", "y", "z"], "ranks": [2, 1, 3]}] * 2
+    rows = rows_of(tmp_path, RewardConfig, data, "comparisons", count=1, epochs=1.0)
+    assert [marked(row) for row in rows] == [["<|im_end|>"]] * 3
+    assert [row["parts"][0][0][-1] for row in rows] == ["x", "y", "z"]
+    said = [row["about"].partition(", ")[2] for row in rows]
+    assert said[0].startswith("response 1 (preferred to 3),") and said[1].startswith("response 2 (preferred to 1, 3)")
+    assert said[2].startswith("response 3,")
+
+
+def test_a_prompt_ends_where_the_response_begins_and_too_long_rows_are_said_to_be(tmp_path, chat):
+    rows = [{"prompt": "é"}, {"prompt": "z" * 99}, {"prompt": "not shown"}]
+    options = {"prompts": {"path": str(tmp_path / "d.jsonl"), "max_tokens": 50}}
+    first, second = rows_of(tmp_path, PpoConfig, rows, "prompts", 2, **options)
+    assert first["parts"] == [["<|im_start|>user\né<|im_end|>\n<|im_start|>assistant\n", False]]
+    assert "longer than 50: dropped" in second["about"] and "longer" not in first["about"]
+
+
+def test_a_row_that_is_cut_is_shown_cut(tmp_path, chat):
+    options = {"epochs": 1.0, "max_length": 30, "too_long": "truncate"}
+    (row,) = rows_of(tmp_path, SftConfig, [{"prompt": "q", "completion": "x" * 40}], "demonstrations", **options)
+    assert row["about"].endswith("longer than 30: cut to that") and set(marked(row)[0]) == {"x"}
+
+
+def test_what_the_template_refuses_is_named_by_row(tmp_path, chat):
+    with pytest.raises(RlhfError, match=r"DAT060.*d.jsonl:2"):
+        rows_of(tmp_path, PpoConfig, [{"prompt": "a"}, {"prompt": "<|im_end|>"}], "prompts")
+
+
+def test_lines_mark_with_brackets_or_colour_and_let_no_control_character_through():
+    row = {"where": "d:1", "about": "3 tokens", "parts": [["a\x1b[31m\n", False], ["b", True]]}
+    results = [{"config": "c", "stage": "sft", "data": {"data": {"rows": 1, "notes": [], "shown": [row]}}}]
+    assert list(inspection.check_lines(results))[2:] == ["  -- d:1: 3 tokens", "     a\\x1b[31m", "     ⟦b⟧"]
+    assert list(inspection.check_lines(results, colour=True))[-1] == "     \x1b[32mb\x1b[0m"
+
+
+def test_check_shows_a_data_set_of_the_world_and_says_which_run_it_waits_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("sft.yaml").write_text("data: {path: 'demo:demonstrations?size=20'}\nepochs: 1\n")
+    Path("ppo.yaml").write_text("prompts: {path: 'demo:prompts?size=20'}\n")
+    sft, ppo = inspection.check([Path("sft.yaml"), Path("ppo.yaml")], None, [], show=2)
+    (record, *_) = sources.load_demonstrations(DataSection(path="demo:demonstrations?size=20")).records
+    assert len(sft["data"]["data"]["shown"]) == 2
+    text = " ".join(marked(sft["data"]["data"]["shown"][0]))
+    assert record.messages[-1].content in text and record.messages[0].content not in text
+    assert "rows are shown with the tokenizer of runs/sft, once that run is made" in ppo["not_checked"]
+    assert "shown" not in inspection.check([Path("sft.yaml")], None, [])[0]["data"]["data"]
+
+
+def test_a_limit_sets_the_key_of_every_data_set_and_is_refused_where_there_is_none(tmp_path):
+    path = tmp_path / "ppo.yaml"
+    path.write_text("prompts: {path: a.jsonl, limit: 50}\nevaluation: {data: {path: b.jsonl}}\n")
+    overrides = cli.limits(STAGES["ppo"], path, [], 5)
+    config = load.load(PpoConfig, path, overrides)
+    assert (config.prompts.limit, config.evaluation.data.limit) == (5, 5)
+    without = Stage("none", PpoConfig, "policy", lambda config: Needs(), "Nothing.")
+    with pytest.raises(RlhfError, match="--limit: rlhf none reads no data set"):
+        cli.limits(without, path, [], 5)
