@@ -159,7 +159,7 @@ WANTED = {
         "data.mixture.0.path": "identity",
     }),
     "lf_rm": ("train-rm", {
-        "lora_r": 16, "steps": 300, "optim.warmup_ratio": 0.1, "batch.batch_size": 16, "centering_coef": 0.0,
+        "lora.r": 16, "steps": 300, "optim.warmup_ratio": 0.1, "batch.batch_size": 16, "centering_coef": 0.0,
         "data.path": "dpo_en_demo", "optim.learning_rate": 1e-5,
     }),
     "lf_ppo": ("ppo", {
@@ -220,13 +220,18 @@ def test_every_key_is_translated_or_named(name, tmp_path, monkeypatch):
 def test_what_cannot_be_decided_is_said(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ppo = migrated(tmp_path, TRL_PPO)
-    assert set(ppo.undecided) == {"policy", "rewards", "batch.batch_size", "kl.estimator"}
+    assert set(ppo.undecided) == {"policy", "rewards", "batch.batch_size", "kl.estimator", "lora"}
     assert ppo.gone["frobnicate"] == "not known as a key of TRL, nor here" and "vf_coef" in ppo.gone
     sft = migrated(tmp_path, LF_SFT)
     assert {"model.revision", "data.path", "too_long"} <= set(sft.undecided)
     assert "comet_ml" in migrated(tmp_path, TRL_SFT).undecided["report_to"]
     full = migrated(tmp_path, "output_dir: x\npacking: true\nfp16: true\nlr_scheduler_type: polynomial\n")
     assert {"lora", "model.dtype", "optim.schedule", "data.path"} <= set(full.undecided)
+    assert full.config["lora"] is None and not [key for key in full.config if key.startswith("lora.")]
+    half = migrated(tmp_path, LF_SFT.replace("finetuning_type: lora", "finetuning_type: full"))
+    assert half.config["lora"] is None and half.config.get("model.dtype", "float32") == "float32"
+    (tmp_path / "new.yaml").write_text(half.text("old.yaml"))
+    assert load.load(STAGES["sft"].config_class, tmp_path / "new.yaml").lora is None
     assert "steps" in migrated(tmp_path, LF_PPO).undecided
 
 

@@ -54,6 +54,7 @@ def migrate(
             found.put(key, SAME[key], value)
     names = [IN_STAGE[ours].get(name, name) for name in ((SAME | COUNTED).get(key, key) for key in left)]
     found.written += [name for name in names if name in found.config]
+    steps.whole(found)
     _refuse_bad_values(found)
     return found
 

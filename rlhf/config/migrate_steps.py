@@ -135,15 +135,33 @@ def lora(found: Migration) -> None:
     elif targets:
         parts = targets if isinstance(targets, list) else str(targets).split(",")
         found.put(key, "lora.target_modules", [str(part).strip() for part in parts])
+    if kind == "full" or (found.tool == TRL and not found.old.get("use_peft")):
+        found.config["lora"] = None
+        found.undecided["lora"] = "null trains every weight, as there; without this line an adapter is trained"
+        return
+    if kind == "freeze":
+        found.undecided["lora"] = "a part of the weights was trained there; here an adapter is, or all of them (null)"
     if found.stage != "sft":
         return
-    if kind in ("full", "freeze") or (found.tool == TRL and not found.old.get("use_peft")):
-        found.undecided["lora"] = "not an adapter was trained there, but the model's own weights; here an adapter is"
-    elif found.tool == TRL and not targets:
+    if found.tool == TRL and not targets:
         found.undecided["lora.target_modules"] = "not set: PEFT chose layers by architecture; here all linear ones"
     if found.tool == LLAMAFACTORY and found.old.get("lora_alpha") is None:
         found.config["lora.alpha"] = 2 * found.old["lora_rank"]
         found.written.append("lora.alpha")
+
+
+def whole(found: Migration) -> None:
+    """Where every weight is trained there is no adapter to set, and the weights are float32."""
+    if "lora" not in found.config:
+        return
+    for key in [key for key in found.config if key.startswith("lora.")]:
+        del found.config[key]
+    found.written = [key for key in found.written if not key.startswith("lora.")]
+    if found.config.get("model.dtype") == "bfloat16":
+        found.config["model.dtype"] = "float32"
+        found.undecided["model.dtype"] = "bfloat16 there; here weights that are trained are float32"
+    if found.config.pop("model.trust_remote_code", None):
+        found.undecided["model.revision"] = "a model that is trained whole cannot keep Python code of its own"
 
 
 def ppo(found: Migration) -> None:

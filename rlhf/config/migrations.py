@@ -15,7 +15,8 @@ SAME: dict[str, str] = {
     "gradient_checkpointing": "runtime.gradient_checkpointing", "save_steps": "save_every",
     "save_total_limit": "keep_checkpoints", "max_length": "max_length", "max_seq_length": "max_length",
     "cutoff_len": "max_length", "packing": "packing", "lora_r": "lora.r", "lora_rank": "lora.r",
-    "lora_alpha": "lora.alpha", "lora_dropout": "lora.dropout", "center_rewards_coefficient": "centering_coef",
+    "lora_alpha": "lora.alpha", "lora_dropout": "lora.dropout", "use_dora": "lora.use_dora",
+    "use_rslora": "lora.use_rslora", "center_rewards_coefficient": "centering_coef",
     "num_ppo_epochs": "update.epochs", "ppo_epochs": "update.epochs", "kl_coef": "kl.coef",
     "cliprange": "update.clip_range", "cliprange_value": "update.value_clip_range", "gamma": "update.gamma",
     "lam": "update.lam", "response_length": "sampling.max_new_tokens", "max_new_tokens": "sampling.max_new_tokens",
@@ -33,7 +34,7 @@ COUNTED = {
 # The same where a stage has it under another name.
 IN_STAGE: dict[str, dict[str, str]] = {
     "sft": {},
-    "train-rm": {"lora.r": "lora_r"},
+    "train-rm": {},
     "ppo": {"data.limit": "prompts.limit", "data.name": "prompts.name", "data.split": "prompts.split",
             "max_length": "prompts.max_tokens"},
 }  # fmt: skip
@@ -71,8 +72,8 @@ GONE: dict[str, str] = {
     "completion_only_loss": "loss is on responses only", "assistant_only_loss": "loss is on responses only",
     "disable_dropout": "there is no dropout but lora.dropout",
     "lora_task_type": "the stage says it", "lora_modules_to_save": "lora.train_tokens trains rows of the embedding",
-    "additional_target": "lora.train_tokens trains rows of the embedding", "use_rslora": "not offered",
-    "use_dora": "not offered", "load_in_4bit": _BASE, "load_in_8bit": _BASE, "quantization_bit": _BASE,
+    "additional_target": "lora.train_tokens trains rows of the embedding",
+    "load_in_4bit": _BASE, "load_in_8bit": _BASE, "quantization_bit": _BASE,
     "quantization_method": _BASE, "bnb_4bit_quant_type": _BASE, "use_bnb_nested_quant": _BASE,
     "logging_steps": _METRICS, "logging_first_step": _METRICS, "logging_strategy": _METRICS, "plot_loss": _METRICS,
     "logging_dir": _METRICS, "run_name": "a run is called by its run_dir", "exp_name": "a run is called by its run_dir",
@@ -97,7 +98,8 @@ GONE: dict[str, str] = {
     "ref_model": "the reference is the SFT run",
     "data_seed": "everything random comes from seed", "dataset_dir": "a path names each file",
     "interleave_probs": "weights of the mixture", "mix_strategy": "weights of the mixture",
-    "finetuning_type": "adapters are LoRA", "stage": "the command says it", "use_peft": "adapters are LoRA",
+    "finetuning_type": "lora says it: null trains every weight", "stage": "the command says it",
+    "use_peft": "lora says it: null trains every weight",
 }  # fmt: skip
 
 # What a file leaves to its tool's defaults and matters for the outcome; it is written out.

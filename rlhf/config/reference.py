@@ -49,8 +49,9 @@ def entries(config_class: type[BaseModel], prefix: str = "", default: BaseModel 
             continue
         kind = kind_of(section, field.metadata)
         yield Entry(key, kind, REQUIRED if required else _written(value), meaning)
+        inside = value if isinstance(value, BaseModel) else None
         for inner in dict.fromkeys(sections_in(section)):
-            yield from entries(inner, f"{key}[]." if "list of sections" in kind else f"{key}.")
+            yield from entries(inner, f"{key}[]." if "list of sections" in kind else f"{key}.", inside)
 
 
 def kind_of(annotation: Any, metadata: Sequence[Any] = ()) -> str:
@@ -118,8 +119,8 @@ def _docstring(config_class: type[BaseModel]) -> str:
 
 
 def _written(value: Any) -> str:
-    if isinstance(value, str):
-        return value
+    if isinstance(value, str | BaseModel):
+        return value if isinstance(value, str) else ""
     if isinstance(value, list | dict) and value:
         plain = [item.model_dump(exclude_defaults=True) if isinstance(item, BaseModel) else item for item in value]
         return json.dumps(plain)
