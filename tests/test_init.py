@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rlhf.config import load, yaml_reader
@@ -25,8 +25,8 @@ from rlhf.data.records import Comparison, Demonstration, Judgement, Message, Pro
 from rlhf.errors import RlhfError
 from rlhf.models import embeddings
 from rlhf.stages.registry import STAGES
-from rlhf.start import choose, look, parts, project, render
-from rlhf.start.facts import ModelFacts, Rows
+from rlhf.start import chain, choose, look, parts, project, render, told
+from rlhf.start.facts import Lengths, ModelFacts, Rows
 from rlhf.start.render import Choice
 
 ROOT = Path(__file__).parents[1]
@@ -232,11 +232,43 @@ def test_untrained_rows_are_zero_or_next_to_each_other_and_random_matrices_are_s
     assert embeddings.untrained(trained, range(20)) == {3, 5, 9}
 
 
+@pytest.mark.parametrize(
+    ("num_parameters", "rate", "micro", "concurrency"), [(494_000_000, 2e-4, 4, 64), (8_030_000_000, 2e-4, 2, 32)]
+)
+def test_a_large_base_gets_bfloat16_checkpointing_and_batches_that_fit(
+    tmp_path, num_parameters, rate, micro, concurrency
+):
+    """Rows of 1,600 tokens with a tail beyond 2,048: 8,192 tokens a forward pass hold 4 at the limit, 4,096 two."""
+    split = parts.split(rows(range(4000)))
+    shares = {name: len(getattr(split, name)) for name in parts.SHARES}
+    whole = {name: (1600,) * (count - count // 10) + (3000,) * (count // 10) for name, count in shares.items()}
+    lengths = {name: Lengths(found, tuple(length - 500 for length in found), (500,) * len(found))
+               for name, found in whole.items()}  # fmt: skip
+    basis = chain.basis(facts(num_parameters=num_parameters, context_length=32_768), split, lengths, False)
+    found = {}
+    for name, tree in chain.build(basis).items():
+        if name != "pipeline":
+            (tmp_path / "x.yaml").write_text(render.render("A title.", tree))
+            found[name] = load.load(STAGES[name].config_class, tmp_path / "x.yaml")
+    sft, reward, ppo = found["sft"], found["train-rm"], found["ppo"]
+    assert sft.model.dtype == "bfloat16" and sft.runtime.gradient_checkpointing and ppo.runtime.gradient_checkpointing
+    assert sft.max_length == 2048 and sft.optim.learning_rate == rate and ppo.optim.learning_rate == 3e-5
+    assert 0.1 <= sft.data.max_dropped_fraction < 0.2 and sft.batch.batch_size == 32
+    assert (sft.batch.micro_batch_size, reward.batch.micro_batch_size) == (micro, micro // 2)
+    assert sft.sampling.concurrency == ppo.sampling.concurrency == concurrency
+    assert (ppo.prompts.max_tokens, ppo.sampling.max_new_tokens, ppo.batch.batch_size) == (2048 - 752, 752, 128)
+    assert f"{shares['eval'] // 10} of {shares['eval']} rows are longer" in dict(
+        told.figures(basis, chain.build(basis)))["eval-rm"]  # fmt: skip
+
+
 # ---- text ----
 
 
 @given(st.text(max_size=12), st.one_of(st.floats(1e-9, 1e9), st.integers(), st.booleans(), st.none()))
 @settings(deadline=None, max_examples=80)
+@example("null", 1.5)
+@example("true", 3e-05)
+@example(".5", 0)
 def test_a_rendered_config_is_read_as_the_values_that_it_was_made_of(text, number):
     if yaml_reader.UNWRITABLE.search(text):
         return

@@ -13,6 +13,7 @@ from torch import Tensor
 from rlhf import model_files
 
 NEAR = 0.05
+ROWS = 8192
 
 
 def looks_untrained(weight: Tensor, token: int) -> bool:
@@ -28,12 +29,11 @@ def looks_untrained(weight: Tensor, token: int) -> bool:
     Args:
         weight: [V, H] embeddings.
     """
-    rows = weight.float()
-    row = rows[token]
+    row = weight[token].float()
     size = float(row.norm())
     if size == 0:
         return True
-    distances = (rows - row).norm(dim=1)
+    distances = _norms(weight, row)
     distances[token] = torch.inf
     return float(distances.min()) < NEAR * size
 
@@ -47,10 +47,16 @@ def looks_initialised(weight: Tensor) -> bool:
     Args:
         weight: [V, H] embeddings.
     """
-    norms = weight.float().norm(dim=1)
+    norms = _norms(weight, torch.zeros_like(weight[0]).float())
     norms = norms[norms > 0]  # a padding row is initialised with zeros
     spread = norms.std() / norms.mean()
     return bool(spread < 1.5 * (2 * weight.shape[1]) ** -0.5)
+
+
+@torch.no_grad()
+def _norms(weight: Tensor, origin: Tensor) -> Tensor:
+    """[V] lengths of weight [V, H] - origin [H] in float32, some rows at a time: a vocabulary's float32 takes GiBs."""
+    return torch.cat([(rows.float() - origin).norm(dim=1) for rows in weight.split(ROWS)])
 
 
 def untrained(weight: Tensor, tokens: Sequence[int]) -> set[int]:

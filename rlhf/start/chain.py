@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf.config.sections import SamplingSection
 from rlhf.data.records import split_by_prompt
 from rlhf.start import choose
 from rlhf.start.choose import Limit, Size
@@ -18,13 +17,6 @@ SEED = 0
 DATA = {
     "sft": "data/sft.jsonl", "reward": "data/preferences.jsonl", "ppo": "data/prompts.jsonl", "eval": "data/eval.jsonl",
 }  # fmt: skip
-TITLES = {
-    "sft": "Supervised fine-tuning. Every later role starts from this run's adapter.",
-    "train-rm": "Reward model: the SFT adapter goes on, with a scalar head, on pairs and rankings.",
-    "eval-rm": "Examination of the reward model on comparisons whose prompts no stage has seen.",
-    "ppo": "PPO: policy, reference, value and reward are four adapters on one frozen base.",
-    "pipeline": "The whole chain; each stage runs in its own process, finished and unchanged ones are skipped.",
-}
 
 
 @dataclass(frozen=True)
@@ -56,7 +48,10 @@ class Basis:
         why = f"1.5 times the {choose.QUANTILE} quantile of the answers, {usual} tokens; the longest has {max(answers)}"
         if self.new_tokens < choose.SLACK * usual:
             why += "; no more than 1,024 and half of the context"
-        return {"max_new_tokens": Choice(self.new_tokens, why), "temperature": Choice(1.0, "the same in all stages")}
+        found = {"max_new_tokens": Choice(self.new_tokens, why), "temperature": Choice(1.0, "the same in all stages")}
+        if self.size.tokens < choose.SIZES[0].tokens:
+            found["concurrency"] = Choice(32, "answers sampled at a time; fewer take less memory for keys and values")
+        return found
 
 
 def basis(model: ModelFacts, parts: Parts, lengths: dict[str, Lengths], last_only: bool) -> Basis:
@@ -150,8 +145,7 @@ def eval_rm(basis: Basis) -> Tree:
 def ppo(basis: Basis) -> Tree:
     """Batches in responses; as many steps as answer every prompt four times, within bounds."""
     size, records = basis.size, basis.parts.ppo
-    context = basis.model.context_length
-    room = min(basis.most or context or 1 << 30, (context or 1 << 30) - basis.new_tokens)
+    room = basis.most and basis.most - basis.new_tokens
     long = choose.limit(basis.lengths["ppo"].prompt, room)
     share = choose.holdout_fraction(len(records), 0.1, 8)
     split = _split_lengths(records, basis.lengths["ppo"].prompt, share)
@@ -169,11 +163,7 @@ def ppo(basis: Basis) -> Tree:
             **_data(basis, "ppo", dropped, f"{len(records)} prompts of their own"),
             "max_tokens": Choice(long.tokens, long.why("prompts")),
         },
-        "sampling": {
-            **basis.sampling,
-            "concurrency": Choice(min(SamplingSection().concurrency, batch, 32 if size.tokens < 8192 else 64),
-                                  "answers sampled at a time; fewer take less memory for keys and values"),
-        },
+        "sampling": basis.sampling,
         "missing_eos": {
             "mode": "replace",
             "score": Choice(-1.0, "of an answer that was cut off, whatever the reward model says (N+ details, 23)"),

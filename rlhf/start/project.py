@@ -56,7 +56,7 @@ def own(data: Sequence[str], model: str) -> Project:
     split, lengths, last_only, num_equal = look.lengths(parts.split(rows), chat)
     basis = chain.basis(facts, split, lengths, last_only)
     configs = chain.build(basis)
-    files = {f"configs/{name}.yaml": render(chain.TITLES[name], tree) for name, tree in configs.items()}
+    files = {f"configs/{name}.yaml": render(told.TITLES[name], tree) for name, tree in configs.items()}
     for part, path in chain.DATA.items():
         if records := getattr(split, part):
             lines = (json.dumps(parts.as_json(record), ensure_ascii=False) for record in records)

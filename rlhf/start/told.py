@@ -1,4 +1,4 @@
-"""What ``init`` found and decided, as the lines of a table."""
+"""What a person is told: the title of each config, and what ``init`` found and decided as the lines of a table."""
 
 from __future__ import annotations
 
@@ -9,6 +9,13 @@ from rlhf.start.chain import Basis
 from rlhf.start.parts import Parts
 from rlhf.start.render import Choice, Tree
 
+TITLES = {
+    "sft": "Supervised fine-tuning. Every later role starts from this run's adapter.",
+    "train-rm": "Reward model: the SFT adapter goes on, with a scalar head, on pairs and rankings.",
+    "eval-rm": "Examination of the reward model on comparisons whose prompts no stage has seen.",
+    "ppo": "PPO: policy, reference, value and reward are four adapters on one frozen base.",
+    "pipeline": "The whole chain; each stage runs in its own process, finished and unchanged ones are skipped.",
+}
 PARTS = {"sft": "sft", "train-rm": "reward", "eval-rm": "eval", "ppo": "ppo"}
 
 
