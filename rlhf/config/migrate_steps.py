@@ -23,7 +23,12 @@ def runs(found: Migration) -> None:
         value = found.take(key)
         if value is not None:
             what = f"{key} is {plain(value)}; what stands here is a run that {made} has made"
-            if found.stage == "ppo" or (ours == "policy" and found.stage == "train-rm"):
+            if found.stage == "ppo" and ours == "rewards" and found.tool == TRL:
+                found.config["rewards"] = [{"model": {"path": str(value)}}]
+                found.undecided["rewards"] = (
+                    "read as a sequence classifier from elsewhere; a run of rlhf train-rm is a run"
+                )
+            elif found.stage == "ppo" or (ours == "policy" and found.stage == "train-rm"):
                 found.undecided[ours] = what
             else:
                 found.gone[key] = f"rlhf {found.stage} starts from no run"
