@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf import artifacts, model_files, names, resources, runs
-from rlhf.artifacts import Manifest
+from rlhf.artifacts import BaseIdentity, Manifest
 from rlhf.config.load import flatten
 from rlhf.config.sections import DataSection, ModelSection
 from rlhf.config.stages import StageConfig
@@ -82,6 +82,7 @@ def prepare(config: StageConfig, needs: Needs, parents_may_be_missing: bool = Fa
     parents = _read_parents(needs, parents_may_be_missing, problems, unchecked)
     problems += _other_bases(parents)
     data |= _overlaps(data, parents)
+    problems += _libraries(needs, parents)
     base_digest = _base_digest(needs.model, problems, unchecked)
     identity = {} if problems else _identity(config, data, parents, base_digest)
     figures: list[str] = []
@@ -149,12 +150,29 @@ def _other_bases(parents: Mapping[str, Manifest]) -> list[Problem]:
     bases = [(key, manifest.base) for key, manifest in parents.items() if manifest.base]
     return [
         Problem(
-            "MOD021", key, f"made on another base ({base.source}) than {bases[0][0]} ({bases[0][1].source}).",
+            "MOD021", key, f"made on another base ({_named(base)}) than {bases[0][0]} ({_named(bases[0][1])}).",
             "train the reward model from this policy's SFT run",
         )
         for key, base in bases[1:]
-        if (base.digest, base.chat_template) != (bases[0][1].digest, bases[0][1].chat_template)
+        if _function(base) != _function(bases[0][1])
     ]  # fmt: skip
+
+
+def _function(base: BaseIdentity) -> tuple[str | None, ...]:
+    """What an adapter was trained on top of."""
+    return base.digest, base.chat_template, base.quantize
+
+
+def _named(base: BaseIdentity) -> str:
+    return f"{base.source} in {base.quantize}" if base.quantize else base.source
+
+
+def _libraries(needs: Needs, parents: Mapping[str, Manifest]) -> list[Problem]:
+    """What reads a quantised base; said once."""
+    wanted: list[tuple[str, str | None]] = [("model.quantize", needs.model.quantize)] if needs.model else []
+    wanted += [(f"{key}: base", manifest.base.quantize) for key, manifest in parents.items() if manifest.base]
+    found = [resources.library_problem(quantize, where) for where, quantize in wanted]
+    return [problem for problem in found if problem][:1]
 
 
 def _base_digest(model: ModelSection | None, problems: list[Problem], unchecked: list[str]) -> str | None:

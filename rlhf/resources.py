@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -120,6 +121,14 @@ def memory_problem(source: str, need: int, available: int) -> Problem | None:
         return None
     what = f"needs {size(need)} of memory at least, available are {size(available)}."
     return Problem("RES004", f"model {source}", what, "a smaller model, dtype: bfloat16, or end other programs")
+
+
+def library_problem(quantize: str | None, where: str) -> Problem | None:
+    """RES005 where a base is to be quantised and the library that does it is not installed."""
+    if quantize is None or importlib.util.find_spec("bitsandbytes"):
+        return None
+    fix = "pip install 'rlhf-pipeline[quantized]', or quantize: null"
+    return Problem("RES005", where, f"{quantize} needs bitsandbytes, which is not installed.", fix)
 
 
 def free_disk(run_dir: str) -> int:

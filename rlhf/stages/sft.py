@@ -139,6 +139,9 @@ def _trainer(config: SftConfig, model: PeftModel, base: Base, rows: list[Dialogu
         dataloader_pin_memory=False, remove_unused_columns=True, shuffle_dataset=False, loss_type="nll",
     )  # fmt: skip
     trainer = ResumableTrainer(model=model, args=arguments, train_dataset=dataset, processing_class=base.tokenizer)
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # TRL has cast them to bfloat16 on a quantised base, where small steps are lost
+            parameter.data = parameter.data.float()
     for shown in list(trainer.callback_handler.callbacks):
         if type(shown).__name__ in ("PrinterCallback", "ProgressCallback"):
             trainer.remove_callback(shown)
