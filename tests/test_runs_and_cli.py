@@ -26,6 +26,8 @@ LAYERS = [
         "progress",
     ],
     ["model_files"],
+    ["planning.shape"],
+    ["planning"],
     ["resources"],
     ["preflight"],
     ["ppo.tensors", "ppo.objective", "metrics", "reward"],

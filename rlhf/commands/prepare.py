@@ -1,7 +1,8 @@
-"""What is done before a run: check, and look at the embedded world's data."""
+"""What is done before a run: check, plan, and look at the embedded world's data."""
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -37,4 +38,24 @@ def demo(
         typer.echo(f"{path}: {rows} rows")
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"check": check, "demo": demo}
+def plan(
+    config: Annotated[Path, typer.Option("-c", "--config", help="Config file of one stage.")],
+    stage: Annotated[
+        str | None, typer.Option("--stage", help="Whose config it is, where the name does not say.")
+    ] = None,
+    gpu: Annotated[
+        str | None, typer.Option("--gpu", help="Memory to fit into, such as 24GB; else this machine's.")
+    ] = None,
+    flops: Annotated[str | None, typer.Option("--flops", help="Operations a second as reached, such as 150T.")] = None,
+    bandwidth: Annotated[str | None, typer.Option("--bandwidth", help="Bytes a second, such as 2T.")] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Measure this machine's speed for a second.")] = False,
+    sets: Sets = None,
+    as_json: Json = False,
+) -> None:
+    """Predict memory and time of a stage from its config alone, and say what would fit."""
+    module = importlib.import_module("rlhf.stages.plan")
+    outcome = module.plan(config, stage or config.stem, sets or [], gpu, flops, bandwidth, measure)
+    typer.echo(json.dumps(outcome) if as_json else "\n".join(module.lines(outcome)))
+
+
+COMMANDS: dict[str, Callable[..., None]] = {"check": check, "plan": plan, "demo": demo}
