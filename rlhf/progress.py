@@ -37,7 +37,6 @@ def log_to_console(quiet: bool = False) -> None:
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger.addHandler(handler)
     masking.guard(logger)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns of a kernel that it would fetch from the hub
 
 
 @contextmanager

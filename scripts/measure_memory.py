@@ -117,7 +117,8 @@ CASES = (
     Case("71M", SMOL), Case("71M", SMOL, dtype="bfloat16"), Case("71M", SMOL, checkpointing=True),
     Case("71M", SMOL, dtype="bfloat16", checkpointing=True, micro=8), Case("71M", SMOL, micro=1, response=256),
     Case("71M", SMOL, prompt=384, micro=2, rows=8), Case("138M", GPT), Case("138M", GPT, checkpointing=True, micro=8),
-    Case("138M", GPT, dtype="bfloat16"), Case("124M gpt2", GPT, family="gpt2"), Case("138M", GPT, dtype="bfloat16", checkpointing=True),
+    Case("138M", GPT, dtype="bfloat16"), Case("111M gpt2", GPT, family="gpt2"),
+    Case("138M", GPT, dtype="bfloat16", checkpointing=True),
     Case("300M", QWEN, micro=2), Case("300M", QWEN, dtype="bfloat16", checkpointing=True, micro=2),
 )  # fmt: skip
 

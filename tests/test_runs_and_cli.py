@@ -29,6 +29,7 @@ LAYERS = [
     ["planning.shape"],
     ["planning"],
     ["resources"],
+    ["room"],
     ["preflight"],
     ["ppo.tensors", "ppo.objective", "metrics", "reward"],
     ["data.chat", "data.batches", "data.tokenised", "snapshots", "guards", "runtime", "optimizer", "tracking"],

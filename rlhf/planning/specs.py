@@ -52,9 +52,17 @@ def of_sft(config: SftConfig, said_by: str) -> Origin:
 
 
 def of_run(run_dir: str, manifest: Manifest) -> Origin:
-    """What a finished run was made on, and the adapter that it holds."""
+    """What a finished run was made on, and the adapter that it holds.
+
+    Raises:
+        RlhfError: CKP010 where its adapter is missing or not readable.
+    """
     assert manifest.base is not None, "policies and rewards have a base"
-    adapter = json.loads((Path(run_dir) / ADAPTER_CONFIG).read_text("utf-8"))
+    path = Path(run_dir) / ADAPTER_CONFIG
+    try:
+        adapter = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        raise RlhfError(Problem("CKP010", str(path), "missing or not readable.", "make the run again")) from None
     tokens = adapter.get("trainable_token_indices") or []
     rows = next(iter(tokens.values()), []) if isinstance(tokens, dict) else tokens
     base = manifest.base
@@ -80,6 +88,15 @@ def find(run_dir: str, beside: Path) -> Origin:
             return of_sft(found, str(path)) if isinstance(found, SftConfig) else find(found.policy, beside)
     what = f"no such run, and no config in {beside} makes it."
     raise RlhfError(Problem("CKP001", run_dir, what, "run its stage first, or put its config beside this one"))
+
+
+def started_from(config: StageConfig, parents: Mapping[str, Manifest]) -> Origin:
+    """The same where every parent stands: SFT's own config, else the run that gives the base."""
+    if isinstance(config, SftConfig):
+        return of_sft(config, "model")
+    run_dir = parent_of(config)
+    assert run_dir
+    return of_run(run_dir, parents["reward" if isinstance(config, EvalRmConfig) else "policy"])
 
 
 def parent_of(config: StageConfig) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 from typing import Any
@@ -38,6 +39,7 @@ log = logging.getLogger("rlhf")
 
 def run(config: SftConfig, plan: Plan, run: Run) -> Manifest:
     """Train the adapter, measure what was written, and refuse a model that does not learn to stop."""
+    watch = runtime.MemoryWatch(plan.memory)
     device = runtime.set_up(config.runtime, config.seed)
     base = opening.open_base(config.model, device)
     runtime.set_threads(config.runtime, base.model, device)
@@ -55,12 +57,13 @@ def run(config: SftConfig, plan: Plan, run: Run) -> Manifest:
     trainer.add_callback(_Record(run, Tracker(run.path, config.report_to, trainer.restored_step)))
     with interrupts.deferred(), bar("SFT", trainer.args.max_steps) as progress:
         progress.advance(progress.task_ids[0], trainer.restored_step)
-        trainer.add_callback(_Advance(progress))
+        trainer.add_callback(_Advance(progress, watch))
         trainer.train_from_here()
     adapters.save(model, "default", run.path / artifacts.ADAPTER)
     base.tokenizer.save_pretrained(run.path / artifacts.TOKENIZER)
     train_seconds = saved.seconds()
-    del trainer, model, saved.state
+    del trainer, model, saved.state, base
+    gc.collect()  # trainer and model refer to one another, and two bases would stand at once
 
     # The rest measures the artifact as every later stage will load it, on a base that TRL has not touched.
     base = opening.open_base(config.model, device)
@@ -175,11 +178,12 @@ class _Record(TrainerCallback):
 
 
 class _Advance(TrainerCallback):
-    def __init__(self, progress: Any) -> None:
-        self.progress = progress
+    def __init__(self, progress: Any, watch: runtime.MemoryWatch) -> None:
+        self.progress, self.watch = progress, watch
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self.progress.advance(self.progress.task_ids[0])
+        self.watch.say()
 
 
 def _measure(
