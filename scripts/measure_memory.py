@@ -112,14 +112,14 @@ SMOL = (576, 12, 9, 3, 1536, 49152)  # 71 M
 GPT = (768, 12, 12, 12, 3072, 32768)  # 138 M
 QWEN = (896, 16, 14, 2, 4864, 65536)  # 300 M
 SMALL = (512, 6, 8, 8, 1408, 16384)  # 28 M
+FEW = {"micro": 2, "prompt": 96, "response": 32, "rows": 8}
 CASES = (
-    Case("28M", SMALL), Case("28M", SMALL, checkpointing=True), Case("28M", SMALL, dtype="bfloat16", micro=8),
-    Case("71M", SMOL), Case("71M", SMOL, dtype="bfloat16"), Case("71M", SMOL, checkpointing=True),
-    Case("71M", SMOL, dtype="bfloat16", checkpointing=True, micro=8), Case("71M", SMOL, micro=1, response=256),
-    Case("71M", SMOL, prompt=384, micro=2, rows=8), Case("138M", GPT), Case("138M", GPT, checkpointing=True, micro=8),
-    Case("138M", GPT, dtype="bfloat16"), Case("111M gpt2", GPT, family="gpt2"),
-    Case("138M", GPT, dtype="bfloat16", checkpointing=True),
-    Case("300M", QWEN, micro=2), Case("300M", QWEN, dtype="bfloat16", checkpointing=True, micro=2),
+    Case("28M", SMALL), Case("28M", SMALL, checkpointing=True), Case("71M", SMOL), Case("71M", SMOL, dtype="bfloat16"),
+    Case("71M", SMOL, checkpointing=True, **FEW), Case("71M", SMOL, dtype="bfloat16", checkpointing=True, **FEW),
+    Case("71M", SMOL, micro=1, prompt=64, response=192, rows=4), Case("138M", GPT, **FEW),
+    Case("138M", GPT, dtype="bfloat16", checkpointing=True, **FEW), Case("111M gpt2", GPT, family="gpt2", **FEW),
+    Case("111M gpt2", GPT, family="gpt2", dtype="bfloat16", checkpointing=True, **FEW), Case("300M", QWEN, **FEW),
+    Case("300M", QWEN, dtype="bfloat16", **FEW),
 )  # fmt: skip
 
 
