@@ -2,21 +2,22 @@
 
 Letters: see ``planning.shape``; e bytes a number of the base's dtype, n tokens of a micro-batch (B sequences of S).
 Adapters, heads, gradients and moments are float32. What PyTorch keeps for the backward pass was read off its saved
-tensors, and ``scripts/measure_memory.py`` compares every phase with what torch's allocator gave out on a CPU (torch 2.13,
-transformers 5.23, peft 0.21, SDPA, LoRA r 16 on all linear layers). Error of the prediction, measured 2026-11-21:
+tensors, and ``scripts/measure_memory.py`` compares every phase with what torch's allocator gave out on a CPU (torch
+2.13, transformers 5.23, peft 0.21, SDPA, LoRA r 16 on all linear layers). Error of the prediction in per cent, measured
+2026-11-21:
 
     model, dtype, checkpointing     SFT     reward  policy  value  rescoring  rollout
-    28 M   float32                  -7 %*   +1.5    +1.2    +1.4   +0.8       +2.5
-    28 M   float32, on              -11 %*  +0.4    -0.5    +0.4   +0.8       +2.5
+    28 M   float32                  -7*   +1.5    +1.2    +1.4   +0.8       +2.5
+    28 M   float32, on              -11*  +0.4    -0.5    +0.4   +0.8       +2.5
     71 M   float32                  -0.7    +0.1    +0.1    +0.1   +0.3       +0.4
     71 M   bfloat16                 -0.6    +0.1    +0.3    +0.1   +0.2       +0.2
     71 M   bfloat16, on             -1.6    +0.1    +0.1    +0.1   +0.1       +0.1
     111 M  gpt2, float32            +3.1    +5.0    +4.6    +4.8   +0.2       +1.5
     138 M  float32                  -0.5     0.0     0.0     0.0   +0.2       +0.6
 
-* TRL's tile is wider than this vocabulary; the part that is never written takes address space and no memory, and is left
-out. Not measured: GPUs, eager attention, packing, gpt2 in bfloat16. A policy update at 46 M: nf4 +0.7 %, with
-checkpointing +5 %.
+* TRL's tile is wider than this vocabulary; the part that is never written takes address space and no memory, and is
+left out. Not measured: GPUs, eager attention, packing, gpt2 in bfloat16. A policy update at 44 M in bfloat16: nf4 +0.7,
+with checkpointing +5.
 """
 
 from __future__ import annotations
