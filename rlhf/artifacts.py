@@ -35,6 +35,7 @@ class BaseIdentity:
     chat_template: str | None = None
     attn_implementation: str | None = None
     trust_remote_code: bool = False
+    quantize: str | None = None
 
 
 @dataclass(frozen=True)

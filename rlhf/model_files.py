@@ -76,7 +76,7 @@ def read(directory: Path, where: str) -> dict[str, StoredTensor]:
         raise RlhfError(refused)
     tensors: dict[str, StoredTensor] = {}
     problems: list[Problem] = []
-    for path in _weight_files(directory, where):
+    for path in weight_files(directory, where):
         try:
             tensors |= header(path, where)
         except RlhfError as error:
@@ -112,7 +112,7 @@ def header(path: Path, where: str) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _weight_files(directory: Path, where: str) -> list[Path]:
+def weight_files(directory: Path, where: str) -> list[Path]:
     """The files that transformers reads: the single one, else those that the index names."""
     if (directory / SINGLE).is_file():
         return [directory / SINGLE]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rlhf import artifacts, installed, model_files, names, resources, runs
+from rlhf import artifacts, installed, model_files, names, resources, room, runs
 from rlhf.artifacts import Manifest
 from rlhf.config.load import flatten
 from rlhf.config.rewards import ClassifierSection
@@ -54,13 +54,15 @@ class Needs:
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked start: parents' manifests, data rows, identity, what could not be checked, disk and memory figures."""
+    """A checked start: parents' manifests, data rows, identity, what could not be checked, disk and memory figures, and
+    the predicted peak of memory in bytes, where it is known."""
 
     parents: dict[str, Manifest]
     data: dict[str, Loaded]
     identity: dict[str, Any]
     unchecked: tuple[str, ...]
     figures: tuple[str, ...] = ()
+    memory: int | None = None
 
     def notes(self) -> list[str]:
         """What is to be said of the data that was read."""
@@ -86,6 +88,7 @@ def prepare(config: StageConfig, needs: Needs, parents_may_be_missing: bool = Fa
     data = _read_data(needs, config.seed, parents_may_be_missing, problems, unchecked)
     parents = _read_parents(needs, parents_may_be_missing, problems, unchecked)
     data |= _overlaps(data, parents)
+    problems += _libraries(needs, parents)
     models: list[tuple[str, ModelSection | ClassifierSection]] = [*needs.scorers]
     models += [("model", needs.model)] if needs.model else []
     problems += _other_bases(parents, unchecked)
@@ -94,12 +97,13 @@ def prepare(config: StageConfig, needs: Needs, parents_may_be_missing: bool = Fa
     digests |= {key: _directory_digest(key, path, problems) for key, path in needs.directories}
     identity = {} if problems else _identity(config, data, parents, digests)
     figures: list[str] = []
+    memory: int | None = None
     if problems or not _is_current(config.run_dir, identity):
-        figures = _resources(config, needs, data, parents, problems, unchecked)
+        figures, memory = _resources(config, needs, data, parents, problems, unchecked)
     if problems:
         raise RlhfError(*problems)
     unchecked.append("token lengths and model weights (a --dry-run counts tokens)")
-    return Plan(parents, data, identity, tuple(unchecked), tuple(figures))
+    return Plan(parents, data, identity, tuple(unchecked), tuple(figures), memory)
 
 
 def _read_data(
@@ -175,6 +179,14 @@ def _other_bases(parents: Mapping[str, Manifest], unchecked: list[str]) -> list[
     return problems
 
 
+def _libraries(needs: Needs, parents: Mapping[str, Manifest]) -> list[Problem]:
+    """What reads a quantised base; said once."""
+    wanted: list[tuple[str, str | None]] = [("model.quantize", needs.model.quantize)] if needs.model else []
+    wanted += [(f"{key}: base", manifest.base.quantize) for key, manifest in parents.items() if manifest.base]
+    found = [resources.library_problem(quantize, where) for where, quantize in wanted]
+    return [problem for problem in found if problem][:1]
+
+
 def _adapter_of_another(model: ModelSection | None, parents: Mapping[str, Manifest]) -> list[Problem]:
     """MOD021 for an adapter to start from that was made on another model, or with another template."""
     base = parents["adapter"].base if "adapter" in parents else None
@@ -224,48 +236,24 @@ def _resources(
     parents: Mapping[str, Manifest],
     problems: list[Problem],
     unchecked: list[str],
-) -> list[str]:
-    """Rights, disk and memory; what is found wrong goes to ``problems``, and the figures come back for the plan."""
+) -> tuple[list[str], int | None]:
+    """Rights, disk and memory; what is found wrong goes to ``problems``, and the figures come back for the plan, with
+    the predicted peak of memory."""
     unwritable = resources.run_dir_problem(config.run_dir)
     problems += [unwritable] if unwritable else []
     base = _base_of(needs, parents)
     if base is None or len(parents) < len(needs.parents):
         unchecked.append("disk and memory: they follow from the runs that this one is made from")
-        return []
-    source, dtype, where = base
-    directory = demo.resolve_model(source) if demo.is_demo(source) else Path(source)
-    if not demo.is_demo(source) and (refused := names.refused(source, where, "MOD001")):
-        problems += [] if needs.model else [refused]
-        return []
-    if not names.exists(str(directory)):
-        unchecked.append(f"disk and memory: the layers of {source} are not here to be counted")
-        return []
-    try:
-        tensors = model_files.read(directory, f"{where}: {source}")
-    except RlhfError as error:
-        problems += error.problems
-        return []
-    num_rows = max((len(loaded.records) for loaded in data.values()), default=0)
-    written = resources.written(config, tensors, parents, num_rows)
-    memory = resources.base_bytes(tensors, dtype) + written.largest
-    available = resources.available_memory()
-    if available is None:
-        unchecked.append("memory: this system does not say how much is available")
-    elif scarce := resources.memory_problem(source, memory, available):
-        problems.append(scarce)
-    if unwritable:
-        return []
-    free = resources.free_disk(config.run_dir)
-    if full := resources.disk_problem(config.run_dir, written, free):
-        problems.append(full)
-    return resources.figures(written, free, memory, available)
+        return [], None
+    source, where = base
+    return room.check(config, source, where, not needs.model, data, parents, unwritable is None, problems, unchecked)
 
 
-def _base_of(needs: Needs, parents: Mapping[str, Manifest]) -> tuple[str, str, str] | None:
-    """Source and dtype of the base, and the key that names it."""
+def _base_of(needs: Needs, parents: Mapping[str, Manifest]) -> tuple[str, str] | None:
+    """Source of the base, and the key that names it."""
     if needs.model:
-        return needs.model.path, needs.model.dtype, "model.path"
-    found = ((m.base.source, m.base.dtype, f"{key}: base") for key, m in parents.items() if m.base)
+        return needs.model.path, "model.path"
+    found = ((manifest.base.source, f"{key}: base") for key, manifest in parents.items() if manifest.base)
     return next(found, None)
 
 

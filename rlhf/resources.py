@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -25,8 +26,6 @@ MAX_NAME = 255
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = (
     f"{artifacts.ADAPTER}/{name}" for name in ("adapter_model.safetensors", "adapter_config.json")
 )
-BYTES_OF = {"float32": 4, "bfloat16": 2}
-FLOATING = ("F64", "F32", "F16", "BF16")
 NOT_ADAPTED = ("embed", "wte", "wpe", "lm_head")
 MEMINFO = Path("/proc/meminfo")
 
@@ -51,14 +50,6 @@ def lora_parameters(tensors: Mapping[str, StoredTensor], rank: int, target_modul
         for name, tensor in tensors.items()
         if len(tensor.shape) == 2 and name.endswith(".weight") and not any(word in name for word in NOT_ADAPTED)
         if target_modules == "all-linear" or name.split(".")[-2] in target_modules
-    )
-
-
-def base_bytes(tensors: Mapping[str, StoredTensor], dtype: str) -> int:
-    """Memory that the weights take in ``dtype``; what is stored quantised stays as it is."""
-    return sum(
-        tensor.num_elements * BYTES_OF[dtype] if tensor.dtype in FLOATING else tensor.num_bytes
-        for tensor in tensors.values()
     )
 
 
@@ -133,6 +124,14 @@ def memory_problem(source: str, need: int, available: int) -> Problem | None:
     return Problem("RES004", f"model {source}", what, "a smaller model, dtype: bfloat16, or end other programs")
 
 
+def library_problem(quantize: str | None, where: str) -> Problem | None:
+    """RES005 where a base is to be quantised and the library that does it is not installed."""
+    if quantize is None or importlib.util.find_spec("bitsandbytes"):
+        return None
+    fix = "pip install 'rlhf-pipeline[quantized]', or quantize: null"
+    return Problem("RES005", where, f"{quantize} needs bitsandbytes, which is not installed.", fix)
+
+
 def free_disk(run_dir: str) -> int:
     """Bytes that may still be written where the run directory stands or will stand."""
     return shutil.disk_usage(nearest_existing(Path(run_dir))).free
@@ -148,13 +147,20 @@ def available_memory() -> int | None:
     return int(found[0]) * 1024 if found else None
 
 
-def figures(need: Written, free: int, memory: int, available: int | None) -> list[str]:
-    """The same for a plan, as sentences without their final full stop."""
+def disk_figure(need: Written, free: int) -> str:
+    """The same for a plan, as a sentence without its final full stop."""
+    return f"disk: {size(need.needed)} needed, {size(free)} free ({_disk_parts(need)})"
+
+
+def memory_figure(least: int, peak: int, available: int | None) -> str:
+    """Memory for a plan, as a sentence without its final full stop."""
     known = f"{size(available)} available" if available is not None else "what is available is not known here"
-    return [
-        f"disk: {size(need.needed)} needed, {size(free)} free ({_disk_parts(need)})",
-        f"memory: {size(memory)} at least for the weights and what is trained, {known}",
-    ]
+    scarce = available is not None and peak > available
+    hint = "; rlhf plan says which settings would fit" if scarce else ""
+    return (
+        f"memory: {size(least)} at least for the weights and what is trained, {size(peak)} at the peak in the longest "
+        f"rows that the config allows, {known}{hint}"
+    )
 
 
 def nearest_existing(path: Path) -> Path:

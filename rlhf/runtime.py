@@ -101,6 +101,29 @@ def peak_rss_mb() -> float:
     return peak / (1 << 20) if sys.platform == "darwin" else peak / 1024
 
 
+class MemoryWatch:
+    """Says once, after the first step, what memory was measured beside what was predicted.
+
+    On a GPU what torch allocated; on a CPU how far the resident set has grown since the watch began, before the base
+    was loaded. The prediction is of the longest rows that the config allows.
+    """
+
+    def __init__(self, predicted: int | None) -> None:
+        self.predicted, self.before, self.said = predicted, peak_rss_mb(), False
+
+    def say(self) -> None:
+        if self.said:
+            return
+        self.said = True
+        found = peak_memory()
+        measured = found.get("memory/peak_cuda_mb", peak_rss_mb() - self.before)
+        if self.predicted is None:
+            log.info("Memory after the first step: %.0f MB; no prediction for this base.", measured)
+        else:
+            predicted = self.predicted / (1 << 20)
+            log.info("Memory after the first step: %.0f MB; predicted for longest rows: %.0f MB.", measured, predicted)
+
+
 def peak_memory() -> dict[str, float]:
     """Peak memory as metrics, on the host and, where there is one, on the GPU."""
     figures = {"memory/peak_rss_mb": peak_rss_mb()}

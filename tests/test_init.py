@@ -429,8 +429,8 @@ def test_what_cannot_be_made_leaves_nothing_behind(tmp_path, monkeypatch, here):
     Path("used").mkdir()
     Path("used/file").write_text("mine")
     for args, exit_code, wanted in (
-        (("used",), 6, "RES005] used: is not empty. Fix: name a new directory"),
-        (("p.jsonl",), 6, "RES005] p.jsonl: is a file"),
+        (("used",), 6, "RES007] used: is not empty. Fix: name a new directory"),
+        (("p.jsonl",), 6, "RES007] p.jsonl: is a file"),
         (("new", "--data", "p.jsonl"), 2, "CFG009] --model: not named"),
         (("new", "--data", "p.jsonl", "--model", "org/nothing"), 4, "MOD001] org/nothing: the tokenizer cannot be"),
         (("new", "--data", "p.jsonl", "--model", "../nowhere"), 8, "SEC006"),

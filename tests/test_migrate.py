@@ -303,3 +303,14 @@ def test_the_command_prints_or_writes_and_never_over_a_file(tmp_path):
     assert (tmp_path / "ppo.yaml").read_text() == shown.stdout and "a ppo config" in written.stdout
     again = run("migrate", "old.yaml", "--out", "ppo.yaml")
     assert again.returncode == 2 and "stands there already" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [("load_in_4bit: true", "nf4"), ("load_in_8bit: true", "int8"), ("quantization_bit: 4", "nf4"), ("seed: 1", None)],
+)
+def test_bits_become_quantize(tmp_path, text, wanted):
+    found = migrated(tmp_path, f"model_name_or_path: x\nuse_peft: true\npacking: true\ndataset_name: y\n{text}\n")
+    assert found.config.get("model.quantize") == wanted
+    three = migrated(tmp_path, "model_name_or_path: x\nuse_peft: true\npacking: true\nquantization_bit: 3\n")
+    assert "3 bits are not offered" in three.undecided["model.quantize"]

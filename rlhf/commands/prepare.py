@@ -1,4 +1,4 @@
-"""What is done before a run: check, look up a key, look at the embedded world's data."""
+"""What is done before a run: begin, check, plan, look up a key, look at the embedded world's data."""
 
 from __future__ import annotations
 
@@ -91,6 +91,26 @@ def init(
     typer.echo(f"\nWrote {', '.join(project.files)}.\nNext: cd {directory} && rlhf pipeline")
 
 
+def plan(
+    config: Annotated[Path, typer.Option("-c", "--config", help="Config file of one stage.")],
+    stage: Annotated[
+        str | None, typer.Option("--stage", help="Whose config it is, where the name does not say.")
+    ] = None,
+    gpu: Annotated[
+        str | None, typer.Option("--gpu", help="Memory to fit into, such as 24GB; else this machine's.")
+    ] = None,
+    flops: Annotated[str | None, typer.Option("--flops", help="Operations a second as reached, such as 150T.")] = None,
+    bandwidth: Annotated[str | None, typer.Option("--bandwidth", help="Bytes a second, such as 2T.")] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Measure this machine's speed for a second.")] = False,
+    sets: Sets = None,
+    as_json: Json = False,
+) -> None:
+    """Predict memory and time of a stage from its config alone, and say what would fit."""
+    module = importlib.import_module("rlhf.stages.plan")
+    outcome = module.plan(config, stage or config.stem, sets or [], gpu, flops, bandwidth, measure)
+    typer.echo(json.dumps(outcome) if as_json else "\n".join(module.lines(outcome)))
+
+
 COMMANDS: dict[str, Callable[..., None]] = {
-    "init": init, "check": check, "config": config, "migrate": migrate, "demo": demo,
+    "init": init, "check": check, "plan": plan, "config": config, "migrate": migrate, "demo": demo,
 }  # fmt: skip

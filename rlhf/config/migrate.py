@@ -42,7 +42,8 @@ def migrate(
     left = {key: value for key, value in DEFAULTS[tool, ours].items() if found.old.get(key) is None}
     found.old |= left
     for step in (
-        steps.runs, steps.batch, steps.length, steps.schedule, steps.precision, steps.lora, steps.ppo, steps.others,
+        steps.runs, steps.batch, steps.length, steps.schedule, steps.precision, steps.quantised, steps.lora,
+        steps.ppo, steps.others,
     ):  # fmt: skip
         step(found)
     steps.data(found, data_sets or {})

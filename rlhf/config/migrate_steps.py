@@ -26,7 +26,7 @@ def runs(found: Migration) -> None:
             if found.stage == "ppo" and ours == "rewards" and found.tool == TRL:
                 found.config["rewards"] = [{"model": {"path": str(value)}}]
                 found.undecided["rewards"] = (
-                    "read as a sequence classifier from elsewhere; a run of rlhf train-rm is a run"
+                    f"{key} is read as a sequence classifier; what rlhf train-rm has made is a run"
                 )
             elif found.stage == "ppo" or (ours == "policy" and found.stage == "train-rm"):
                 found.undecided[ours] = what
@@ -132,6 +132,16 @@ def precision(found: Migration) -> None:
         found.undecided["model.dtype"] = f"{plain(chosen)}: float32 or bfloat16 is said here"
 
 
+def quantised(found: Migration) -> None:
+    """4 and 8 bits by bitsandbytes."""
+    bits = found.take("quantization_bit")
+    four, eight = found.take("load_in_4bit") or bits == 4, found.take("load_in_8bit") or bits == 8
+    if four or eight:
+        found.put("quantization_bit", "model.quantize", "nf4" if four else "int8")
+    elif bits:
+        found.undecided["model.quantize"] = f"{plain(bits)} bits are not offered; nf4 or int8"
+
+
 def lora(found: Migration) -> None:
     key = "lora_target_modules" if "lora_target_modules" in found.old else "lora_target"
     targets, kind = found.take(key), found.old.get("finetuning_type")
@@ -162,6 +172,8 @@ def whole(found: Migration) -> None:
     for key in [key for key in found.config if key.startswith("lora.")]:
         del found.config[key]
     found.written = [key for key in found.written if not key.startswith("lora.")]
+    if found.config.pop("model.quantize", None):
+        found.undecided["model.quantize"] = "quantised weights cannot be trained"
     if found.config.get("model.dtype") == "bfloat16":
         found.config["model.dtype"] = "float32"
         found.undecided["model.dtype"] = "bfloat16 there; here weights that are trained are float32"

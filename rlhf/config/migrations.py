@@ -50,7 +50,7 @@ _METRICS = "every step is written to metrics.jsonl"
 _HELD_OUT = "a share of the prompts is held out and measured (holdout_fraction)"
 _EXPORT = "rlhf export writes what is uploaded"
 _ADAMW = "the optimizer is AdamW with its usual betas"
-_BASE = "the base is loaded as it is, in float32 or bfloat16"
+_QUANTISED = "model.quantize: nf4 is bitsandbytes' NF4 with nested scales, int8 its 8-bit layers"
 _SPEED = "says how, not what, is computed"
 
 # Old key -> why it has no counterpart.
@@ -73,8 +73,8 @@ GONE: dict[str, str] = {
     "disable_dropout": "there is no dropout but lora.dropout",
     "lora_task_type": "the stage says it", "lora_modules_to_save": "lora.train_tokens trains rows of the embedding",
     "additional_target": "lora.train_tokens trains rows of the embedding",
-    "load_in_4bit": _BASE, "load_in_8bit": _BASE, "quantization_bit": _BASE,
-    "quantization_method": _BASE, "bnb_4bit_quant_type": _BASE, "use_bnb_nested_quant": _BASE,
+    "use_bnb_nested_quant": _QUANTISED,
+    "quantization_method": _QUANTISED, "bnb_4bit_quant_type": _QUANTISED,
     "logging_steps": _METRICS, "logging_first_step": _METRICS, "logging_strategy": _METRICS, "plot_loss": _METRICS,
     "logging_dir": _METRICS, "run_name": "a run is called by its run_dir", "exp_name": "a run is called by its run_dir",
     "eval_strategy": _HELD_OUT, "evaluation_strategy": _HELD_OUT, "eval_steps": _HELD_OUT,

@@ -33,6 +33,9 @@ class ModelSection(Section):
     path: Text = Field("demo:base", description="directory, hub id, or demo:base")
     revision: str | None = Field(None, description="hub revision (branch, tag or commit)")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the frozen base; adapters stay float32")
+    quantize: Literal["nf4", "int8"] | None = Field(
+        None, description="bits of the frozen base's linear layers (bitsandbytes); dtype is what they compute in"
+    )
     chat_template: Literal["chatml", "plain"] | None = Field(
         None, description="named template for a base whose tokenizer has none; recorded in the artifact"
     )

@@ -109,6 +109,8 @@ class SftConfig(StageConfig, TrainedForAWhile, LongRows):
             raise ValueError("lora: null trains every weight, and an adapter to start from has no place there")
         if self.lora is None and self.model.dtype != "float32":
             raise ValueError("lora: null needs model.dtype float32: trained weights lose small updates in bfloat16")
+        if self.lora is None and self.model.quantize is not None:
+            raise ValueError("lora: null trains every weight, and those of model.quantize cannot be trained")
         if self.lora is None and self.model.trust_remote_code:
             raise ValueError(
                 "lora: null writes a model of its own, which cannot carry the code of model.trust_remote_code"

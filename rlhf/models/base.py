@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 import transformers
 from huggingface_hub import constants
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import cached_file
 
@@ -21,6 +22,7 @@ from rlhf import artifacts, masking, model_files, names
 from rlhf.data.chat import ChatFormat
 from rlhf.demo import registry as demo
 from rlhf.errors import Problem, RlhfError, of_the_machine
+from rlhf.models import quantised
 
 log = logging.getLogger("rlhf")
 NO_LIMIT = 1 << 30
@@ -38,6 +40,7 @@ class Base:
     source: str
     digest: str
     device: torch.device
+    quantize: str | None = None
 
     @property
     def hidden_size(self) -> int:
@@ -72,14 +75,18 @@ def load_context_length(source: str, revision: str | None = None, trust_remote_c
 def load_base(
     source: str, *, revision: str | None = None, dtype: str = "float32", device: torch.device | None = None,
     template: str | None = None, trust_remote_code: bool = False, attn_implementation: str | None = None,
+    quantize: str | None = None,
 ) -> Base:  # fmt: skip
     """Load, freeze, put in eval mode, switch dropout and the model's own generation settings off.
+
+    A quantised base is made on its device and stays there: it is never moved, merged into or saved.
 
     Raises:
         RlhfError: MOD001 where nothing can be loaded, MOD003 where the tokenizer is larger than the embeddings,
             MOD004 for logits that the logprobs here do not follow, MOD005 where weights are missing, MOD006 where files
-            are damaged, MOD008 where weights are not finite, SEC004 for remote code that is not pinned, SEC005 for
-            pickle, SEC006 for names that lead elsewhere, SEC007 for remote code.
+            are damaged, MOD008 where weights are not finite, RES005 where the library for ``quantize`` is missing,
+            SEC004 for remote code that is not pinned, SEC005 for pickle, SEC006 for names that lead elsewhere, SEC007
+            for remote code.
     """
     device = device or torch.device("cpu")
     tokenizer = load_tokenizer(source, revision, trust_remote_code)
@@ -90,6 +97,7 @@ def load_base(
         model, report = AutoModelForCausalLM.from_pretrained(
             path, revision=revision, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code,
             attn_implementation=attn_implementation, use_safetensors=True, output_loading_info=True,
+            **_quantisation(quantize, dtype, device),
         )  # fmt: skip
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise cannot_load(source, "model", error) from None
@@ -99,16 +107,27 @@ def load_base(
     model.eval()
     model.generation_config = GenerationConfig()
     without_dropout(model)
+    contiguous_into_head(model)
     # Adapters name their base by this: as the config has it, so that equal runs are equal files on every machine.
     model.name_or_path = model.config._name_or_path = source
-    model.to(device)
-    refuse_not_finite(source, model)
-    _refuse_other_logits(source, model)
     directory = (
         Path(path) if Path(path).is_dir() else Path(str(cached_file(path, "config.json", revision=revision))).parent
     )
+    if quantize:
+        quantised.settle(model)
+        refuse_not_finite(source, quantised.source_weights(directory))
+    else:
+        model.to(device)
+        refuse_not_finite(source, model.named_parameters())
+    _refuse_other_logits(source, model)
     chat = ChatFormat(tokenizer, template, context_length(model.config))
-    return Base(model, tokenizer, chat, source, artifacts.model_digest(directory), device)
+    return Base(model, tokenizer, chat, source, artifacts.model_digest(directory), device, quantize)
+
+
+def _quantisation(quantize: str | None, dtype: str, device: torch.device) -> dict[str, Any]:
+    if quantize is None:
+        return {}
+    return {"quantization_config": quantised.settings(quantize, getattr(torch, dtype)), "device_map": {"": device}}
 
 
 def without_dropout(model: nn.Module) -> None:
@@ -120,13 +139,20 @@ def without_dropout(model: nn.Module) -> None:
             setattr(module, "attention_dropout", 0.0)  # noqa: B010
 
 
+def contiguous_into_head(model: Any) -> None:
+    """Sampling hands the head a slice, the last token of every row: for that, bfloat16 on a CPU copies the head's whole
+    weight once a row (36 GB for 64 rows at 1.5 B parameters)."""
+    model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: tuple(x.contiguous() for x in inputs))
+
+
 def weights_checksum(model: nn.Module) -> str:
-    """SHA-256 of all parameters that carry no adapter, by name; equal before and after any stage."""
+    """SHA-256 of all parameters that carry no adapter, by name, and of the scales of quantised ones; equal before and
+    after any stage."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
+    for name, tensor in sorted([*model.named_parameters(), *quantised.stored(model)], key=lambda item: item[0]):
         if "lora_" not in name and "trainable_tokens" not in name:
             digest.update(name.replace(".base_layer", "").encode())
-            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(tensor.data.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -171,12 +197,12 @@ def _say_no_pad(source: str) -> None:
     log.warning("The tokenizer of %s has no pad token: rows are padded with the end token, which is masked.", source)
 
 
-def refuse_not_finite(source: str, model: nn.Module) -> None:
-    """One broken weight makes every loss NaN, and attention can hide it for a while."""
+def refuse_not_finite(source: str, weights: Iterable[tuple[str, Tensor]]) -> None:
+    """One broken weight makes every loss NaN, and attention can hide it for a while; quantising hides it for good."""
     bad = {
-        name: int((~parameter.isfinite()).sum())
-        for name, parameter in model.named_parameters()
-        if parameter.is_floating_point() and not parameter.isfinite().all()
+        name: int((~tensor.isfinite()).sum())
+        for name, tensor in weights
+        if tensor.is_floating_point() and not tensor.isfinite().all()
     }
     if bad:
         shown = ", ".join(f"{count} in {name}" for name, count in list(bad.items())[:3])

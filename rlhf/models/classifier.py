@@ -150,7 +150,7 @@ def load(section: ClassifierSection, device: torch.device) -> Classifier:
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise bases.cannot_load(source, "sequence classifier", error) from None
     bases.refuse_incomplete(source, report["missing_keys"], "a sequence classifier with its trained head")
-    bases.refuse_not_finite(source, model)
+    bases.refuse_not_finite(source, model.named_parameters())
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         what = f"the tokenizer has {len(tokenizer)} tokens, the embeddings {rows} rows."

@@ -35,7 +35,7 @@ def policy(base: Base, adapter: Path | None) -> Any:
 def copy_of(run_dir: str | Path, manifest: Manifest, device: torch.device) -> Base:
     """A model of its own, in float32, that is the function of a finished run's: where a role whose every weight is
     trained starts."""
-    section = opening.model_of(manifest).model_copy(update={"dtype": "float32"})
+    section = opening.model_of(manifest).model_copy(update={"dtype": "float32", "quantize": None})
     base = opening.require_same(opening.open_base(section, device), manifest)
     model = policy(base, artifacts.adapter_of(run_dir))
     model.generation_config = GenerationConfig()

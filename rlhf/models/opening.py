@@ -24,6 +24,7 @@ def open_base(model: ModelSection, device: torch.device) -> Base:
     return load_base(
         model.path, revision=model.revision, dtype=model.dtype, device=device, template=model.chat_template,
         trust_remote_code=model.trust_remote_code, attn_implementation=model.attn_implementation,
+        quantize=model.quantize,
     )  # fmt: skip
 
 
@@ -39,7 +40,7 @@ def identity_of(base: Base, model: ModelSection) -> BaseIdentity:
     return BaseIdentity(
         source=model.path, digest=base.digest, dtype=model.dtype, revision=model.revision,
         chat_template=model.chat_template, attn_implementation=model.attn_implementation,
-        trust_remote_code=model.trust_remote_code,
+        trust_remote_code=model.trust_remote_code, quantize=model.quantize,
     )  # fmt: skip
 
 
@@ -50,8 +51,9 @@ def identity_of_result(run_dir: Path, parent: Manifest) -> BaseIdentity:
         return parent.base
     directory = run_dir / artifacts.MODEL
     return replace(
-        parent.base, source=str(directory), digest=artifacts.model_digest(directory), dtype="float32", revision=None
-    )
+        parent.base, source=str(directory), digest=artifacts.model_digest(directory), dtype="float32", revision=None,
+        quantize=None,
+    )  # fmt: skip
 
 
 def model_of(manifest: Manifest) -> ModelSection:
@@ -69,17 +71,19 @@ def model_of(manifest: Manifest) -> ModelSection:
         {
             "path": base.source, "revision": base.revision, "dtype": base.dtype, "chat_template": base.chat_template,
             "attn_implementation": base.attn_implementation, "trust_remote_code": base.trust_remote_code,
+            "quantize": base.quantize,
         }
     )  # fmt: skip
 
 
-def reopen_base(manifest: Manifest, device: torch.device) -> Base:
-    """The base of a finished run.
+def reopen_base(manifest: Manifest, device: torch.device, whole: bool = False) -> Base:
+    """The base of a finished run; ``whole``: unquantised, as its files have it, also where the run quantised it.
 
     Raises:
         RlhfError: MOD020 if the files under its name are no longer those that the run was made on.
     """
-    return require_same(open_base(model_of(manifest), device), manifest)
+    model = model_of(manifest)
+    return require_same(open_base(model.model_copy(update={"quantize": None}) if whole else model, device), manifest)
 
 
 def require_same(base: Base, manifest: Manifest) -> Base:

@@ -62,8 +62,8 @@ def add_reward(roles: SharedBase, slot: str, run_dir: Path) -> None:
 
 
 def is_on(manifest: Manifest, base: Base) -> bool:
-    """Whether a run was made on this very base, with the same template."""
-    return manifest.base is not None and (manifest.base.digest, manifest.base.chat_template) == (
-        base.digest,
-        base.chat.template_name,
-    )
+    """Whether a run was made on this very base, with the same template and as it is quantised here."""
+    own = (base.digest, base.chat.template_name, base.quantize)
+    return manifest.base is not None and (
+        manifest.base.digest, manifest.base.chat_template, manifest.base.quantize
+    ) == own  # fmt: skip

@@ -37,6 +37,10 @@ def export(
     A policy becomes an ``AutoModelForCausalLM``, or its adapter alone; a reward model becomes an
     ``AutoModelForSequenceClassification`` with one label.
 
+    A run on a quantised base is merged into the base as its files have it: the quantised weights are no numbers to add
+    to. What is reloaded is compared with that base and the adapter beside it, and how far the run itself was from it is
+    told as ``quantisation_difference``.
+
     Raises:
         RlhfError: CKP009 if ``target`` exists; RES012 if the hub cannot be used, before anything is computed; what
             ``artifacts`` and ``merged`` refuse.
@@ -55,15 +59,18 @@ def export(
     if repository:
         hub.require_login(repository)
     device = runtime.set_up(RuntimeSection(), 0)
-    base = opening.reopen_base(manifest, device)
+    base = opening.reopen_base(manifest, device, whole=True)
     wanted = _expected(base, Path(run_dir), manifest)
     proof: dict[str, Any] = {"kind": manifest.kind, "run": run_dir, "digest": manifest.digest}
+    if manifest.base and manifest.base.quantize and not adapter_only:
+        own = _expected(opening.reopen_base(manifest, device), Path(run_dir), manifest)
+        proof["quantisation_difference"] = _largest(own - wanted, manifest, _probes(base, base.chat.pad_id))
     with storage.staged_directory(target) as staging:
         if adapter_only:
             shutil.copytree(Path(run_dir) / artifacts.ADAPTER, staging, dirs_exist_ok=True)
         else:
             # The base is loaded again: what was measured above has an adapter beside it.
-            proof |= _write_model(opening.reopen_base(manifest, device), Path(run_dir), manifest, staging)
+            proof |= _write_model(opening.reopen_base(manifest, device, whole=True), Path(run_dir), manifest, staging)
             constant = proof.get("constant", 0.0)
             proof["max_difference"] = _difference(staging, base, manifest, wanted, constant, base.model.dtype)
             log.info("Reloaded by transformers alone: largest difference %.3g.", proof["max_difference"])
@@ -128,10 +135,14 @@ def _difference(
     model = kind.from_pretrained(target, dtype=dtype).to(base.device).eval()
     sequences = _probes(base, model.config.pad_token_id if manifest.kind == "reward" else base.chat.pad_id)
     found = model(input_ids=sequences.ids, attention_mask=sequences.attention_mask).logits.float().cpu()
-    if manifest.kind == "reward":
-        return float((found[:, 0] + constant - wanted).abs().max())
-    mask = sequences.attention_mask.bool().cpu()
-    return float((found - wanted)[mask].abs().max())
+    difference = found[:, 0] + constant - wanted if manifest.kind == "reward" else found - wanted
+    return _largest(difference, manifest, sequences)
+
+
+def _largest(difference: torch.Tensor, manifest: Manifest, sequences: Sequences) -> float:
+    """Of scores [B], or of the logits [B, L, V] of real tokens."""
+    real = difference if manifest.kind == "reward" else difference[sequences.attention_mask.bool().cpu()]
+    return float(real.abs().max())
 
 
 def _card(run_dir: str, manifest: Manifest, proof: dict[str, Any], adapter_only: bool) -> str:
@@ -148,6 +159,8 @@ def _card(run_dir: str, manifest: Manifest, proof: dict[str, Any], adapter_only:
     for key, parent in manifest.parents.items():
         lines += [f"- made from {key}: {parent['run_dir']} ({parent['digest'][:16]})"]
     lines += _data_lines(manifest)
+    if manifest.base.quantize:
+        lines += [f"- trained on the base in {manifest.base.quantize}" + _whole_base(proof)]
     if "max_difference" in proof:
         lines += [f"- largest difference to the run after reloading: {proof['max_difference']:.3g}"]
     if "max_difference_bfloat16" in proof:
@@ -186,3 +199,12 @@ def _data_lines(manifest: Manifest) -> list[str]:
         for key, digest in found.identity.items()
         if key.endswith(".rows") and f"{(name := key.removesuffix('.rows'))}.path" in found.identity
     ]
+
+
+def _whole_base(proof: dict[str, Any]) -> str:
+    if "quantisation_difference" not in proof:
+        return ""
+    return (
+        ", and merged into the unquantised base, which is what the next line compares with: the run's own outputs "
+        f"differ from it by up to {proof['quantisation_difference']:.3g}"
+    )

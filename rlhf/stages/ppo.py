@@ -37,6 +37,7 @@ def run(config: PpoConfig, plan: Plan, run: Run) -> Manifest:
 
     A checkpoint may follow each of these; a resumed run goes on with the first one that is missing.
     """
+    watch = runtime.MemoryWatch(plan.memory)
     training = _set_up(config, plan, run)
     progress, saved = training.progress, training.saved
     if saved.resume(config.steps) and config.kl.target is None:
@@ -53,6 +54,7 @@ def run(config: PpoConfig, plan: Plan, run: Run) -> Manifest:
         shown.advance(shown.task_ids[0], progress.step)
         while progress.step < config.steps:
             training.step()
+            watch.say()
             saved.end_of_step(progress.step, training.needed(), last=progress.step == config.steps)
             shown.advance(shown.task_ids[0])
     training.tracker.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 from typing import Any
@@ -39,6 +40,7 @@ log = logging.getLogger("rlhf")
 
 def run(config: SftConfig, plan: Plan, run: Run) -> Manifest:
     """Train the adapter, measure what was written, and refuse a model that does not learn to stop."""
+    watch = runtime.MemoryWatch(plan.memory)
     device = runtime.set_up(config.runtime, config.seed)
     base = opening.open_base(config.model, device)
     runtime.set_threads(config.runtime, base.model, device)
@@ -57,7 +59,7 @@ def run(config: SftConfig, plan: Plan, run: Run) -> Manifest:
     trainer.add_callback(_Record(run, tracker))
     with interrupts.deferred(), bar("SFT", trainer.args.max_steps) as progress:
         progress.advance(progress.task_ids[0], trainer.restored_step)
-        trainer.add_callback(_Advance(progress))
+        trainer.add_callback(_Advance(progress, watch))
         trainer.train_from_here()
     tracker.close()
     if config.lora:
@@ -66,7 +68,8 @@ def run(config: SftConfig, plan: Plan, run: Run) -> Manifest:
         whole.save(model, base.tokenizer, run.path / artifacts.MODEL)
     base.tokenizer.save_pretrained(run.path / artifacts.TOKENIZER)
     train_seconds = saved.seconds()
-    del trainer, model, saved.state
+    del trainer, model, saved.state, base
+    gc.collect()  # trainer and model refer to one another, and two bases would stand at once
 
     # The rest measures the artifact as every later stage will load it, on a base that TRL has not touched.
     base = opening.open_base(config.model, device)
@@ -168,6 +171,9 @@ def _trainer(config: SftConfig, model: Any, base: Base, rows: list[Dialogue], ru
         dataloader_pin_memory=False, remove_unused_columns=True, shuffle_dataset=False, loss_type="nll",
     )  # fmt: skip
     trainer = ResumableTrainer(model=model, args=arguments, train_dataset=dataset, processing_class=base.tokenizer)
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # TRL has cast them to bfloat16 on a quantised base, where small steps are lost
+            parameter.data = parameter.data.float()
     for shown in list(trainer.callback_handler.callbacks):
         if type(shown).__name__ in ("PrinterCallback", "ProgressCallback"):
             trainer.remove_callback(shown)
@@ -201,11 +207,12 @@ class _Record(TrainerCallback):
 
 
 class _Advance(TrainerCallback):
-    def __init__(self, progress: Any) -> None:
-        self.progress = progress
+    def __init__(self, progress: Any, watch: runtime.MemoryWatch) -> None:
+        self.progress, self.watch = progress, watch
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self.progress.advance(self.progress.task_ids[0])
+        self.watch.say()
 
 
 def _held_out_loss(config: SftConfig, roles: SharedBase, slot: str, base: Base, held_out: Any) -> float:

@@ -42,6 +42,7 @@ SMALL_SCALE = 0.1
 
 def run(config: RewardConfig, plan: Plan, run: Run) -> Manifest:
     """Train on groups, measure on held-out prompts, standardise on samples of the SFT policy, write."""
+    watch = runtime.MemoryWatch(plan.memory)
     device = runtime.set_up(config.runtime, config.seed)
     base = opening.reopen_base(plan.parents["policy"], device)
     runtime.set_threads(config.runtime, base.model, device)
@@ -73,6 +74,7 @@ def run(config: RewardConfig, plan: Plan, run: Run) -> Manifest:
             position.step += 1
             groups = [train[index] for index in order.next()]
             figures = _step(config, roles, optimizer, base, groups, position.step)
+            watch.say()
             run.write_metrics(position.step, figures)
             tracker.write(position.step, figures)
             saved.end_of_step(position.step, last=position.step == steps)

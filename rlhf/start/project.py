@@ -32,7 +32,7 @@ def make(directory: Path, data: Sequence[str], model: str | None) -> Project:
     Without data, or with ``demo:``, and without another model it is the embedded world's own chain.
 
     Raises:
-        RlhfError: RES005 for a directory that holds something, CFG009 where data need a model, and what is wrong
+        RlhfError: RES007 for a directory that holds something, CFG009 where data need a model, and what is wrong
             with model or data.
     """
     _refuse_used(directory)
@@ -87,7 +87,7 @@ def _lasting(model: str) -> str:
 def _refuse_used(directory: Path) -> None:
     if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
         what = "is a file." if directory.is_file() else "is not empty."
-        raise RlhfError(Problem("RES005", str(directory), what, "name a new directory"))
+        raise RlhfError(Problem("RES007", str(directory), what, "name a new directory"))
 
 
 def _write(directory: Path, project: Project) -> None:

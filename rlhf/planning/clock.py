@@ -1,0 +1,75 @@
+"""Time, as pure functions: the least that a phase takes on a device of a given arithmetic speed and memory bandwidth.
+
+A pass over tokens is bound by arithmetic, the sampling of one more token by reading the weights and the cache. Overhead
+of launching, attention beyond its products, and the optimizer are not in it: figures are a floor, and what a person
+decides by is their order of magnitude. Rows are taken to be as long as the config lets them be.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from rlhf.planning import memory
+from rlhf.planning.phases import Spec
+
+FORWARD, BACKWARD = 2, 2  # operations a parameter and token; a frozen base needs its inputs' gradients alone
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Arithmetic in operations a second, bandwidth in bytes a second, as reached and not as advertised."""
+
+    flops: float
+    bandwidth: float
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one phase does in one step: tokens, seconds."""
+
+    name: str
+    tokens: int
+    seconds: float
+
+
+def operations(spec: Spec, S: int, head: bool, passes: float) -> float:
+    """Of one token: every weight that it meets, its share of attention (S / 2 keys on average), LoRA, and the head."""
+    shape = spec.shape
+    lora = shape.lora_parameters(spec.rank, spec.targets)
+    block = shape.linear_parameters + lora + shape.L * shape.q * S
+    return passes * (block + (shape.V * shape.d if head else 0))
+
+
+def step(spec: Spec, speed: Speed) -> list[Work]:
+    """The phases of one step (SFT and reward model: of the optimizer; PPO: rollout and update)."""
+    train = FORWARD + BACKWARD + (FORWARD if spec.checkpointing else 0)
+    if spec.stage in ("sft", "train-rm"):
+        tokens = spec.batch * spec.length
+        each = operations(spec, spec.length, spec.stage == "sft", train)
+        return [Work("training", tokens, tokens * each / speed.flops)]
+    if spec.stage != "ppo":
+        return []
+    S = spec.prompt + spec.response
+    tokens, share = spec.batch * S, spec.response / S
+    body = operations(spec, S, False, 1)
+    head = spec.shape.V * spec.shape.d * share
+    again = train * spec.epochs
+    return [
+        _rollout(spec, speed),
+        Work("rescoring", tokens, tokens * FORWARD * (3 * body + 2 * head) / speed.flops),
+        Work("scoring", tokens * spec.num_reward_runs, tokens * spec.num_reward_runs * FORWARD * body / speed.flops),
+        Work("policy update", tokens * spec.epochs, tokens * again * (body + 1.5 * head) / speed.flops),
+        Work("value update", tokens * spec.epochs, tokens * again * body / speed.flops),
+    ]
+
+
+def _rollout(spec: Spec, speed: Speed) -> Work:
+    """Waves of ``concurrency`` rows: the prompts, then one token of every row at a time."""
+    rows = min(spec.concurrency, spec.batch)
+    waves = math.ceil(spec.batch / rows)
+    S = spec.prompt + spec.response
+    prompts = rows * spec.prompt * operations(spec, spec.prompt, False, FORWARD) / speed.flops
+    read = memory.weights(spec.shape, spec.held) + memory.kv_cache(spec.shape, spec.held, rows, S) / 2
+    token = max(rows * operations(spec, S, True, FORWARD) / speed.flops, read / speed.bandwidth)
+    return Work("rollout", spec.batch * spec.response, waves * (prompts + spec.response * token))

@@ -1,0 +1,181 @@
+"""Bytes, as pure functions of shape and settings: what the code allocates, derived from what each pass keeps.
+
+Letters: see ``planning.shape``; e bytes a number of the base's dtype, n tokens of a micro-batch (B sequences of S).
+Adapters, heads, gradients and moments are float32. What PyTorch keeps for the backward pass was read off its saved
+tensors, and ``scripts/measure_memory.py`` compares every phase with what torch's allocator gave out on a CPU (torch
+2.13, transformers 5.23, peft 0.21, SDPA, LoRA r 16 on all linear layers). Error of the prediction in per cent, measured
+2026-11-21:
+
+    model, dtype, checkpointing     SFT     reward  policy  value  rescoring  rollout
+    28 M   float32                  -7*   +1.5    +1.2    +1.4   +0.8       +2.5
+    28 M   float32, on              -11*  +0.4    -0.5    +0.4   +0.8       +2.5
+    71 M   float32                  -0.7    +0.1    +0.1    +0.1   +0.3       +0.4
+    71 M   bfloat16                 -0.6    +0.1    +0.3    +0.1   +0.2       +0.2
+    71 M   bfloat16, on             -1.6    +0.1    +0.1    +0.1   +0.1       +0.1
+    111 M  gpt2, float32            +3.1    +5.0    +4.6    +4.8   +0.2       +1.5
+    138 M  float32                  -0.5     0.0     0.0     0.0   +0.2       +0.6
+
+* TRL's tile is wider than this vocabulary; the part that is never written takes address space and no memory, and is
+left out. Not measured: GPUs, eager attention, packing, gpt2 in bfloat16. A policy update at 44 M in bfloat16: nf4 +0.7,
+with checkpointing +5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rlhf.planning.shape import Shape
+
+FLOAT32 = 4
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a code, a scale every 64, the scale of the scales every 256 of these
+CHUNK_VALUES = 1 << 25  # logits of ours that exist at once: rlhf.models.forward
+SFT_TILE = (4096, 32768)  # tokens and vocabulary of TRL's fused head
+SMALL_WIDTH = 512  # up to here LoRA is one product: rlhf.models.small_lora
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """The base as it is held: bytes a number that it computes in, and how its linear layers are stored."""
+
+    e: int = FLOAT32
+    quantize: str | None = None
+
+    @property
+    def mixed(self) -> bool:
+        """Whether float32 adapters meet activations of another dtype, and copies are made."""
+        return self.e != FLOAT32
+
+
+def weights(shape: Shape, held: Numbers) -> int:
+    """The frozen base: linear layers as they are stored, embeddings, head and norms in its dtype."""
+    linear = held.e * shape.linear_parameters
+    if held.quantize == "nf4":
+        linear = round(NF4_BYTES * shape.linear_parameters)
+    elif held.quantize == "int8":
+        rows = shape.L * sum(outputs for _, outputs in shape.linears.values())
+        linear = shape.linear_parameters + FLOAT32 * rows
+    return linear + held.e * shape.other_parameters
+
+
+def adapter(shape: Shape, rank: int, targets: str | Sequence[str], num_tokens: int, head: bool) -> int:
+    """One role: a float32 adapter and, where it has one, its scalar head."""
+    return FLOAT32 * (shape.lora_parameters(rank, targets, num_tokens) + (shape.d + 1 if head else 0))
+
+
+def saved_per_token(shape: Shape, held: Numbers, rank: int, S: int, masked: bool) -> float:
+    """Bytes a token that one block keeps for the backward pass (SDPA, LoRA on all linear layers).
+
+        float32:   4 (4 d + 2 q + 2 k' + 4 f + 7 r + heads)
+        bfloat16:  28 d + 4 q + 4 f + 28 r + 4 heads + 2 (2 q + 2 k') + 6 f
+
+    float32 keeps both norms' inputs and outputs (4 d), query, key, value and the attention's output, four MLP
+    activations and LoRA's inner ones. In bfloat16 a norm keeps a float32 copy (8 d), and every adapted layer a float32
+    copy of its own input (12 d + 4 q + 8 d + 4 f). k' is q where padding needs a mask, for which keys and values are
+    repeated for every query head, and the mask of S numbers is kept a row.
+    """
+    d, f, q = shape.d, shape.f, shape.q
+    k = q if masked else shape.k
+    inner = FLOAT32 * rank * len(shape.linears) + FLOAT32 * shape.heads
+    mask = held.e * S if masked else 0
+    if shape.family == "gpt2":
+        blocks = 4 * d + 2 * q + 2 * k + 6 * f
+        return FLOAT32 * blocks + inner + mask if not held.mixed else _mixed_gpt2(shape, k) + inner + mask
+    if not held.mixed:
+        return FLOAT32 * (4 * d + 2 * q + 2 * k + 4 * f) + inner + mask
+    return 28 * d + 4 * q + 4 * f + held.e * (2 * q + 2 * k + 3 * f) + inner + mask
+
+
+def _mixed_gpt2(shape: Shape, k: int) -> float:
+    d, f, q = shape.d, shape.f, shape.q
+    return 2 * (2 * d + 2 * q + 2 * k + 5 * f) + FLOAT32 * (3 * d + f)
+
+
+def kept(shape: Shape, held: Numbers, rank: int, sequences: int, S: int, checkpointing: bool, masked: bool) -> int:
+    """What stands when the forward pass has reached the head: all blocks' saved tensors, or only their inputs.
+
+    bitsandbytes' 8-bit product on a CPU keeps its input where checkpointing does not see it; counted on a GPU too.
+    """
+    block = held.e * shape.d if checkpointing else saved_per_token(shape, held, rank, S, masked)
+    block += _unseen(shape, held)
+    ends = (6 if held.mixed else 2) * shape.d
+    return round(sequences * S * (block * shape.L + ends)) + (0 if checkpointing else summed(shape, held))
+
+
+def backward(shape: Shape, held: Numbers, rank: int, sequences: int, S: int, checkpointing: bool, masked: bool) -> int:
+    """What comes on top in the backward pass: the last MLP's gradients (8 f), and under checkpointing one block's saved
+    tensors, made again."""
+    each: float = 8 * shape.f
+    if checkpointing:
+        each += saved_per_token(shape, held, rank, S, masked) + (8 * shape.d if held.mixed else 0)
+        each += _unseen(shape, held)
+    again = summed(shape, held) // shape.L if checkpointing else 0
+    return round(sequences * S * each) + again + dequantised(shape, held)
+
+
+def _unseen(shape: Shape, held: Numbers) -> int:
+    return held.e * (2 * shape.d + shape.q + shape.f) if held.quantize == "int8" else 0
+
+
+def passing(shape: Shape, held: Numbers, sequences: int, S: int, device: str = "cpu") -> int:
+    """The peak of a forward pass without gradient: the MLP of one block.
+
+    float32:   4 (4 f + 4 d)
+    bfloat16:  16 f + 12 d on a CPU, which casts the sum's summand too; 12 f + 12 d elsewhere
+    """
+    n = sequences * S
+    f = shape.f if shape.family != "gpt2" else round(1.25 * shape.f)
+    per_token = (16 if device == "cpu" else 12) * f + 12 * shape.d if held.mixed else 16 * f + 16 * shape.d
+    return n * per_token + summed(shape, held) + dequantised(shape, held)
+
+
+def summed(shape: Shape, held: Numbers) -> int:
+    """The adapted weights of a small model, which LoRA as one product keeps whole."""
+    small = [i * o for i, o in shape.linears.values() if max(i, o) <= SMALL_WIDTH]
+    return held.e * shape.L * sum(small) if held.quantize is None and shape.family != "gpt2" else 0
+
+
+def dequantised(shape: Shape, held: Numbers) -> int:
+    """The one layer of a quantised base that stands in its dtype at a time."""
+    return held.e * max(i * o for i, o in shape.linears.values()) if held.quantize else 0
+
+
+def chunk_tokens(shape: Shape, num_tokens: int) -> int:
+    """Tokens of a micro-batch's responses whose logits exist at once."""
+    return min(num_tokens, max(1, CHUNK_VALUES // shape.V))
+
+
+def logits_trained(shape: Shape, num_tokens: int, entropy: bool) -> int:
+    """Of a policy update: logits, two gradients and one temporary, all float32; with an entropy bonus four more."""
+    return (8 if entropy else 4) * FLOAT32 * shape.V * chunk_tokens(shape, num_tokens)
+
+
+def logits_rescored(shape: Shape, num_tokens: int) -> int:
+    """Of rescoring: logits and log-probabilities of policy and reference, the policy's probabilities, two terms."""
+    return 7 * FLOAT32 * shape.V * chunk_tokens(shape, num_tokens)
+
+
+def logits_measured(shape: Shape, num_tokens: int) -> int:
+    """Of logprobs without gradient: logits, tempered logits and one temporary, all float32."""
+    return 3 * FLOAT32 * shape.V * chunk_tokens(shape, num_tokens)
+
+
+def logits_sampled(shape: Shape, held: Numbers, rows: int) -> int:
+    """Of one sampled token a row: logits, two float32 copies, and two in float64 for the choice."""
+    return rows * shape.V * (held.e + 2 * FLOAT32 + 16)
+
+
+def logits_sft(shape: Shape, held: Numbers, num_tokens: int, device: str = "cpu") -> int:
+    """Of SFT's fused head: its tile, and on a device without Triton seven float32 copies of the tile's real part.
+
+    The tile is as wide as TRL makes it, also for a smaller vocabulary; on a CPU what is never written takes no memory.
+    """
+    tokens, width = min(num_tokens, SFT_TILE[0]), min(shape.V, SFT_TILE[1])
+    if device == "cpu":
+        return tokens * width * (held.e + 7 * FLOAT32)
+    return tokens * SFT_TILE[1] * held.e
+
+
+def kv_cache(shape: Shape, held: Numbers, rows: int, S: int) -> int:
+    """Keys and values of ``rows`` sequences of S tokens, and one layer's while it is made longer."""
+    return held.e * rows * S * (2 * shape.L + 2) * shape.k

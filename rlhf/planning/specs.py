@@ -1,0 +1,182 @@
+"""From a stage's config, the runs that it is made from and its data to what memory and time depend on."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from rlhf import artifacts
+from rlhf.artifacts import Manifest
+from rlhf.config import load
+from rlhf.config.sections import LoraSection
+from rlhf.config.stages import (
+    CollectConfig,
+    EvalRmConfig,
+    PpoConfig,
+    RewardConfig,
+    SftConfig,
+    StageConfig,
+)
+from rlhf.errors import Problem, RlhfError
+from rlhf.planning import shape as shapes
+from rlhf.planning.memory import Numbers
+from rlhf.planning.phases import Spec
+
+NO_LIMIT = 2048  # what a prompt of rlhf collect is taken to be at most where the base sets no limit
+WIDTH = {"float32": 4, "bfloat16": 2}
+ADAPTER_CONFIG = f"{artifacts.ADAPTER}/adapter_config.json"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The base and the adapter that a stage starts from, and who says so."""
+
+    source: str
+    dtype: str
+    quantize: str | None
+    rank: int
+    targets: str | tuple[str, ...]
+    num_tokens: int
+    said_by: str
+
+
+def of_sft(config: SftConfig, said_by: str) -> Origin:
+    """What an SFT config makes."""
+    model, lora = config.model, config.lora or LoraSection()
+    targets = "all-linear" if lora.target_modules == "all-linear" else tuple(lora.target_modules)
+    return Origin(model.path, model.dtype, model.quantize, lora.r, targets, len(lora.train_tokens), said_by)
+
+
+def of_run(run_dir: str, manifest: Manifest) -> Origin:
+    """What a finished run was made on, and the adapter that it holds.
+
+    Raises:
+        RlhfError: CKP010 where its adapter is missing or not readable.
+    """
+    assert manifest.base is not None, "policies and rewards have a base"
+    base = manifest.base
+    if artifacts.adapter_of(run_dir) is None:  # a model of its own: roles that start from it get a fresh adapter
+        return Origin(base.source, base.dtype, base.quantize, LoraSection().r, "all-linear", 0, run_dir)
+    path = Path(run_dir) / ADAPTER_CONFIG
+    try:
+        adapter = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        raise RlhfError(Problem("CKP010", str(path), "missing or not readable.", "make the run again")) from None
+    tokens = adapter.get("trainable_token_indices") or []
+    rows = next(iter(tokens.values()), []) if isinstance(tokens, dict) else tokens
+    targets = tuple(adapter["target_modules"])
+    return Origin(base.source, base.dtype, base.quantize, adapter["r"], targets, len(rows), run_dir)
+
+
+def find(run_dir: str, beside: Path) -> Origin:
+    """What the run ``run_dir`` is or will be made on: from its manifest, else from its config in the folder ``beside``.
+
+    Raises:
+        RlhfError: CKP001 where neither is there.
+    """
+    if artifacts.is_finished(Path(run_dir)):
+        return of_run(run_dir, artifacts.read(run_dir))
+    classes: tuple[type[SftConfig | RewardConfig | PpoConfig], ...] = (SftConfig, RewardConfig, PpoConfig)
+    for path, config_class in product(sorted(beside.glob("*.yaml")), classes):
+        try:
+            found = load.load(config_class, path)
+        except RlhfError:
+            continue  # another stage's config
+        if found.run_dir == run_dir:
+            return of_sft(found, str(path)) if isinstance(found, SftConfig) else find(found.policy, beside)
+    what = f"no such run, and no config in {beside} makes it."
+    raise RlhfError(Problem("CKP001", run_dir, what, "run its stage first, or put its config beside this one"))
+
+
+def started_from(config: StageConfig, parents: Mapping[str, Manifest]) -> Origin:
+    """The same where every parent stands: SFT's own config, else the run that gives the base."""
+    if isinstance(config, SftConfig):
+        return of_sft(config, "model")
+    run_dir = parent_of(config)
+    assert run_dir
+    return of_run(run_dir, parents["reward" if isinstance(config, EvalRmConfig) else "policy"])
+
+
+def parent_of(config: StageConfig) -> str | None:
+    """The run that gives a stage its base; None for SFT."""
+    if isinstance(config, EvalRmConfig):
+        return config.reward
+    return config.policy if isinstance(config, RewardConfig | PpoConfig | CollectConfig) else None
+
+
+def spec(config: StageConfig, origin: Origin, data: Mapping[str, Sequence[Any]], device: str, where: str) -> Spec:
+    """What the planner works on.
+
+    Args:
+        data: key -> rows, as far as they are known: the number of steps and the size of rankings follow from them.
+
+    Raises:
+        RlhfError: as ``planning.shape.read``; MOD051 where every weight is trained, which is not predicted.
+    """
+    if isinstance(config, SftConfig | RewardConfig | PpoConfig) and config.lora is None:
+        what = "null trains every weight, whose memory is not predicted."
+        fix = "count 16 bytes a weight for each trained model, 4 for each frozen one, and activations"
+        raise RlhfError(Problem("MOD051", "lora", what, fix))
+    shape = shapes.read(origin.source, where)
+    held = Numbers(WIDTH[origin.dtype], origin.quantize)
+    common = Spec(
+        _stage(config), shape, held, origin.rank, origin.targets, origin.num_tokens, device=device,
+        checkpointing=config.runtime.gradient_checkpointing,
+    )  # fmt: skip
+    rows = data.get("data")
+    if isinstance(config, SftConfig):
+        return common.with_(
+            micro=min(config.batch.micro_batch_size, config.batch.batch_size), batch=config.batch.batch_size,
+            length=config.max_length, response=config.sampling.max_new_tokens, concurrency=config.sampling.concurrency,
+            steps=_num_steps(config, rows),
+        )  # fmt: skip
+    if isinstance(config, RewardConfig):
+        group = max((len(record.responses) for record in rows), default=2) if rows else 2
+        return common.with_(
+            micro=group * min(config.batch.micro_batch_size, config.batch.batch_size), group=group,
+            batch=group * config.batch.batch_size, length=config.max_length, response=config.sampling.max_new_tokens,
+            concurrency=config.sampling.concurrency, value_rank=config.lora.r if config.lora else None,
+            steps=_num_steps(config, rows),
+        )  # fmt: skip
+    if isinstance(config, PpoConfig):
+        batch, update = config.batch, config.update
+        return common.with_(
+            micro=min(batch.micro_batch_size, batch.minibatch_size), batch=batch.batch_size, epochs=update.epochs,
+            minibatch=batch.minibatch_size, prompt=config.prompts.max_tokens, response=config.sampling.max_new_tokens,
+            concurrency=config.sampling.concurrency, entropy=update.entropy_coef > 0, steps=config.steps,
+            num_reward_runs=sum(source.run is not None for source in config.rewards), value_rank=_value_rank(config),
+        )  # fmt: skip
+    if isinstance(config, CollectConfig):
+        return common.with_(
+            prompt=max(1, (shape.context or NO_LIMIT) - config.sampling.max_new_tokens),
+            response=config.sampling.max_new_tokens, concurrency=config.sampling.concurrency,
+            num_reward_runs=int(config.labeller.run is not None),
+        )  # fmt: skip
+    assert isinstance(config, EvalRmConfig), config
+    return common.with_(micro=config.micro_batch_size, length=config.max_length)
+
+
+def _stage(config: StageConfig) -> str:
+    names = {
+        SftConfig: "sft", RewardConfig: "train-rm", PpoConfig: "ppo", CollectConfig: "collect", EvalRmConfig: "eval-rm",
+    }  # fmt: skip
+    return names[type(config)]
+
+
+def _num_steps(config: SftConfig | RewardConfig, rows: Sequence[Any] | None) -> int | None:
+    if config.steps or rows is None:
+        return config.steps
+    return max(1, math.ceil(len(rows) * (config.epochs or 0) / config.batch.batch_size))
+
+
+def _value_rank(config: PpoConfig) -> int | None:
+    """The rank of the first reward run, where it stands already."""
+    first = next((source.run for source in config.rewards if source.run), None)
+    if first is None or not artifacts.is_finished(Path(first)) or artifacts.adapter_of(first) is None:
+        return None
+    return int(json.loads((Path(first) / ADAPTER_CONFIG).read_text("utf-8"))["r"])
