@@ -380,16 +380,6 @@ def test_preferences_alone_run_to_the_end_with_no_hand_edits(tmp_path, monkeypat
     assert longest < sft.max_length <= 64
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("architecture", ["qwen2", "gpt2"])
-def test_the_pipeline_of_a_new_directory_runs_in_processes_of_its_own(tmp_path, architecture):
-    tiny.build(tmp_path / "m", architecture, template=None)
-    lines(tmp_path / "prefs.jsonl", map(pair, range(150)))
-    command(tmp_path, "init", "new", "--data", "prefs.jsonl", "--model", "m")
-    command(tmp_path / "new", "pipeline")
-    assert (tmp_path / "new/runs/ppo/manifest.json").is_file()
-
-
 def command(cwd, *args, path=ROOT):
     done = subprocess.run(
         [sys.executable, "-m", "rlhf", *map(str, args)], cwd=cwd, capture_output=True, text=True,

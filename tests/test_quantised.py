@@ -10,12 +10,13 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import build, lora, shake
+from tiny import base, build, lora, shake
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from rlhf import artifacts, preflight, resources
@@ -26,6 +27,7 @@ from rlhf.errors import RlhfError
 from rlhf.models import forward, opening, quantised
 from rlhf.models.base import load_base, weights_checksum
 from rlhf.models.roles import SharedBase
+from rlhf.scoring import sources
 
 INSTALLED = importlib.util.find_spec("bitsandbytes") is not None
 needs_library = pytest.mark.skipif(not INSTALLED, reason="bitsandbytes is not installed: pip install '.[quantized]'")
@@ -163,13 +165,16 @@ def test_without_the_library_one_error_names_it_before_any_compute(tmp_path, mon
     assert resources.library_problem(None, "x") is None
 
 
-def test_parents_that_were_trained_on_another_quantisation_are_refused():
-    def made_on(quantize):
-        return Manifest("policy", "sft", 0, {}, {}, 1.0, base=BaseIdentity("m", "d", "float32", quantize=quantize))
+def test_a_reward_run_on_the_base_in_other_bits_is_none_of_the_policys_roles(tmp_path):
+    opened = base(tmp_path / "m")
 
-    assert preflight._other_bases({"policy": made_on("nf4"), "rewards.0": made_on("nf4")}) == []
-    [problem] = preflight._other_bases({"policy": made_on("nf4"), "rewards.0": made_on(None)})
-    assert problem.code == "MOD021" and "(m) than policy (m in nf4)" in problem.what
+    def made_on(quantize):
+        made = BaseIdentity("m", opened.digest, "float32", quantize=quantize)
+        return Manifest("reward", "train-rm", 0, {}, {}, 1.0, base=made)
+
+    assert sources.is_on(made_on(None), opened) and not sources.is_on(made_on("nf4"), opened)
+    held = replace(opened, quantize="nf4")
+    assert sources.is_on(made_on("nf4"), held) and not sources.is_on(made_on("int8"), held)
 
 
 def rlhf(*args, cwd):
