@@ -65,7 +65,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "batch": {"batch_size": 4, "micro_batch_size": 2}, "sampling": {"max_new_tokens": 16},
     },
     "ppo": {
-        "policy": "runs/parent", "rewards": [{"run": "runs/reward"}, {"function": "noisy_reward:noisy", "weight": 0.1}],
+        "policy": "runs/parent",
+        "rewards": [
+            {"run": "runs/reward"}, {"function": "noisy_reward:noisy", "weight": 0.1, "standardise_samples": 8},
+        ],
         "prompts": {"path": "prompts.jsonl", "max_tokens": 32}, "steps": 4, "save_every": 1, "report_to": "none",
         "batch": {"batch_size": 8, "minibatch_size": 4, "micro_batch_size": 4}, "sampling": {"max_new_tokens": 8},
         "value": {"pretrain_steps": 2, "min_explained_variance": 0.99},
