@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rlhf import artifacts, installed, model_files, names, resources, room, runs
+from rlhf import artifacts, installed, names, origins, resources, room, runs
 from rlhf.artifacts import Manifest
 from rlhf.config.load import flatten
 from rlhf.config.rewards import ClassifierSection
@@ -88,13 +88,13 @@ def prepare(config: StageConfig, needs: Needs, parents_may_be_missing: bool = Fa
     data = _read_data(needs, config.seed, parents_may_be_missing, problems, unchecked)
     parents = _read_parents(needs, parents_may_be_missing, problems, unchecked)
     data |= _overlaps(data, parents)
-    problems += _libraries(needs, parents)
+    problems += origins.libraries(needs.model, parents)
     models: list[tuple[str, ModelSection | ClassifierSection]] = [*needs.scorers]
     models += [("model", needs.model)] if needs.model else []
-    problems += _other_bases(parents, unchecked)
-    problems += _adapter_of_another(needs.model, parents)
-    digests = {key: _model_digest(key, model, problems, unchecked) for key, model in models}
-    digests |= {key: _directory_digest(key, path, problems) for key, path in needs.directories}
+    problems += origins.other_bases(parents, unchecked)
+    problems += origins.adapter_of_another(needs.model, parents)
+    digests = {key: origins.model_digest(key, model, problems, unchecked) for key, model in models}
+    digests |= {key: origins.directory_digest(key, path, problems) for key, path in needs.directories}
     identity = {} if problems else _identity(config, data, parents, digests)
     figures: list[str] = []
     memory: int | None = None
@@ -162,71 +162,6 @@ def _overlaps(data: Mapping[str, Loaded], parents: Mapping[str, Manifest]) -> di
     if reward and "data" in data and reward.identity.get("data.rows") == data["data"].digest:
         said["data"] = "the very rows that the reward model was trained on"
     return {key: replace(data[key], warnings=(*data[key].warnings, text)) for key, text in said.items()}
-
-
-def _other_bases(parents: Mapping[str, Manifest], unchecked: list[str]) -> list[Problem]:
-    """A parent on another base than the first one's gets a model of its own, which must be what it was made on."""
-    bases = [(key, manifest.base) for key, manifest in parents.items() if manifest.base]
-    problems: list[Problem] = []
-    for key, base in bases[1:]:
-        if base.digest == bases[0][1].digest or demo.is_demo(base.source):
-            continue
-        if not names.exists(base.source):
-            unchecked.append(f"{key}: its base {base.source} is not a local directory, taken for a hub id")
-        elif (found := artifacts.model_digest(Path(base.source))) != base.digest:
-            what = f"{base.source} is not the base of this run: digest {found[:12]}, made on {base.digest[:12]}."
-            problems.append(Problem("MOD020", key, what, "restore the model, or make the run again"))
-    return problems
-
-
-def _libraries(needs: Needs, parents: Mapping[str, Manifest]) -> list[Problem]:
-    """What reads a quantised base; said once."""
-    wanted: list[tuple[str, str | None]] = [("model.quantize", needs.model.quantize)] if needs.model else []
-    wanted += [(f"{key}: base", manifest.base.quantize) for key, manifest in parents.items() if manifest.base]
-    found = [resources.library_problem(quantize, where) for where, quantize in wanted]
-    return [problem for problem in found if problem][:1]
-
-
-def _adapter_of_another(model: ModelSection | None, parents: Mapping[str, Manifest]) -> list[Problem]:
-    """MOD021 for an adapter to start from that was made on another model, or with another template."""
-    base = parents["adapter"].base if "adapter" in parents else None
-    if base is None or model is None or not (demo.is_demo(model.path) or names.exists(model.path)):
-        return []
-    directory = demo.resolve_model(model.path) if demo.is_demo(model.path) else Path(model.path)
-    if (artifacts.model_digest(directory), model.chat_template) == (base.digest, base.chat_template):
-        return []
-    what = f"made on another model or template ({base.source}) than model.path ({model.path})."
-    return [Problem("MOD021", "adapter", what, f"model.path: {base.source}")]
-
-
-def _model_digest(
-    key: str, model: ModelSection | ClassifierSection, problems: list[Problem], unchecked: list[str]
-) -> str | None:
-    """Of the files of a model that is here; None for one that is not, or that is refused."""
-    if demo.is_demo(model.path) and isinstance(model, ModelSection):
-        return artifacts.model_digest(demo.resolve_model(model.path))
-    refused = (
-        names.refused(model.path, f"{key}.path", "MOD001"),
-        names.refused_revision(model.revision, f"{key}.revision"),
-        names.unpinned_code(model.trust_remote_code, model.revision, f"{key}.trust_remote_code"),
-    )
-    if found := [problem for problem in refused if problem]:
-        problems += found
-        return None
-    if names.exists(model.path):
-        if isinstance(model, ClassifierSection) and (other := model_files.no_classifier(Path(model.path), key)):
-            problems.append(other)
-        return artifacts.model_digest(Path(model.path))
-    unchecked.append(f"{key} {model.path}: not a local directory, taken for a hub id")
-    return None
-
-
-def _directory_digest(key: str, path: str, problems: list[Problem]) -> str | None:
-    try:
-        return artifacts.directory_digest(Path(path))
-    except OSError as error:
-        problems.append(Problem("CKP001", f"{key}: {path}", f"cannot be read: {error.strerror}.", "name a directory"))
-        return None
 
 
 def _resources(

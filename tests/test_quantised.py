@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from tiny import base, build, lora, shake
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from rlhf import artifacts, preflight, resources
+from rlhf import artifacts, origins, resources
 from rlhf.artifacts import BaseIdentity, Manifest
 from rlhf.config.sections import ModelSection
 from rlhf.data.batches import collate
@@ -160,8 +160,8 @@ def test_without_the_library_one_error_names_it_before_any_compute(tmp_path, mon
     with pytest.raises(RlhfError, match=r"RES005.*nf4 needs bitsandbytes.*rlhf-pipeline\[quantized\]") as caught:
         load_base(str(build(tmp_path / "m")), quantize="nf4")
     assert caught.value.exit_code == 6
-    needs = preflight.Needs(model=ModelSection(path=str(tmp_path / "m"), quantize="int8"))
-    assert [problem.code for problem in preflight._libraries(needs, {})] == ["RES005"]
+    section = ModelSection(path=str(tmp_path / "m"), quantize="int8")
+    assert [problem.code for problem in origins.libraries(section, {})] == ["RES005"]
     assert resources.library_problem(None, "x") is None
 
 

@@ -1,0 +1,79 @@
+"""The models that a stage starts from, by their files: which they are, and whether they belong together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from rlhf import artifacts, model_files, names, resources
+from rlhf.artifacts import Manifest
+from rlhf.config.rewards import ClassifierSection
+from rlhf.config.sections import ModelSection
+from rlhf.demo import registry as demo
+from rlhf.errors import Problem
+
+
+def other_bases(parents: Mapping[str, Manifest], unchecked: list[str]) -> list[Problem]:
+    """A parent on another base than the first one's gets a model of its own, which must be what it was made on."""
+    bases = [(key, manifest.base) for key, manifest in parents.items() if manifest.base]
+    problems: list[Problem] = []
+    for key, base in bases[1:]:
+        if base.digest == bases[0][1].digest or demo.is_demo(base.source):
+            continue
+        if not names.exists(base.source):
+            unchecked.append(f"{key}: its base {base.source} is not a local directory, taken for a hub id")
+        elif (found := artifacts.model_digest(Path(base.source))) != base.digest:
+            what = f"{base.source} is not the base of this run: digest {found[:12]}, made on {base.digest[:12]}."
+            problems.append(Problem("MOD020", key, what, "restore the model, or make the run again"))
+    return problems
+
+
+def libraries(model: ModelSection | None, parents: Mapping[str, Manifest]) -> list[Problem]:
+    """What reads a quantised base; said once."""
+    wanted: list[tuple[str, str | None]] = [("model.quantize", model.quantize)] if model else []
+    wanted += [(f"{key}: base", manifest.base.quantize) for key, manifest in parents.items() if manifest.base]
+    found = [resources.library_problem(quantize, where) for where, quantize in wanted]
+    return [problem for problem in found if problem][:1]
+
+
+def adapter_of_another(model: ModelSection | None, parents: Mapping[str, Manifest]) -> list[Problem]:
+    """MOD021 for an adapter to start from that was made on another model, or with another template."""
+    base = parents["adapter"].base if "adapter" in parents else None
+    if base is None or model is None or not (demo.is_demo(model.path) or names.exists(model.path)):
+        return []
+    directory = demo.resolve_model(model.path) if demo.is_demo(model.path) else Path(model.path)
+    if (artifacts.model_digest(directory), model.chat_template) == (base.digest, base.chat_template):
+        return []
+    what = f"made on another model or template ({base.source}) than model.path ({model.path})."
+    return [Problem("MOD021", "adapter", what, f"model.path: {base.source}")]
+
+
+def model_digest(
+    key: str, model: ModelSection | ClassifierSection, problems: list[Problem], unchecked: list[str]
+) -> str | None:
+    """Of the files of a model that is here; None for one that is not, or that is refused."""
+    if demo.is_demo(model.path) and isinstance(model, ModelSection):
+        return artifacts.model_digest(demo.resolve_model(model.path))
+    refused = (
+        names.refused(model.path, f"{key}.path", "MOD001"),
+        names.refused_revision(model.revision, f"{key}.revision"),
+        names.unpinned_code(model.trust_remote_code, model.revision, f"{key}.trust_remote_code"),
+    )
+    if found := [problem for problem in refused if problem]:
+        problems += found
+        return None
+    if names.exists(model.path):
+        if isinstance(model, ClassifierSection) and (other := model_files.no_classifier(Path(model.path), key)):
+            problems.append(other)
+        return artifacts.model_digest(Path(model.path))
+    unchecked.append(f"{key} {model.path}: not a local directory, taken for a hub id")
+    return None
+
+
+def directory_digest(key: str, path: str, problems: list[Problem]) -> str | None:
+    """Of all files of a directory; None where one cannot be read."""
+    try:
+        return artifacts.directory_digest(Path(path))
+    except OSError as error:
+        problems.append(Problem("CKP001", f"{key}: {path}", f"cannot be read: {error.strerror}.", "name a directory"))
+        return None
