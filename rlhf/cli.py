@@ -156,7 +156,7 @@ def _resume(
     run: Annotated[Path, typer.Argument(help="Directory of an unfinished run.")], allow_change: AllowChange = None,
     as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Go on with a run that was cut off, with the config that it was started with."""
+    """Go on with a run that was cut off. Its config is the one that it was started with."""
     stage = STAGES[runs.started(run)["stage"]]
     start = Start(resume=True, allowed=tuple(allow_change or ()))
     _run_stage(stage, run / artifacts.CONFIG, [f"run_dir={run}"], start, as_json)
@@ -164,7 +164,7 @@ def _resume(
 
 @app.command("pipeline")
 def _pipeline(config: ConfigFile = None, as_json: Json = False) -> None:
-    """Run stages in order, each in its own process; what is finished and unchanged is skipped."""
+    """Run stages in order, each in its own process. What is finished and unchanged is skipped."""
     outcome = pipeline.run(config or _default_config("configs/pipeline.yaml"))
     if as_json:
         typer.echo(json.dumps(outcome))

@@ -178,7 +178,9 @@ def _resources(
     problems += [unwritable] if unwritable else []
     base = _base_of(needs, parents)
     if base is None or len(parents) < len(needs.parents):
-        unchecked.append("disk and memory: they follow from the runs that this one is made from")
+        why = "they follow from the runs that this one is made from"
+        why = "not predicted for a model from elsewhere" if needs.scorers and not needs.parents else why
+        unchecked.append(f"disk and memory: {why}")
         return [], None
     source, where = base
     return room.check(config, source, where, not needs.model, data, parents, unwritable is None, problems, unchecked)

@@ -115,13 +115,11 @@ class MemoryWatch:
         if self.said:
             return
         self.said = True
-        found = peak_memory()
-        measured = found.get("memory/peak_cuda_mb", peak_rss_mb() - self.before)
-        if self.predicted is None:
-            log.info("Memory after the first step: %.0f MB; no prediction for this base.", measured)
-        else:
-            predicted = self.predicted / (1 << 20)
-            log.info("Memory after the first step: %.0f MB; predicted for longest rows: %.0f MB.", measured, predicted)
+        on_gpu = peak_memory().get("memory/peak_cuda_mb")
+        what = "Memory on the GPU" if on_gpu is not None else "Memory (with the pages of libraries)"
+        measured = on_gpu if on_gpu is not None else peak_rss_mb() - self.before
+        predicted = "none for this base" if self.predicted is None else f"{self.predicted / (1 << 20):.0f} MB"
+        log.info("%s after the first step: %.0f MB; predicted, for longest rows: %s.", what, measured, predicted)
 
 
 def peak_memory() -> dict[str, float]:

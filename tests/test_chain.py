@@ -322,6 +322,9 @@ def test_a_reward_model_from_elsewhere_scores_examines_and_ranks(chain, exported
 
     examined = ("run_dir=runs/eval-elsewhere", "reward=null", f'model={{"path": "{exported}"}}')
     assert "comparisons" in rlhf("eval-rm", "--dry-run", *examined, cwd=chain).stdout
+    sets = [word for override in examined for word in ("--set", override)]
+    shown = rlhf("check", "configs/eval-rm.yaml", "--show", "1", *sets, cwd=chain).stdout
+    assert "read as prompt, response and end token" in shown and "a model from elsewhere" in shown
     rlhf("eval-rm", *examined, cwd=chain)
     found, wanted = (
         json.loads((chain / f"runs/{name}/eval.json").read_text()) for name in ("eval-elsewhere", "eval-rm")

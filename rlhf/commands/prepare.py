@@ -30,7 +30,7 @@ def check(
     ] = 0,
     as_json: Json = False,
 ) -> None:
-    """Check configs, paths and every data row, without weights, and without the tokenizer unless rows are shown."""
+    """Check configs, paths and every data row. No weights are read, and no tokenizer unless rows are shown."""
     results = inspection.check([*(files or []), *(config or [])], stage, sets or [], show)
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     typer.echo(json.dumps(results) if as_json else "\n".join(inspection.check_lines(results, colour)))
@@ -40,7 +40,7 @@ def config(
     stage: Annotated[str | None, typer.Argument(help="A stage, or pipeline; none: all, as Markdown.")] = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema, for editors.")] = False,
 ) -> None:
-    """Print every key of a config with its default, meaning and bounds."""
+    """Print every key of a config with its meaning."""
     typer.echo(inspection.reference_of(stage, schema), nl=stage is not None)
 
 
@@ -51,7 +51,7 @@ def migrate(
         str | None, typer.Option("--stage", help="sft, train-rm or ppo, where the file does not tell.")
     ] = None,
 ) -> None:
-    """Translate a config of TRL or LlamaFactory, and name every key that has no counterpart."""
+    """Translate a config of TRL or LlamaFactory. Every key that has no counterpart is named."""
     if out and out.exists():
         raise RlhfError(Problem("CFG010", str(out), "stands there already.", "name another file"))
     found = inspection.migrated(old, stage)
@@ -82,7 +82,7 @@ def init(
     model: Annotated[str | None, typer.Option("--model", help="Directory or hub id of the base.")] = None,
     as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Look at data and a model, and write a commented chain of configs that runs."""
+    """Write configs that run for your data and model. Each key has its reason beside it."""
     project = importlib.import_module("rlhf.start.project").make(directory, data or [], model)
     if as_json:
         typer.echo(json.dumps({"directory": str(directory), "files": list(project.files), "figures": project.figures}))
@@ -105,7 +105,7 @@ def plan(
     sets: Sets = None,
     as_json: Json = False,
 ) -> None:
-    """Predict memory and time of a stage from its config alone, and say what would fit."""
+    """Predict memory and time of a stage from its config. What would make it fit is said."""
     module = importlib.import_module("rlhf.stages.plan")
     outcome = module.plan(config, stage or config.stem, sets or [], gpu, flops, bandwidth, measure)
     typer.echo(json.dumps(outcome) if as_json else "\n".join(module.lines(outcome)))

@@ -34,7 +34,7 @@ def generate(
     seed: Seed = 0,
     chat_template: Template = None,
 ) -> None:
-    """Sample responses from a finished policy run, or a model from elsewhere."""
+    """Sample responses from a policy run or any model."""
     how = _sampling(max_new_tokens, temperature, seed, "generate", top_p)
     importlib.import_module("rlhf.stages.generate").generate(run, prompts, out, samples, chat_template, how)
 
@@ -51,7 +51,7 @@ def chat(
     seed: Seed = 0,
     chat_template: Template = None,
 ) -> None:
-    """Talk with a finished policy run or a model; /again, /reset, /quit."""
+    """Talk with a policy run or any model. /again, /reset and /quit are commands."""
     how = _sampling(max_new_tokens, temperature, seed, "chat", top_p)
     importlib.import_module("rlhf.stages.chat").chat(run, reward, system, chat_template, how)
 
@@ -69,7 +69,7 @@ def score(
     micro_batch_size: Annotated[int, typer.Option("--micro-batch-size", min=1)] = 32,
     label: Annotated[str | None, typer.Option("--label", help="Label of a classifier that has several.")] = None,
 ) -> None:
-    """Score responses with a finished reward run, or with a sequence classifier from elsewhere."""
+    """Score responses with a reward run or any classifier."""
     importlib.import_module("rlhf.stages.score").score(run, data, out, micro_batch_size, label)
 
 
@@ -83,7 +83,7 @@ def export(
     public: Annotated[bool, typer.Option("--public", help="With --push-to-hub: for everyone to see.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write a run as a plain Hugging Face directory that other tools read."""
+    """Write a run as a plain Hugging Face directory."""
     if public and push_to_hub is None:
         raise RlhfError(Problem("CFG040", "--public", "nothing is uploaded.", "--push-to-hub OWNER/NAME"))
     module = importlib.import_module("rlhf.stages.export")

@@ -8,11 +8,12 @@ from itertools import groupby
 from typing import Any
 
 from rlhf.config.ppo import PromptsSection
-from rlhf.config.stages import LongRows, SftConfig, StageConfig
+from rlhf.config.stages import EvalRmConfig, LongRows, SftConfig, StageConfig
 from rlhf.data.chat import ChatFormat
 from rlhf.data.records import Comparison, Demonstration, Prompt
 from rlhf.errors import Problem, RlhfError
 from rlhf.models import opening
+from rlhf.models.classifier import Reader, open_reader
 from rlhf.preflight import Needs, Plan
 
 Row = dict[str, Any]
@@ -26,7 +27,7 @@ def rows(config: StageConfig, needs: Needs, plan: Plan, count: int) -> dict[str,
     Raises:
         RlhfError: what the chat format refuses, by row.
     """
-    chat = _chat(needs, plan)
+    chat = _chat(config, needs, plan)
     problems: list[Problem] = []
     found: dict[str, list[Row]] = {}
     for item in needs.inputs:
@@ -43,19 +44,27 @@ def rows(config: StageConfig, needs: Needs, plan: Plan, count: int) -> dict[str,
 
 def waits_for(needs: Needs, plan: Plan) -> str | None:
     """The run whose tokenizer is needed, where it does not stand yet."""
-    if needs.model or needs.parents[0].key in plan.parents:
+    if needs.model or not needs.parents or needs.parents[0].key in plan.parents:
         return None
     return needs.parents[0].run_dir
 
 
-def _chat(needs: Needs, plan: Plan) -> ChatFormat:
+def _chat(config: StageConfig, needs: Needs, plan: Plan) -> ChatFormat | Reader:
+    if isinstance(config, EvalRmConfig) and config.model:
+        return open_reader(config.model)
     model = needs.model or opening.model_of(plan.parents[needs.parents[0].key])
     return opening.open_chat(model)
 
 
-def _shown(record: Any, chat: ChatFormat, config: Any, section: Any) -> Iterator[Row]:
+def _shown(record: Any, chat: ChatFormat | Reader, config: Any, section: Any) -> Iterator[Row]:
     limit = section.max_tokens if isinstance(section, PromptsSection) else getattr(config, "max_length", None)
     cut = isinstance(config, LongRows) and config.too_long == "truncate"
+    if isinstance(chat, Reader):
+        for index, response in enumerate(record.responses):
+            ids = chat.read(record.prompt, response, True).ids
+            about = f"response {index + 1}{_standing(record, index)}, read as {chat.form}"
+            yield _row(record.where, chat, ids, [False] * len(ids), about, chat.context_length, False)
+        return
     if isinstance(record, Demonstration):
         last_only = isinstance(config, SftConfig) and config.loss_on == "last_turn"
         ids, marked = chat.demonstration(record.messages, last_only)
@@ -78,7 +87,13 @@ def _standing(record: Comparison, index: int) -> str:
 
 
 def _row(
-    where: str, chat: ChatFormat, ids: Sequence[int], marked: Sequence[bool], about: str, limit: int | None, cut: bool
+    where: str,
+    chat: ChatFormat | Reader,
+    ids: Sequence[int],
+    marked: Sequence[bool],
+    about: str,
+    limit: int | None,
+    cut: bool,
 ) -> Row:
     said = f"{len(ids)} tokens, {about}"
     if limit and len(ids) > limit:
