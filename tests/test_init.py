@@ -23,7 +23,7 @@ from rlhf.config.stages import SftConfig
 from rlhf.data import sources
 from rlhf.data.records import Comparison, Demonstration, Judgement, Message, Prompt, prompt_key
 from rlhf.errors import RlhfError
-from rlhf.models import embeddings
+from rlhf.models import adapters, embeddings
 from rlhf.stages.registry import STAGES
 from rlhf.start import chain, choose, look, parts, project, render, told
 from rlhf.start.facts import Lengths, ModelFacts, Rows
@@ -378,6 +378,28 @@ def test_preferences_alone_run_to_the_end_with_no_hand_edits(tmp_path, monkeypat
     assert sft.lora.train_tokens == ["<|im_end|>", "<|im_start|>"] and Path(sft.model.path) == (tmp_path / "m")
     longest = max(len(f"<|im_start|>user\nq{n}<|im_end|>") for n in (99, 149))
     assert longest < sft.max_length <= 64
+
+
+def test_an_instruct_model_is_taken_as_it_is_unless_there_are_demonstrations(tmp_path, monkeypatch, here):
+    monkeypatch.chdir(tmp_path)
+    code, _ = here("demo", "--out", "world", "--size", "80")
+    assert code == 0
+    code, text = here("init", "new", "--data", "world/preferences.jsonl", "--model", "demo:base")
+    assert code == 0 and "no steps: the instruct model is taken as it is" in text
+    both = ("--data", "world/preferences.jsonl", "--data", "world/demonstrations.jsonl", "--model", "demo:base")
+    code, text = here("init", "shown", *both)
+    assert code == 0 and "epochs" in text and "taken as it is" not in text
+    monkeypatch.chdir(tmp_path / "new")
+    code, text = here("sft")
+    assert code == 0 and "an adapter that adds nothing" in text
+    metrics = json.loads(Path("runs/sft/manifest.json").read_text())["metrics"]
+    assert metrics["eval/loss"] == metrics["eval/base_loss"] and metrics["eval/end_token_rate"] > 0.9
+    settings, state = adapters.read(Path("runs/sft/adapter"))
+    assert settings.r == 16 and all(bool((tensor == 0).all()) for name, tensor in state.items() if "lora_B" in name)
+    code, text = here("sft")
+    assert code == 0 and "up to date" in text
+    code, text = here("train-rm", "--dry-run")
+    assert code == 0 and "to train on" in text
 
 
 def command(cwd, *args, path=ROOT):

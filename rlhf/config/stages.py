@@ -76,6 +76,9 @@ class SftConfig(StageConfig, TrainedForAWhile, LongRows):
     """Supervised fine-tuning on demonstrations."""
 
     run_dir: Text = "runs/sft"
+    steps: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="optimizer steps; instead of epochs; 0: the model is taken as it is, as for an instruct model"
+    )
     model: ModelSection = Field(default_factory=ModelSection)
     data: DataSection = Field(description="demonstrations")
     loss_on: Literal["all_turns", "last_turn"] = Field("all_turns", description="assistant turns that carry loss")

@@ -169,7 +169,7 @@ def _stage(config: StageConfig) -> str:
 
 
 def _num_steps(config: SftConfig | RewardConfig, rows: Sequence[Any] | None) -> int | None:
-    if config.steps or rows is None:
+    if config.steps is not None or rows is None:
         return config.steps
     return max(1, math.ceil(len(rows) * (config.epochs or 0) / config.batch.batch_size))
 

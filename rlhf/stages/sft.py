@@ -51,17 +51,18 @@ def run(config: SftConfig, plan: Plan, run: Run) -> Manifest:
     log.info(report.sentence("Training data"))
 
     model = _model(config, base)
-    trainer = _trainer(config, model, base, rows, run)
-    saved = Checkpoints(run, trainer.parts(), config.save_every, config.keep_checkpoints)
-    saved.resume(trainer.args.max_steps)
-    trainer.save_step = saved.end_of_step
-    tracker = Tracker(run.path, config.report_to)
-    trainer.add_callback(_Record(run, tracker))
-    with interrupts.deferred(), bar("SFT", trainer.args.max_steps) as progress:
-        progress.advance(progress.task_ids[0], trainer.restored_step)
-        trainer.add_callback(_Advance(progress, watch))
-        trainer.train_from_here()
-    tracker.close()
+    steps = _num_steps(config, len(rows))
+    trainer = _trainer(config, model, base, rows, run) if steps else None
+    saved = Checkpoints(run, trainer.parts() if trainer else {}, config.save_every, config.keep_checkpoints)
+    saved.resume(steps)
+    if trainer:
+        _train(config, trainer, saved, run, watch)
+    else:
+        log.info(
+            "No steps: the model is taken as it is, with an adapter that adds nothing."
+            if config.lora
+            else "No steps: the model is taken as it is."
+        )
     if config.lora:
         adapters.save(model, "default", run.path / artifacts.ADAPTER)
     else:
@@ -91,6 +92,20 @@ def run(config: SftConfig, plan: Plan, run: Run) -> Manifest:
     )  # fmt: skip
 
 
+def _train(
+    config: SftConfig, trainer: ResumableTrainer, saved: Checkpoints, run: Run, watch: runtime.MemoryWatch
+) -> None:
+    """To the end, from the step that a resumed run goes on with."""
+    trainer.save_step = saved.end_of_step
+    tracker = Tracker(run.path, config.report_to)
+    trainer.add_callback(_Record(run, tracker))
+    with interrupts.deferred(), bar("SFT", trainer.args.max_steps) as progress:
+        progress.advance(progress.task_ids[0], trainer.restored_step)
+        trainer.add_callback(_Advance(progress, watch))
+        trainer.train_from_here()
+    tracker.close()
+
+
 def dry_run(config: SftConfig, plan: Plan) -> list[str]:
     """Token counts and the number of steps, with the tokenizer but without weights."""
     chat = opening.open_chat(config.model)
@@ -118,7 +133,7 @@ def _prompts_to_sample(config: SftConfig, held_out: Any, chat: Any) -> list[Prom
 
 
 def _num_steps(config: SftConfig, num_rows: int) -> int:
-    if config.steps:
+    if config.steps is not None:
         return config.steps
     return max(1, math.ceil(num_rows * (config.epochs or 0) / config.batch.batch_size))
 

@@ -31,6 +31,11 @@ class Basis:
     new_tokens: int
 
     @property
+    def as_it_is(self) -> bool:
+        """Whether SFT is left out: the model answers already, and nothing was said of how it should."""
+        return self.model.is_instruct and not self.parts.demonstrated
+
+    @property
     def most(self) -> int | None:
         """The longest sequence: the context, and 2,048 tokens where memory counts."""
         bounds = [self.model.context_length, choose.MOST_TOKENS if self.size.is_large else None]
@@ -75,7 +80,7 @@ def sft(basis: Basis) -> Tree:
     batch = choose.batch_size(kept, 32)
     epochs = choose.epochs(kept, batch, size.steps, size.passes)
     tokens, why_tokens = choose.train_tokens(model)
-    least_end, why_end = choose.least_end_rate(model)
+    least_end, why_end = choose.least_end_rate(model, basis.as_it_is)
     return {
         "run_dir": "runs/sft",
         "seed": SEED,
@@ -94,7 +99,8 @@ def sft(basis: Basis) -> Tree:
             "schedule": "cosine",
         },
         "batch": _batch(batch, long.tokens, size, kept, "demonstrations"),
-        "epochs": Choice(epochs, _why_epochs(epochs, size.steps)),
+        **({"steps": Choice(0, "an instruct model without demonstrations: taken as it is, its endings measured here")}
+           if basis.as_it_is else {"epochs": Choice(epochs, _why_epochs(epochs, size.steps))}),
         "sampling": basis.sampling,
         "min_end_token_rate": Choice(least_end, why_end),
         **basis.runtime,
@@ -206,8 +212,9 @@ def _data(basis: Basis, part: str, dropped: float, why: str) -> dict[str, Any]:
 
 
 def _origin(basis: Basis) -> str:
-    decided = "every role starts from its adapter, so that an instruct model has this stage too"
-    return decided if basis.model.is_instruct else "demonstrations, or the preferred answers of prompts of their own"
+    if basis.as_it_is:
+        return "preferred answers, to measure on; epochs: 1 instead of steps: 0 would train on them"
+    return "demonstrations, or the preferred answers of prompts of their own"
 
 
 def _lengths(basis: Basis, part: str, usual: float, least: int) -> tuple[Limit, float, float, int]:

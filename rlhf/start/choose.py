@@ -135,10 +135,12 @@ def epochs(num_rows: int, batch: int, least_steps: int, most: int) -> int:
     return max(1, min(most, math.ceil(least_steps * batch / num_rows)))
 
 
-def least_end_rate(model: ModelFacts) -> tuple[float, str]:
+def least_end_rate(model: ModelFacts, as_it_is: bool = False) -> tuple[float, str]:
     """The share of sampled answers that must end by themselves, and why."""
     if model.is_initialised:
         return 0.2, "the base was never pretrained and learns little in so few steps; 0.9 for any other"
+    if as_it_is:
+        return 0.5, "the model's own answers may be longer than these; PPO shortens those that are cut off"
     return 0.9, "fewer sampled answers that end by themselves is an error: PPO learns nothing from answers without end"
 
 

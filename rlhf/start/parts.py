@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rlhf.data.records import Comparison, Demonstration, Message, Messages, Prompt, prompt_key
@@ -18,13 +18,18 @@ LEAST = 4
 
 @dataclass(frozen=True)
 class Parts:
-    """The rows of each stage, and how many rows of a prompt that serves another stage were left out."""
+    """The rows of each stage, and how many rows of a prompt that serves another stage were left out.
+
+    Args:
+        demonstrated: whether the files hold demonstrations; else ``sft`` has the best answers of comparisons.
+    """
 
     sft: tuple[Demonstration, ...]
     reward: tuple[Comparison, ...]
     ppo: tuple[Prompt, ...]
     eval: tuple[Comparison, ...]
     left_out: int
+    demonstrated: bool = False
 
     def counts(self) -> dict[str, tuple[int, int]]:
         """Part -> rows and distinct prompts."""
@@ -54,7 +59,7 @@ def split(rows: Rows) -> Parts:
         part_of = {key: _part(key, kinds) for key in set().union(*kinds.values())}
         found = _gather(rows, part_of, kinds["demonstrations"])
     _require(found, bool(rows.comparisons))
-    return found
+    return replace(found, demonstrated=bool(rows.demonstrations))
 
 
 def place(key: str) -> float:

@@ -81,4 +81,6 @@ def _summary(name: str, tree: Tree) -> str:
             f"prompts to {value('prompts', 'max_tokens')}, answers to {value('sampling', 'max_new_tokens')} tokens"
         )
         return f"{lengths}, {batch}, {rate}, {value('steps')} steps"
+    if name == "sft" and "steps" in tree:
+        return f"max_length {value('max_length')}; no steps: the instruct model is taken as it is"
     return f"max_length {value('max_length')}, {batch}, {rate}, {value('epochs')} epochs"
