@@ -131,8 +131,9 @@ def _num_steps(config: RewardConfig, num_groups: int) -> int:
 
 def _roles(config: RewardConfig, plan: Plan, base: Base) -> Roles:
     """The policy as it is, and the reward role: its adapter once more, or a copy of the model to train whole."""
-    shared, head = SharedBase(base), ScalarHead(base.hidden_size)
+    shared = SharedBase(base)
     shared.add("policy", adapter=artifacts.adapter_of(config.policy), trained=False)
+    head = ScalarHead(base.hidden_size)
     roles: SharedBase | SeparateModels = shared
     if config.lora:
         start = adapters.start_of(config.policy, config.lora, base)
