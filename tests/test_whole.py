@@ -122,7 +122,7 @@ def adapter_run(home, architecture="llama", **settings):
     return artifacts.write(home / "run", Manifest("policy", "sft", 0, {}, {}, 1.0, base=identity)), roles
 
 
-@pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"use_rslora": True}, {"train_tokens": ["<|im_end|>"]}])
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True, "train_tokens": ["<|im_end|>"]}, {"use_rslora": True}])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_whole_copy_of_a_run_is_the_same_function(tmp_path, architecture, settings):
     manifest, roles = adapter_run(tmp_path, architecture, **settings)
@@ -187,6 +187,8 @@ def test_a_role_on_a_policy_without_adapter_gets_a_fresh_one(tmp_path):
     [
         ({"lora": None, "adapter": "runs/sft"}, "has no place there"),
         ({"lora": None, "model": {"path": "m", "dtype": "bfloat16"}}, "needs model.dtype float32"),
+        ({"lora": None, "model": {"path": "m", "quantize": "nf4"}}, "cannot be trained"),
+        ({"lora": {"use_dora": True}, "model": {"path": "m", "quantize": "nf4"}}, "leave model.quantize out"),
         ({"lora": {"alpha": 3.0}, "adapter": "runs/sft"}, "leave lora.alpha out"),
     ],
 )
@@ -285,6 +287,18 @@ def test_adapters_train_on_a_model_that_was_trained_whole_and_its_export_is_itse
     command = [sys.executable, "-m", "rlhf", "export", "runs/ppo", "out", "--json"]
     done = subprocess.run(command, cwd=whole_chain, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["max_difference"] == 0.0
+    answers = []
+    for source in ("runs/ppo", "out"):
+        words = [*command[:3], "generate", source, "--temperature", "0", "--max-new-tokens", "8"]
+        found = subprocess.run(
+            words, cwd=whole_chain, capture_output=True, text=True, input='{"prompt": "hi 3"}', check=True
+        )
+        answers.append(json.loads(found.stdout)["response"])
+    assert answers[0] == answers[1]
+    given = json.dumps({"prompt": "hi 3", "completion": "ok"})
+    scoring = [*command[:3], "score", "runs/train-rm"]
+    found = subprocess.run(scoring, cwd=whole_chain, capture_output=True, text=True, input=given, check=True)
+    assert isinstance(json.loads(found.stdout)["score"], float)
     command[-2:] = ["other", "--adapter-only"]
     done = subprocess.run(command, cwd=whole_chain, capture_output=True, text=True, check=False)
     assert done.returncode == 5 and "trained every weight: it has no adapter" in done.stderr

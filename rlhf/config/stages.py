@@ -118,6 +118,8 @@ class SftConfig(StageConfig, TrainedForAWhile, LongRows):
             raise ValueError(
                 "lora: null writes a model of its own, which cannot carry the code of model.trust_remote_code"
             )
+        if self.lora and self.lora.use_dora and self.model.quantize is not None:
+            raise ValueError("lora.use_dora needs the norms of whole weights: leave model.quantize out")
         given = self.lora.model_fields_set - {"r", "dropout"} if self.lora and self.adapter else set()
         if given:
             raise ValueError(f"adapter gives its own {', '.join(sorted(given))}: leave lora.{min(given)} out")
