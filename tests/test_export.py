@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from huggingface_hub.errors import HfHubHTTPError
 from peft import AutoPeftModelForCausalLM
 from tiny import ARCHITECTURES, base, build, lora, shake
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
@@ -156,11 +157,15 @@ def test_an_export_is_uploaded_privately_with_its_card(tmp_path, monkeypatch):
     assert Hub.calls[4] == ("create", "me/adapter", False, True)
 
 
+class ConnectError(HfHubHTTPError.__mro__[1]):
+    """As the library below the hub's client raises it, which is none of the hub's own errors."""
+
+
 def test_without_a_login_nothing_is_computed_and_a_failed_upload_keeps_the_export(tmp_path, monkeypatch):
     run, _ = make_run(tmp_path, "policy")
 
     def offline(*_, **__):
-        raise ConnectionError("no route to host")
+        raise ConnectError("no route to host")
 
     monkeypatch.setattr(hub, "HfApi", Hub)
     monkeypatch.setattr(Hub, "upload_folder", offline)

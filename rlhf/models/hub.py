@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
@@ -10,12 +11,15 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from rlhf import masking
 from rlhf.errors import Problem, RlhfError
 
+# What the hub's client raises without a connection is no error of its own, but of the library below it.
+HTTPError: Any = HfHubHTTPError.__mro__[1]
+
 
 def require_login(repository: str) -> None:
     """Raise RES012 where nothing could be uploaded: no token, or no hub."""
     try:
         HfApi().whoami()
-    except (LocalTokenNotFoundError, HfHubHTTPError, OSError) as error:
+    except (LocalTokenNotFoundError, HTTPError, OSError) as error:
         raise _refused(repository, error, "hf auth login, or HF_TOKEN in the environment, while online") from None
 
 
@@ -29,7 +33,7 @@ def upload(directory: Path, repository: str, public: bool) -> str:
     try:
         address = api.create_repo(repository, private=not public, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=directory, commit_message="Upload of an rlhf export")
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except (HTTPError, HFValidationError, OSError) as error:
         raise _refused(repository, error, f"upload {directory} by hand: hf upload {repository} {directory}") from None
     return str(address)
 
