@@ -67,7 +67,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "ppo": {
         "policy": "runs/parent",
         "rewards": [
-            {"run": "runs/reward"}, {"function": "noisy_reward:noisy", "weight": 0.1, "standardise_samples": 8},
+            {"run": "runs/reward"}, {"function": "noisy_reward:noisy", "weight": 2.0, "standardise_samples": 8},
         ],
         "prompts": {"path": "prompts.jsonl", "max_tokens": 32}, "steps": 4, "save_every": 1, "report_to": "none",
         "batch": {"batch_size": 8, "minibatch_size": 4, "micro_batch_size": 4}, "sampling": {"max_new_tokens": 8},
@@ -75,6 +75,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "kl": {"coef": 0.05, "target": 1.0, "horizon": 50},
         "optim": {"learning_rate": 3e-3, "value_learning_rate": 3e-3, "schedule": "linear"},
         "evaluation": {"every": 1, "num_prompts": 4, "holdout_fraction": 0.3},
+        "seed": 7,  # the best step comes before the last, so that a forgotten best shows
         "guards": {"entropy_nats": {"warn": 9.0}},
     },
 }  # fmt: skip
