@@ -20,11 +20,12 @@ from rlhf.demo import registry as demo
 from rlhf.errors import Problem, RlhfError
 from rlhf.models import forward, hub, merged, opening
 from rlhf.models.base import Base
+from rlhf.models.classifier import PROOF
 from rlhf.models.heads import ScalarHead
 from rlhf.models.roles import SharedBase
 
 log = logging.getLogger("rlhf")
-CARD, PROOF = "README.md", "rlhf_export.json"
+CARD = "README.md"
 PROBES = ("hello", "what is the capital of france ?", "a")
 
 
