@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny import base, lora, shake
@@ -15,7 +17,8 @@ from rlhf.models.heads import ScalarHead
 from rlhf.models.roles import SharedBase
 from rlhf.optimizer import Optimizer
 from rlhf.ppo import experience as experiences
-from rlhf.ppo import tensors
+from rlhf.ppo import tensors, value_head
+from rlhf.ppo import training as trainings
 from rlhf.ppo import update as updates
 from rlhf.rollouts.hf import HfEngine
 from rlhf.scoring.function import FunctionScorer
@@ -159,3 +162,82 @@ def test_minibatches_partition_the_batch_and_differ_between_epochs():
     assert sorted(i for part in parts for i in part) == list(range(12)) and [len(part) for part in parts] == [4, 4, 4]
     assert parts == [[int(i) for i in rows] for rows in updates.minibatches(12, 4, seed=1, epoch=0)]
     assert parts != [[int(i) for i in rows] for rows in updates.minibatches(12, 4, seed=1, epoch=1)]
+
+
+def test_ridge_is_least_squares_with_rows_for_the_penalty():
+    """The same minimum by a solver of its own: the penalty is d more rows, sqrt(penalty) e_i with target 0."""
+    x = torch.randn(40, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + 2
+    y = x @ torch.tensor([1.0, -2.0, 0.5, 0.0, 3.0]).double() + 0.3 * x[:, 0] ** 2
+    rows = torch.cat([x, y[:, None], torch.ones(40, 1)], 1)
+    weight, bias = value_head.ridge(rows.t() @ rows, 0.7)
+    penalty = 0.7 * float((x - x.mean(0)).square().sum(0).mean())
+    more = torch.cat([penalty**0.5 * torch.eye(5), torch.zeros(5, 1)], 1).double()
+    stacked = torch.cat([torch.cat([x, torch.ones(40, 1)], 1), more])
+    wanted = torch.linalg.lstsq(stacked, torch.cat([y, torch.zeros(5)])[:, None]).solution[:, 0]
+    assert torch.allclose(torch.cat([weight, bias[None]]), wanted, atol=1e-10)
+    alike = torch.cat([torch.full((40, 5), 2.0), y[:, None], torch.ones(40, 1)], 1).double()
+    weight, bias = value_head.ridge(alike.t() @ alike, 0.7)
+    assert not weight.any() and float(bias) == pytest.approx(float(y.mean()))
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_the_value_head_by_least_squares_is_that_of_every_state_alone(world, size):
+    opened, roles, collect = world
+    chosen = config(batch={"batch_size": 6, "minibatch_size": 6, "micro_batch_size": size})
+    batch = collect(chosen)
+    before = roles.state("value").state_dict()["adapter"]
+    states, returns = [], []
+    for row, sample in enumerate(batch.samples):
+        ids = torch.tensor([[*sample.prompt_ids, *sample.response_ids]])
+        with torch.no_grad(), roles.acting_as("value") as (model, head):
+            inner = getattr(model, model.base_model_prefix)
+            hidden = inner(input_ids=ids, use_cache=False).last_hidden_state[0]
+        for t in range(len(sample.response_ids)):
+            states.append([*hidden[len(sample.prompt_ids) + t - 1].tolist(), 1.0])
+            returns.append(float(batch.returns[row, t]))
+    x, y = torch.tensor(states, dtype=torch.float64), torch.tensor(returns, dtype=torch.float64)
+    penalty = value_head.RIDGE * (x - x.mean(0)).square().sum(0)[:-1].mean()
+    gram = x.t() @ x + penalty * torch.eye(33).double().index_fill(1, torch.tensor([32]), 0.0)
+    wanted = x @ torch.linalg.solve(gram, x.t() @ y)
+    with roles.acting_as("value") as (_, head):
+        head.shift.fill_(0.4), head.scale.fill_(2.0)
+    value_head.fit(chosen, roles, opened, batch)
+    with roles.acting_as("value") as (_, head):
+        found = head(x[:, :-1])[:, 0]
+    assert torch.allclose(found, wanted, atol=1e-6)
+    spread, left = y.var(), (y - wanted).var()
+    assert float(1 - left / spread) > 0, "the fit explains something"
+    after = roles.state("value").state_dict()["adapter"]
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_the_batch_that_ends_the_pretraining_is_the_first_to_be_learnt_from(world, monkeypatch):
+    opened, roles, collect = world
+    chosen = config(value={"pretrain_steps": 2, "min_explained_variance": 1.0})
+    made, batch = [], collect(chosen)
+
+    def counted(*arguments):
+        made.append(arguments[5:8])
+        return replace(batch)
+
+    monkeypatch.setattr(trainings.experiences, "collect", counted)
+    training = object.__new__(trainings.Training)
+    optimizer = Optimizer(roles.trained_parameters("value"), 1e-3, 9)
+    vars(training).update(
+        config=chosen, roles=roles, base=opened, train=list(range(60)), ready=None, engine=None, scorer=None,
+        order=trainings.DataOrder(60, 6, 0), progress=trainings.Progress(0.1), value_optimizer=optimizer,
+        record=lambda step, values: None,
+    )  # fmt: skip
+    while training.progress.pretraining is None:
+        training.pretrain_value()
+    assert training.progress.pretraining["batches"] == 2 and not training.progress.pretraining["reached"]
+    assert optimizer.step_count == 2 * chosen.update.epochs, "the first batch takes no gradient"
+    offset, responses, ready = training.order.offset, training.progress.num_responses, training.ready
+    assert (offset, responses, len(made)) == (12, 12, 3) and ready is not None
+    assert training.roll_out() is ready and training.ready is None and len(made) == 3
+    assert training.roll_out() is not ready and training.progress.num_responses == 24 == training.order.offset
+    resumed = made[2]
+    training.order.load_state_dict({"epoch": 0, "offset": offset})
+    training.progress.num_responses = responses
+    training.roll_out()
+    assert made[-1] == resumed, "what was killed makes the same rows again"

@@ -39,8 +39,8 @@ LAYERS = [
     ["rollouts", "scoring"],
     ["evaluation", "serving"],
     [
-        "ppo.experience", "ppo.update", "ppo.training", "reward.training", "reward.outcome", "reward.objective",
-        "reward.contradicted", "reward.starts", "reward.length", "reward.teacher",
+        "ppo.experience", "ppo.value_head", "ppo.update", "ppo.training", "reward.training", "reward.outcome",
+        "reward.objective", "reward.contradicted", "reward.starts", "reward.length", "reward.teacher",
     ],
     ["start"],
     ["stages"],

@@ -95,7 +95,7 @@ class ValueSection(Section):
         "reward", description="a copy of the reward adapter and head, or the SFT adapter with a head of zeros"
     )
     pretrain_steps: Annotated[int, Field(ge=0)] = Field(
-        10, description="at most so many batches before the policy moves"
+        10, description="at most so many batches before the policy moves; the first sets the head by least squares"
     )
     min_explained_variance: Annotated[float, Field(le=1)] = Field(0.3, description="ends the value pretraining")
 

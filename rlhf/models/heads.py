@@ -49,6 +49,13 @@ class ScalarHead(nn.Module):
         nn.init.zeros_(self.linear.bias)
         return self
 
+    @torch.no_grad()
+    def set_(self, weight: Tensor, bias: Tensor) -> ScalarHead:
+        """Make the standardised output w x + b, of ``weight`` [k, d] or [d] and ``bias`` [k] or of no dimension."""
+        self.linear.weight.copy_(weight * self.scale[:, None])
+        self.linear.bias.copy_(bias * self.scale + self.shift)
+        return self
+
     def folded(self) -> ScalarHead:
         """The same function with the standardisation inside weight and bias: what a value role can start from."""
         copy = ScalarHead(self.linear.in_features, self.names).to(self.linear.weight)

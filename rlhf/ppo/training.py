@@ -20,7 +20,7 @@ from rlhf.models.base import Base
 from rlhf.models.roles import Roles
 from rlhf.optimizer import Optimizer
 from rlhf.ppo import experience as experiences
-from rlhf.ppo import objective
+from rlhf.ppo import objective, value_head
 from rlhf.ppo.update import fit_value, update
 from rlhf.rollouts.engine import RolloutEngine
 from rlhf.runs import Run, plain
@@ -78,6 +78,7 @@ class Training:
         self.policy_optimizer, self.value_optimizer = policy_optimizer, value_optimizer
         self.order = DataOrder(len(train), config.batch.batch_size // config.samples_per_prompt, config.seed)
         self.progress = Progress(config.kl.coef)
+        self.ready: experiences.Experience | None = None
         self.guard = Guard(config.guards)
         self.saved = Checkpoints(run, self.state(), config.save_every, config.keep_checkpoints)
 
@@ -117,12 +118,22 @@ class Training:
         config, progress = self.config, self.progress
         rows = [self.train[index] for index in self.order.next()]
         seed = runtime.derived_seed(config.seed, "ppo", "rollouts")
-        batch = experiences.collect(
-            config, self.roles, self.engine, self.scorer, self.base, rows, seed, progress.num_responses,
-            progress.kl_coef,
-        )  # fmt: skip
+        batch, self.ready = self.ready, None
+        if batch is None:
+            batch = experiences.collect(
+                config, self.roles, self.engine, self.scorer, self.base, rows, seed, progress.num_responses,
+                progress.kl_coef,
+            )  # fmt: skip
         progress.num_responses += len(batch.samples)
         return batch
+
+    def look_ahead(self) -> experiences.Experience:
+        """What ``roll_out`` will give next; not made again unless the run is killed in between."""
+        order, responses = self.order.state_dict(), self.progress.num_responses
+        self.ready = self.roll_out()
+        self.order.load_state_dict(order)
+        self.progress.num_responses = responses
+        return self.ready
 
     def evaluate(self) -> dict[str, float]:
         """Measure the policy on the held-out prompts; the best one so far is written beside the checkpoints."""
@@ -152,33 +163,36 @@ class Training:
     def pretrain_value(self) -> None:
         """Fit the value role to one batch of the unmoved policy, or find that it explains enough of the returns.
 
-        The explained variance is of a fresh batch, before it is learnt from.
+        The explained variance is of a fresh batch, before it is learnt from; the batch that ends the pretraining is the
+        first that the policy learns from. The first batch sets the head by least squares, later ones move all of the
+        role by the value loss.
         """
         config, progress = self.config, self.progress
-        wanted, limit, number = (
-            config.value.min_explained_variance,
-            config.value.pretrain_steps,
-            progress.num_pretrained,
-        )
+        limit, number = config.value.pretrain_steps, progress.num_pretrained
         if not limit:
             progress.pretraining = {"batches": 0, "reached": False, "explained_variance": None}
             return
-        batch = self.roll_out()
+        batch = self.look_ahead()
         explained = batch.metrics["rollout/explained_variance"]
         self.record(0, {"pretrain/batch": number, "pretrain/explained_variance": explained})
-        if explained >= wanted:
-            log.info("Value pretraining: explained variance %.2f after %d batches.", explained, number)
-            progress.pretraining = {"batches": number, "reached": True, "explained_variance": explained}
-        elif number == limit:
-            log.warning(
-                "Value pretraining ended at its limit of %d batches with explained variance %.2f, below %.2f.",
-                limit, explained, wanted,
-            )  # fmt: skip
-            progress.pretraining = {"batches": number, "reached": False, "explained_variance": plain(explained)}
+        reached = explained >= config.value.min_explained_variance
+        if reached or number == limit:
+            progress.pretraining = {"batches": number, "reached": reached, "explained_variance": plain(explained)}
+            if reached:
+                log.info("Value pretraining: explained variance %.2f after %d batches.", explained, number)
+            else:
+                log.warning(
+                    "Value pretraining ended at its limit of %d batches with explained variance %.2f, below %.2f.",
+                    limit, explained, config.value.min_explained_variance,
+                )  # fmt: skip
+            return
+        self.roll_out()
+        progress.num_pretrained += 1
+        if number == 0:
+            value_head.fit(config, self.roles, self.base, batch)
         else:
             seed = runtime.derived_seed(config.seed, "value", number)
             fit_value(config, self.roles, self.value_optimizer, self.base, batch, seed, 0)
-            progress.num_pretrained += 1
 
     def step(self) -> None:
         """One rollout, its update, and where it is time to an evaluation."""
