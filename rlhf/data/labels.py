@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rlhf.config.sections import DataSection
-from rlhf.config.stages import RewardConfig
+from rlhf.config.train_rm import RewardConfig
 from rlhf.data import sources
 from rlhf.data.records import Comparison, Judgement
 from rlhf.data.sources import Loaded

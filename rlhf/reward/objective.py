@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rlhf.config.stages import RewardConfig
+from rlhf.config.train_rm import RewardConfig
 from rlhf.data import labels
 from rlhf.data.tokenised import Group
 from rlhf.reward.loss import Preference, bradley_terry, distilled, outcome, plackett_luce

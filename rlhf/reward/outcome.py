@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rlhf import runtime
-from rlhf.config.stages import RewardConfig
+from rlhf.config.train_rm import RewardConfig
 from rlhf.data.tokenised import Group, PromptRow
 from rlhf.errors import Problem, RlhfError
 from rlhf.evaluation import members as together

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from rlhf import artifacts
-from rlhf.config.stages import RewardConfig
+from rlhf.config.train_rm import RewardConfig
 from rlhf.errors import Problem, RlhfError
 from rlhf.models import adapters, merged
 from rlhf.models.base import Base

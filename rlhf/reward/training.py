@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from rlhf import runtime
-from rlhf.config.stages import RewardConfig
+from rlhf.config.train_rm import RewardConfig
 from rlhf.data.batches import DataOrder
 from rlhf.data.records import prompt_key
 from rlhf.data.tokenised import Group

@@ -13,7 +13,7 @@ from torch import Tensor
 from rlhf import artifacts, interrupts, runtime
 from rlhf.artifacts import Manifest
 from rlhf.checkpoints import Checkpoints, Position
-from rlhf.config.stages import RewardConfig
+from rlhf.config.train_rm import RewardConfig
 from rlhf.data import tokenised
 from rlhf.data.batches import collate, micro_batches
 from rlhf.data.records import Prompt, split_by_prompt
