@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from rlhf.config.sections import (
     Count,
     DataSection,
+    Finite,
+    HeadName,
     NonNegative,
     OptimSection,
     Positive,
@@ -20,6 +22,14 @@ from rlhf.config.sections import (
     Text,
 )
 from rlhf.config.stages import LongRows, StageConfig, TrainedForAWhile
+
+Weights = Annotated[dict[HeadName, Finite], Field(min_length=1)]
+Heads = Annotated[
+    Annotated[list[HeadName], Field(min_length=1), Tag("list")] | Annotated[Weights, Tag("weights")],
+    Discriminator(lambda value: "list" if isinstance(value, list) else "weights"),
+]
+COMBINED = "score"
+OF_HEADS = ("combine", "gate_penalty", "rating_coef")
 
 
 class EnsembleSection(Section):
@@ -53,6 +63,19 @@ class RewardConfig(StageConfig, TrainedForAWhile, LongRows):
         1, description="adapters and heads trained one after the other; more than one are an ensemble in one run"
     )
     ensemble: EnsembleSection = Field(default_factory=EnsembleSection)
+    heads: Heads | None = Field(
+        None, description="attributes that get a head each, as a list or with their weights; null: one score"
+    )
+    rubric: Text | None = Field(
+        None, description="YAML file of criteria, which are the heads with their weights where heads names none"
+    )
+    combine: Literal["weights", "fitted", "gate"] = Field(
+        "weights",
+        description="what makes the heads one score: a weighted sum; one whose weights are fitted on half of the "
+        "held-out overall comparisons; weights that depend on the prompt, fitted on those of the training prompts",
+    )
+    gate_penalty: Positive = Field(1.0, description="weight of the gate's squared weights, which keeps it near even")
+    rating_coef: Positive = Field(1.0, description="weight of the squared error of ratings beside comparisons")
     loss: Literal["bradley_terry", "plackett_luce", "outcome"] = Field(
         "bradley_terry",
         description="of all pairs of a ranking, of choosing the best of what is left in turn, or of the labels that "
@@ -105,6 +128,30 @@ class RewardConfig(StageConfig, TrainedForAWhile, LongRows):
             raise ValueError("members are adapters on one base, and lora: null trains every weight")
         if self.ensemble.ranks is not None and len(self.ensemble.ranks) != self.members:
             raise ValueError(f"ensemble.ranks has {len(self.ensemble.ranks)} ranks for {self.members} members")
+        return self
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> RewardConfig:
+        names = list(self.heads or ())
+        if len(set(names)) < len(names):
+            raise ValueError("heads has a name twice")
+        if len(names) > 1 and COMBINED in names:
+            raise ValueError(f"heads: {COMBINED!r} is what the combination of several heads is called")
+        fields, several = RewardConfig.model_fields, bool(names or self.rubric)
+        changed = [key for key in OF_HEADS if getattr(self, key) != fields[key].default]
+        if changed and not several:
+            raise ValueError(f"{changed[0]} is for heads")
+        if several and self.loss != "bradley_terry":
+            raise ValueError("heads are for loss: bradley_terry, which takes comparisons and ratings")
+        if self.gate_penalty != fields["gate_penalty"].default and self.combine != "gate":
+            raise ValueError("gate_penalty is for combine: gate")
+        if self.combine == "weights":
+            return self
+        if isinstance(self.heads, dict):
+            raise ValueError("heads with weights are for combine: weights; the others fit them")
+        named = [key for key in ("length_coef", "teachers") if getattr(self, key)]
+        if named:
+            raise ValueError(f"{named[0]} is about the score, which combine: {self.combine} makes only after training")
         return self
 
     @property

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf import artifacts
+from rlhf.config import rubric, suite
 from rlhf.config import stages as configs
-from rlhf.config import suite
 from rlhf.config.rewards import ClassifierSection, RewardSource
 from rlhf.config.stages import StageConfig
-from rlhf.config.train_rm import RewardConfig
+from rlhf.config.train_rm import COMBINED, RewardConfig
 from rlhf.data import labels, sources
 from rlhf.origins import START
 from rlhf.preflight import Input, Needs, Parent
@@ -55,7 +55,8 @@ def _train_rm(config: RewardConfig) -> Needs:
     return Needs(
         parents=(Parent("policy", config.policy, ("policy",)), *start, *teachers),
         inputs=(Input("data", config.data, labels.ForReward(config)),), members=config.members,
-        trains_whole=config.lora is None,
+        directories=(("rubric", config.rubric),) if config.rubric else (), trains_whole=config.lora is None,
+        heads=tuple(rubric.heads_of(config)) or (COMBINED,),
     )  # fmt: skip
 
 
