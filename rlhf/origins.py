@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rlhf import artifacts, model_files, names, resources
@@ -50,8 +50,11 @@ def adapter_of_another(model: ModelSection | None, parents: Mapping[str, Manifes
     return [Problem("MOD021", "adapter", what, f"model.path: {base.source}")]
 
 
-def start_of_another(parents: Mapping[str, Manifest], members: int, trains_whole: bool) -> list[Problem]:
-    """MOD021 for a reward run to start from on another base than the policy's, CFG032 for one with other members.
+def start_of_another(
+    parents: Mapping[str, Manifest], members: int, trains_whole: bool, heads: Sequence[str]
+) -> list[Problem]:
+    """MOD021 for a reward run to start from on another base than the policy's, CFG032 for one with other members or
+    heads.
 
     A model whose every weight is trained may start from any run with the same template; whether it has the same tokens
     is seen when it is loaded.
@@ -70,7 +73,27 @@ def start_of_another(parents: Mapping[str, Manifest], members: int, trains_whole
     if count not in (1, members):
         what = f"has {count} members, and members is {members}."
         problems.append(Problem("CFG032", START, what, f"members: {count}, or a run with one member"))
+    problems += missing_heads(START, start, heads)
     return problems
+
+
+def heads(sources: Mapping[str, RewardSource], parents: Mapping[str, Manifest]) -> list[Problem]:
+    """CFG032 where a reward is to be a head that its run has not."""
+    return [
+        problem
+        for key, source in sources.items()
+        if source.head is not None
+        for place in (key, *(f"{key}.runs.{index}" for index in range(len(source.runs or ()))))
+        if place in parents
+        for problem in missing_heads(f"{place}.head", parents[place], (source.head,))
+    ]
+
+
+def missing_heads(key: str, manifest: Manifest, wanted: Sequence[str]) -> list[Problem]:
+    """CFG032 for heads that a reward run has not."""
+    known = manifest.details.get("heads", ["score"])
+    missing = ", ".join(repr(name) for name in wanted if name not in known)
+    return [Problem("CFG032", key, f"the run has no head {missing}.", f"one of {', '.join(known)}")] if missing else []
 
 
 def aggregates(sources: Mapping[str, RewardSource], parents: Mapping[str, Manifest]) -> list[Problem]:

@@ -53,6 +53,7 @@ class Needs:
     rewards: Mapping[str, RewardSource] = field(default_factory=dict)
     members: int = 1
     trains_whole: bool = False
+    heads: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,8 @@ def prepare(config: StageConfig, needs: Needs, parents_may_be_missing: bool = Fa
     problems += origins.other_bases(parents, unchecked)
     problems += origins.adapter_of_another(needs.model, parents)
     problems += origins.aggregates(needs.rewards, parents)
-    problems += origins.start_of_another(parents, needs.members, needs.trains_whole)
+    problems += origins.heads(needs.rewards, parents)
+    problems += origins.start_of_another(parents, needs.members, needs.trains_whole, needs.heads)
     digests = {key: origins.model_digest(key, model, problems, unchecked) for key, model in models}
     digests |= {key: origins.directory_digest(key, path, problems) for key, path in needs.directories}
     warnings = examined.check(needs.rewards, parents, digests, problems, unchecked)

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from rlhf import artifacts, names
 from rlhf.artifacts import Manifest
-from rlhf.config.stages import PpoConfig, RewardConfig, SftConfig, StageConfig
+from rlhf.config.stages import PpoConfig, SftConfig, StageConfig
+from rlhf.config.train_rm import RewardConfig
 from rlhf.errors import Problem
 from rlhf.model_files import StoredTensor
 

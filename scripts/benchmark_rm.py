@@ -51,7 +51,7 @@ def ours(size: str) -> dict[str, float]:
     from peft import LoraConfig
 
     from rlhf import runtime
-    from rlhf.config.stages import RewardConfig
+    from rlhf.config.train_rm import RewardConfig
     from rlhf.data.chat import ChatFormat
     from rlhf.data.records import Comparison, Judgement, Message
     from rlhf.data.tokenised import Group

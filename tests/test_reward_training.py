@@ -22,7 +22,7 @@ from rlhf.artifacts import BaseIdentity, Manifest
 from rlhf.config import load
 from rlhf.config.rewards import RewardSource
 from rlhf.config.sections import DataSection
-from rlhf.config.stages import RewardConfig
+from rlhf.config.train_rm import RewardConfig
 from rlhf.data import sources
 from rlhf.data.records import Judgement, Message, split_by_prompt
 from rlhf.errors import RlhfError

@@ -24,7 +24,8 @@ LAYERS = [
     [
         "data.sources", "data.files", "data.forms", "data.labelled", "data.rows", "data.benchmarks", "data.mixture",
         "data.jsonl", "data.hub", "data.settings", "data.labels", "data.lines", "data.duplicates", "data.selection",
-        "data.deep", "interrupts", "runs", "progress", "config.suite",
+        "data.deep", "data.rankings", "data.attributes", "interrupts", "runs", "progress", "config.suite",
+        "config.rubric",
     ],
     ["model_files"],
     ["planning.shape"],
@@ -40,7 +41,8 @@ LAYERS = [
     ["evaluation", "serving"],
     [
         "ppo.experience", "ppo.value_head", "ppo.update", "ppo.training", "reward.training", "reward.outcome",
-        "reward.objective", "reward.contradicted", "reward.starts", "reward.length", "reward.teacher",
+        "reward.objective", "reward.combining", "reward.contradicted", "reward.starts", "reward.length",
+        "reward.teacher",
     ],
     ["start"],
     ["stages"],

@@ -11,7 +11,8 @@ import tiny
 from rlhf import cli
 from rlhf.config import load
 from rlhf.config.sections import DataSection
-from rlhf.config.stages import PpoConfig, RewardConfig, SftConfig
+from rlhf.config.stages import PpoConfig, SftConfig
+from rlhf.config.train_rm import RewardConfig
 from rlhf.data import sources
 from rlhf.data.chat import ChatFormat
 from rlhf.errors import RlhfError

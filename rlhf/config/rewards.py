@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
-from rlhf.config.sections import Count, Finite, NonNegative, Section, Text
+from rlhf.config.sections import Count, Finite, HeadName, NonNegative, Section, Text
 
 
 class ClassifierSection(Section):
@@ -36,6 +36,9 @@ class RewardSource(Section):
     run: Text | None = Field(None, description="a finished reward run; on another base it is loaded beside the policy")
     runs: Annotated[list[Text], Field(min_length=2)] | None = Field(
         None, description="several reward runs, also on other bases, whose members are one ensemble"
+    )
+    head: HeadName | None = Field(
+        None, description="of a reward run with several heads, the one that scores; null: what they are combined to"
     )
     aggregate: Literal["mean", "min", "mean_minus_std", "mean_minus_variance"] = Field(
         "mean", description="how the standardised scores of an ensemble's members become one"
@@ -68,6 +71,8 @@ class RewardSource(Section):
         is_run = self.run is not None or self.runs is not None
         if is_run and self.standardise_samples is not None:
             raise ValueError("standardise_samples is not for a reward run, which is standardised already")
+        if not is_run and self.head is not None:
+            raise ValueError("head is for run or runs: nothing else has heads")
         if not is_run and self.aggregate != "mean":
             raise ValueError("aggregate is for run or runs: nothing else has members")
         default = RewardSource.model_fields["disagreement_coef"].default

@@ -14,7 +14,7 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 LearningRate = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-
+HeadName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z]\w*(-\w+)*$")]
 
 TrackerName = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 ReportTo = Annotated[
@@ -69,7 +69,7 @@ class RoleLoraSection(Section):
 
 FormName = Literal[
     "prompt-completion", "prompt-response", "messages", "sharegpt", "alpaca", "text", "chosen", "pair", "shared-head",
-    "ranking", "unpaired", "prompt",
+    "ranking", "rated", "unpaired", "prompt",
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""One config class a stage: everything that a run depends on, and nothing else."""
+"""One config class a stage: everything that a run depends on, and nothing else; reward training has train_rm.py."""
 
 from __future__ import annotations
 
@@ -27,11 +27,9 @@ from rlhf.config.sections import (
     Fraction,
     LoraSection,
     ModelSection,
-    NonNegative,
     OptimSection,
     Positive,
     ReportTo,
-    RewardBatchSection,
     RoleLoraSection,
     RuntimeSection,
     SamplingSection,
@@ -127,99 +125,6 @@ class SftConfig(StageConfig, TrainedForAWhile, LongRows):
         if given:
             raise ValueError(f"adapter gives its own {', '.join(sorted(given))}: leave lora.{min(given)} out")
         return self
-
-
-class EnsembleSection(Section):
-    """In what the members of an ensemble differ, beside their seed and with it their head and order of the data."""
-
-    data: Literal["bootstrap", "folds", "all"] = Field(
-        "bootstrap", description="prompts of a member: drawn with replacement, all but its own of k folds, or all"
-    )
-    ranks: list[Count] | None = Field(None, description="rank of each member's adapter, instead of lora.r for all")
-
-
-class RewardConfig(StageConfig, TrainedForAWhile, LongRows):
-    """Bradley-Terry reward model on comparisons."""
-
-    run_dir: Text = "runs/train-rm"
-    policy: Text = Field("runs/sft", description="SFT run: gives the base, the tokenizer and the adapter to start from")
-    init_from: Text | None = Field(
-        None, description="reward run to go on from, adapter and head; null: the policy's adapter and a fresh head"
-    )
-    teachers: list[Text] = Field(
-        default_factory=list, description="reward runs, also on other bases, whose mean score differences are fitted"
-    )
-    teacher_weight: Annotated[float, Field(gt=0, le=1)] = Field(
-        1.0, description="share of the teachers in the loss; the rest is that of the labels"
-    )
-    data: DataSection = Field(description="comparisons")
-    lora: RoleLoraSection | None = Field(
-        default_factory=RoleLoraSection, description="adapter that is trained; null: every weight of a copy is"
-    )
-    members: Count = Field(
-        1, description="adapters and heads trained one after the other; more than one are an ensemble in one run"
-    )
-    ensemble: EnsembleSection = Field(default_factory=EnsembleSection)
-    loss: Literal["bradley_terry", "plackett_luce", "outcome"] = Field(
-        "bradley_terry",
-        description="of all pairs of a ranking, of choosing the best of what is left in turn, or of the labels that "
-        "responses have of their own (good or bad)",
-    )
-    use_margins: bool = Field(False, description="subtract a comparison's margin from its score difference")
-    margin_coef: Positive = Field(1.0, description="factor of the margins that use_margins subtracts")
-    weight_by_margin: bool = Field(
-        False, description="multiply a comparison's loss by its margin, which says how strongly it is preferred"
-    )
-    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(
-        0.0, description="share of the labels that are taken to be wrong"
-    )
-    centering_coef: NonNegative = Field(
-        0.001, description="weight of the mean squared score, which keeps scores near 0"
-    )
-    length_coef: NonNegative = Field(
-        0.0, description="weight of what score and length differences have in common, which unlearns 'longer is better'"
-    )
-    optim: OptimSection = Field(default_factory=lambda: OptimSection(learning_rate=2e-4))
-    batch: RewardBatchSection = Field(
-        default_factory=RewardBatchSection, description="counted in prompts, each with its responses"
-    )
-    sampling: SamplingSection = Field(
-        default_factory=SamplingSection, description="how the SFT policy is sampled to standardise the scores"
-    )
-    standardise_samples: Count = Field(256, description="SFT samples that set the scores' shift and scale")
-    contradicted: Annotated[int, Field(ge=0)] = Field(
-        0, description="so many comparisons that the model contradicts most surely are listed in contradicted.jsonl"
-    )
-    report_to: ReportTo = Field("none", description="tracker of the metrics, or a list of them; beside metrics.jsonl")
-
-    @model_validator(mode="after")
-    def _margins_are_read(self) -> RewardConfig:
-        if self.loss == "plackett_luce":
-            named = [key for key in ("use_margins", "weight_by_margin", "label_smoothing") if getattr(self, key)]
-            if named:
-                raise ValueError(f"{named[0]} is for loss: bradley_terry")
-        if self.margin_coef != RewardConfig.model_fields["margin_coef"].default and not self.use_margins:
-            raise ValueError("margin_coef is for use_margins: true")
-        if self.teacher_weight != RewardConfig.model_fields["teacher_weight"].default and not self.teachers:
-            raise ValueError("teacher_weight is for teachers")
-        return self
-
-    @model_validator(mode="after")
-    def _members_share_a_base(self) -> RewardConfig:
-        if self.members == 1 and self.ensemble != EnsembleSection():
-            raise ValueError("ensemble is for members: 2 or more")
-        if self.members > 1 and self.lora is None:
-            raise ValueError("members are adapters on one base, and lora: null trains every weight")
-        if self.ensemble.ranks is not None and len(self.ensemble.ranks) != self.members:
-            raise ValueError(f"ensemble.ranks has {len(self.ensemble.ranks)} ranks for {self.members} members")
-        return self
-
-    @property
-    def ranks(self) -> list[int | None]:
-        """Rank of each member's adapter; None: that of the policy's."""
-        if self.ensemble.ranks is not None:
-            return [*self.ensemble.ranks]
-        return [self.lora.r if self.lora else None] * self.members
 
 
 class CollectConfig(StageConfig):

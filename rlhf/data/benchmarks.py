@@ -57,7 +57,7 @@ def _made(
     rows.check_turns(head, "prompt", ends_with="user")
     judgements = tuple(Judgement(i, len(right) + j) for i in range(len(right)) for j in range(len(wrong)))
     name, number = text_of(need(row, subset), subset), str(row.get("id", ""))
-    return BenchmarkRow(head, (*right, *wrong), judgements, where, None, len(right), name, number)
+    return BenchmarkRow(head, (*right, *wrong), judgements, where, num_correct=len(right), subset=name, id=number)
 
 
 READERS: dict[str, tuple[tuple[str, ...], Callable[[Row, str], BenchmarkRow]]] = {

@@ -61,16 +61,17 @@ def duplicates(records: Sequence[Any]) -> Iterator[Finding]:
 
 
 def contradictions(records: Sequence[Comparison]) -> Iterator[Finding]:
-    """Pairs of responses to one prompt that are ordered in one way here and in the other there."""
-    ahead: dict[tuple[str, str, str], str] = {}
+    """Pairs of responses to one prompt that are ordered in one way here and in the other there, in the same
+    attribute."""
+    ahead: dict[tuple[str, str, str, str | None], str] = {}
     for record in records:
         prompt = prompt_key(record.prompt)
-        for better, worse in _decided(record):
+        for better, worse, what_in in _decided(record):
             first, second = record.responses[better], record.responses[worse]
-            if other := ahead.get((prompt, second, first)):
+            if other := ahead.get((prompt, second, first, what_in)):
                 what = f"prefers the response that {other} rejects: {_shown(first)} over {_shown(second)}."
                 yield Finding("contradiction", record.where, what, "DAT070")
-            ahead.setdefault((prompt, first, second), record.where)
+            ahead.setdefault((prompt, first, second, what_in), record.where)
 
 
 def ties(records: Sequence[Comparison]) -> Iterator[Finding]:
@@ -85,7 +86,7 @@ def length_wins(records: Sequence[Comparison], source: str) -> Iterator[Finding]
     """Share of the decided pairs in which the longer response is preferred, equal lengths (in characters) as halves."""
     wins = total = 0.0
     for record in records:
-        for better, worse in _decided(record):
+        for better, worse, _ in _decided(record):
             gap = len(record.responses[better]) - len(record.responses[worse])
             wins, total = wins + 0.5 + 0.5 * ((gap > 0) - (gap < 0)), total + 1
     if total:
@@ -152,16 +153,18 @@ def _prompt(record: Any) -> str:
     return _plain(prompt_key(record.prompt))
 
 
-def _decided(record: Comparison) -> Iterator[tuple[int, int]]:
-    """(better, worse) of each judgement with a preference."""
+def _decided(record: Comparison) -> Iterator[tuple[int, int, str | None]]:
+    """(better, worse, attribute) of each judgement with a preference."""
     for judgement in record.judgements:
         if judgement.probability != 0.5:
-            ahead = judgement.probability > 0.5
-            yield (judgement.first, judgement.second) if ahead else (judgement.second, judgement.first)
+            first, second = judgement.first, judgement.second
+            better, worse = (first, second) if judgement.probability > 0.5 else (second, first)
+            yield better, worse, judgement.attribute
 
 
-def _order(record: Comparison) -> tuple[tuple[int, int, float], ...]:
-    return tuple((one.first, one.second, one.probability) for one in record.judgements)
+def _order(record: Comparison) -> tuple[Any, ...]:
+    order = ((one.first, one.second, one.probability, one.attribute) for one in record.judgements)
+    return (*order, *sorted(record.attributes.items()))
 
 
 def _plain(text: str) -> str:

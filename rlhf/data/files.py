@@ -15,6 +15,8 @@ from rlhf.data.settings import refuse_settings
 from rlhf.demo import registry as demo
 from rlhf.errors import Problem
 
+ATTRIBUTE = "attributes."
+
 
 def stamp(path: str) -> tuple[int, ...] | None:
     """Tells whether a file is the one that it was a moment ago; None where there is no file."""
@@ -42,9 +44,12 @@ def read(source: SourceSection, problems: list[Problem], notes: list[str]) -> It
 def renamed(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
     if not columns:
         return row
+    """The row under our names; ``attributes.NAME`` puts a column into the object ``attributes``."""
     taken = set(columns.values())
     kept = {key: value for key, value in row.items() if key not in taken and key not in columns}
-    return kept | {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
+    named = {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
+    rated = {ours.removeprefix(ATTRIBUTE): named.pop(ours) for ours in [*named] if ours.startswith(ATTRIBUTE)}
+    return kept | named | ({"attributes": rated} if rated else {})
 
 
 def digest(source: SourceSection, records: list[Any]) -> str:
@@ -54,5 +59,6 @@ def digest(source: SourceSection, records: list[Any]) -> str:
     digest = hashlib.sha256()
     for record in records:
         held = vars(record) | {"where": None}  # the same rows under another path are the same
+        held = {name: value for name, value in held.items() if name != "attributes" or value}
         digest.update(json.dumps(held, default=vars, sort_keys=True).encode())
     return digest.hexdigest()

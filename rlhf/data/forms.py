@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from rlhf.data import benchmarks, rows
+from rlhf.data import benchmarks, rankings, rows
 from rlhf.data.labelled import Labelled
 from rlhf.data.records import Comparison, Demonstration, Message, Messages, Prompt
 from rlhf.data.rows import Row, RowError, need, text_of
@@ -211,7 +211,8 @@ def _response_demonstration(row: Row, where: str) -> Demonstration:
 _STEPS = Form("stepwise", ("completions", "labels"), _steps, alone=True)
 _BESIDE = ("input", "history", "system")
 _COLLECTED = ("scores", "provenance")
-_LABELS = ("margin", "probability", "votes", "annotator")
+_LABELS = ("margin", "probability", "votes", "annotator", "attribute")
+_RANKED = (*_COLLECTED, "annotator", "attribute", "ratings")
 FORMS: dict[str, tuple[Form, ...]] = {
     "demonstrations": (
         Form("prompt-completion", ("prompt", "completion"), rows.from_completion),
@@ -228,14 +229,8 @@ FORMS: dict[str, tuple[Form, ...]] = {
         Form("shared-head", ("chosen", "rejected"), rows.pair, _LABELS, ("chosen", "rejected"), alone=True),
         Form("sharegpt", ("conversations", "chosen", "rejected"), _sharegpt_pair, ("system", *_LABELS)),
         Form("alpaca", ("instruction", "chosen", "rejected"), _alpaca_pair, (*_BESIDE, *_LABELS)),
-        Form(
-            "ranking",
-            ("prompt", "responses", "ranks"),
-            rows.ranking,
-            (*_COLLECTED, "annotator"),
-            ("responses", "ranks"),
-            sole=True,
-        ),
+        Form("ranking", ("prompt", "responses", "ranks"), rankings.ranking, _RANKED, ("responses", "ranks"), sole=True),
+        Form("rated", ("prompt", "response", "attributes"), rankings.rated, (), ("attributes",), alone=True),
         Form("unpaired", ("prompt", "completion", "label"), _unpaired, alone=True),
         _STEPS,
     ),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
+from rlhf.config import rubric
 from rlhf.config.sections import DataSection
-from rlhf.config.stages import RewardConfig
-from rlhf.data import sources
+from rlhf.config.train_rm import RewardConfig
+from rlhf.data import attributes, sources
 from rlhf.data.records import Comparison, Judgement
 from rlhf.data.sources import Loaded
 from rlhf.errors import Problem, RlhfError
@@ -18,11 +20,11 @@ class ForReward:
     """Reads comparisons for ``config``.
 
     Raises:
-        RlhfError: DAT053 where they do not have what it asks for.
+        RlhfError: DAT053 to DAT058 where they do not have what it asks for.
     """
 
     def __init__(self, config: RewardConfig) -> None:
-        self.config = config
+        self.config, self.heads = config, rubric.heads_of(config)
 
     def __call__(self, data: DataSection, seed: int = 0) -> Loaded:
         load = sources.load_outcomes if self.config.loss == "outcome" else sources.load_comparisons
@@ -32,9 +34,10 @@ class ForReward:
             raise RlhfError(Problem("DAT055", loaded.source, what, "rows with prompt, completion and label"))
         problems = margins(self.config, loaded.records, loaded.source)
         problems += rankings(self.config, loaded.records, loaded.source)
+        problems += attributes.problems(self.heads, self.config.combine, loaded.records, loaded.source)
         if problems:
             raise RlhfError(*problems)
-        return loaded
+        return replace(loaded, warnings=(*loaded.warnings, *attributes.notes(loaded.records)))
 
 
 def margins(config: RewardConfig, records: Sequence[Comparison], source: str) -> list[Problem]:

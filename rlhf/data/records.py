@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from rlhf.errors import Problem, RlhfError
@@ -36,7 +36,8 @@ class Demonstration:
 
 @dataclass(frozen=True)
 class Judgement:
-    """Response ``first`` is preferred to ``second`` with ``probability``; 1/2 is a tie."""
+    """Response ``first`` is preferred to ``second`` with ``probability``; 1/2 is a tie. ``attribute`` says in what,
+    None that it is overall."""
 
     first: int
     second: int
@@ -48,13 +49,28 @@ class Judgement:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A prompt, K responses, and the judgements between them; a pair is K = 2."""
+    """A prompt, K responses, and the judgements between them; a pair is K = 2.
+
+    Args:
+        ratings: [K] probability that a response is good, where each has a label of its own.
+        attributes: name -> [K] ratings in that attribute; None for a response that has none.
+    """
 
     prompt: Messages
     responses: tuple[str, ...]
     judgements: tuple[Judgement, ...]
     where: str
     ratings: tuple[float, ...] | None = None
+    attributes: dict[str, tuple[float | None, ...]] = field(default_factory=dict)
+
+    @property
+    def names(self) -> set[str]:
+        """The attributes that it has judgements or ratings in."""
+        return {*self.attributes, *(one.attribute for one in self.judgements if one.attribute is not None)}
+
+    def of(self, attribute: str | None) -> tuple[Judgement, ...]:
+        """The judgements in one attribute, or overall."""
+        return tuple(judgement for judgement in self.judgements if judgement.attribute == attribute)
 
 
 @dataclass(frozen=True)

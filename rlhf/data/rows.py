@@ -94,7 +94,7 @@ def preferred(row: Row, head: Messages, best: str, worst: str, where: str) -> Co
     ):
         raise RowError(f"'margin': need a finite number, got {reprlib.repr(margin)}.")
     shift = None if margin is None else float(margin)
-    judgement = Judgement(0, 1, probability_of(row), shift, annotator_of(row))
+    judgement = Judgement(0, 1, probability_of(row), shift, annotator_of(row), attribute_of(row))
     return Comparison(head, (best, worst), (judgement,), where)
 
 
@@ -117,38 +117,18 @@ def probability_of(row: Row) -> float:
     return float(votes[0] / sum(votes))
 
 
-def ranking(row: Row, where: str) -> Comparison:
-    """From ``prompt``, ``responses`` and ``ranks``."""
-    head = prompt_of(need(row, "prompt"))
-    check_turns(head, "prompt", ends_with="user")
-    texts, ranks = need(row, "responses"), need(row, "ranks")
-    for name in ("chosen", "rejected", "margin", "probability", "votes"):
-        if name in row:
-            raise RowError(f"'{name}': belongs to a pair, this row is a ranking ('responses' and 'ranks').")
-    if not isinstance(texts, list) or len(texts) < 2:
-        raise RowError("'responses': need a list of at least two texts.")
-    responses = tuple(text_of(text, f"responses[{index}]") for index, text in enumerate(texts))
-    if not isinstance(ranks, list) or len(ranks) != len(texts) or not all(type(rank) is int for rank in ranks):
-        raise RowError(f"'ranks': need {len(texts)} whole numbers, one a response, 1 for the best.")
-    if len(set(ranks)) == 1:
-        raise RowError("'ranks': all equal, so the row holds no preference.")
-    judgements = []
-    for first in range(len(ranks)):
-        for second in range(first + 1, len(ranks)):
-            better, worse = (first, second) if ranks[first] <= ranks[second] else (second, first)
-            tie = ranks[first] == ranks[second]
-            if not tie and responses[first] == responses[second]:
-                raise EqualResponses(f"'responses': {first} and {second} are equal but ranked differently.")
-            judgements.append(Judgement(better, worse, 0.5 if tie else 1.0, annotator=annotator_of(row)))
-    return Comparison(head, responses, tuple(judgements), where)
-
-
 def annotator_of(row: Row) -> str | None:
     """Who judged: a name or a number, as text; None where the row does not say."""
     found = row.get("annotator")
     if found is not None and (isinstance(found, bool) or not isinstance(found, str | int)):
         raise RowError(f"'annotator': need a name or a number, got {reprlib.repr(found)}.")
     return None if found is None else str(found)
+
+
+def attribute_of(row: Row) -> str | None:
+    """In what was judged: the name of an attribute; None for an overall judgement."""
+    found = row.get("attribute")
+    return None if found is None else text_of(found, "attribute")
 
 
 def prompt_of(value: Any) -> Messages:

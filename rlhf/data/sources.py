@@ -21,6 +21,7 @@ from rlhf.errors import Problem, RlhfError
 EQUAL = "two differently ranked responses are equal"
 UNCOMPARED = "no response to the same prompt has the other label"
 COLLECTED = "preferences.jsonl"
+OF_ATTRIBUTES = ("ratings", "attributes")
 TURN_KEYS = {"role", "content", "from", "value"}
 
 
@@ -172,7 +173,7 @@ def _row(
         found.records.append(record)
         found.ignored.update(row.keys() - set(form.fields))
         for name in form.fields:
-            if not isinstance(value := row.get(name), str):
+            if not isinstance(value := row.get(name), str) and name not in OF_ATTRIBUTES:
                 found.ignored.update(f"{name}[].{key}" for key in _extra_keys(value))
     except EqualResponses as error:
         _equal(where, error, data, found)
@@ -222,7 +223,7 @@ def _check_choice(source: SourceSection, kind: str) -> None:
     wrong = [
         Problem("DAT003", source.path, f"columns.{ours}: {kind} have no such field.", f"one of {rows.names(known)}")
         for ours in source.columns
-        if ours not in known
+        if ours not in known and not ("attributes" in known and ours.startswith(files.ATTRIBUTE))
     ]
     forms_known = [form.name for form in FORMS[kind]]
     if source.form and source.form not in forms_known:

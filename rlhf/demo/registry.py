@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-from rlhf.demo.gold import noisy_utility, ranks_of
+from rlhf.demo.gold import AXES, judge, noisy_utility, ranks_of
 from rlhf.demo.replies import GOOD, Manner, draw_demonstration, draw_edit, draw_manner, write
 from rlhf.demo.world import SPLITS, Ticket, tickets
 from rlhf.errors import Problem, RlhfError
@@ -17,8 +17,12 @@ from rlhf.errors import Problem, RlhfError
 PREFIX = "demo:"
 DATASETS = ("demonstrations", "preferences", "prompts")
 DEFAULT_SIZE = {"demonstrations": 2600, "preferences": 1100, "prompts": 1800}
-OPTIONS = {"size": int, "seed": int, "split": str, "sharpness": float, "swap": float, "length_bias": float}
-LABEL_OPTIONS = ("sharpness", "swap", "length_bias")
+OPTIONS = {
+    "size": int, "seed": int, "split": str, "sharpness": float, "swap": float, "length_bias": float, "attribute": str,
+    "ratings": str,
+}  # fmt: skip
+LABEL_OPTIONS = ("sharpness", "swap", "length_bias", "attribute", "ratings")
+RATING_NOISE, BEST_RATING = 0.6, 4
 BASE = Path(__file__).parent / "base"
 
 
@@ -41,18 +45,21 @@ def rows(name: str) -> Iterator[dict[str, Any]]:
     """The rows of a data set such as ``demo:preferences?size=800&seed=3&split=test``, the same ones for the same name.
 
     Splits never share a prompt, whatever the seed. Preferences also take ``sharpness`` (of the noisy judge), ``swap``
-    (share of rankings in which two replies changed places) and ``length_bias``.
+    (share of rankings in which two replies changed places) and ``length_bias``; ``attribute=safe`` ranks by that axis
+    of gold alone, replies that are equal there as ties, and ``ratings=helpful,safe`` adds ratings from 0 to 4.
 
     Raises:
         RlhfError: DAT002 for an unknown data set or option, or a value that does not fit.
     """
     kind, options = _parse(name)
     split, seed, size = options["split"], options["seed"], options["size"]
+    if kind == "preferences":
+        ranked = (_ranking(ticket, rng, options) for ticket, rng in tickets(split, seed, kind))
+        yield from islice((row for row in ranked if len(set(row["ranks"])) > 1), size)
+        return
     for ticket, rng in islice(tickets(split, seed, kind), size):
         if kind == "demonstrations":
             yield {"prompt": ticket.text, "completion": draw_demonstration(ticket, rng)}
-        elif kind == "preferences":
-            yield _ranking(ticket, rng, options)
         else:
             yield {"prompt": ticket.text}
 
@@ -70,19 +77,30 @@ def _ranking(ticket: Ticket, rng: random.Random, options: dict[str, Any]) -> dic
         if reply not in responses:
             responses.append(reply)
             manners.append(manner)
+    axes = [judge(ticket.text, reply) for reply in responses]
     utilities = [
         noisy_utility(ticket.text, reply, rng, options["sharpness"], options["length_bias"]) for reply in responses
     ]
+    if options["attribute"]:
+        utilities = [own[options["attribute"]] for own in axes]
     if rng.random() < options["swap"]:
         first, second = rng.sample(range(4), 2)
         utilities[first], utilities[second] = utilities[second], utilities[first]
     order = rng.sample(range(4), 4)
     ranks = ranks_of(utilities)
-    return {
+    row = {
         "prompt": ticket.text,
         "responses": [responses[index] for index in order],
         "ranks": [ranks[index] for index in order],
     }
+    row |= {"attribute": options["attribute"]} if options["attribute"] else {}
+    named = {name: [_rating(axes[index][name], rng) for index in order] for name in options["ratings"]}
+    return row | ({"ratings": named} if named else {})
+
+
+def _rating(value: float, rng: random.Random) -> int:
+    """An axis from 0 to 1 as a whole number from 0 to BEST_RATING, as a careful person would give it."""
+    return max(0, min(BEST_RATING, round(BEST_RATING * value + rng.gauss(0, RATING_NOISE))))
 
 
 def _parse(name: str) -> tuple[str, dict[str, Any]]:
@@ -92,6 +110,7 @@ def _parse(name: str) -> tuple[str, dict[str, Any]]:
         raise RlhfError(Problem("DAT002", name, "no data set of this name in the embedded world.", f"one of {known}"))
     options: dict[str, Any] = {
         "size": DEFAULT_SIZE[kind], "seed": 0, "split": "train", "sharpness": 15.0, "swap": 0.06, "length_bias": 0.0,
+        "attribute": "", "ratings": "",
     }  # fmt: skip
     for key, text in parse_qsl(query, keep_blank_values=True):
         if key not in OPTIONS or (key in LABEL_OPTIONS and kind != "preferences"):
@@ -103,6 +122,9 @@ def _parse(name: str) -> tuple[str, dict[str, Any]]:
             raise RlhfError(Problem("DAT002", name, f"{key} must be a number, got '{text}'.")) from None
     if options["split"] not in SPLITS:
         raise RlhfError(Problem("DAT002", name, f"no split '{options['split']}'.", f"one of {', '.join(SPLITS)}"))
+    options["ratings"] = [name for name in options["ratings"].split(",") if name]
+    for axis in sorted({options["attribute"], *options["ratings"]} - {"", *AXES}):
+        raise RlhfError(Problem("DAT002", name, f"gold has no axis '{axis}'.", f"one of {', '.join(AXES)}"))
     if not 1 <= options["size"] <= 100_000 or options["seed"] < 0:
         raise RlhfError(Problem("DAT002", name, "size must be 1 to 100,000 and seed at least 0."))
     return kind, options

@@ -66,7 +66,7 @@ def materials(comparisons: Sequence[Comparison], texts: ProbesSection, seed: int
     """One for each of at most ``num_prompts`` distinct prompts that have a preferred response; in the data's order."""
     pairs: dict[str, tuple[Comparison, str, str]] = {}
     for record in comparisons:
-        decided = [one for one in record.judgements if one.probability != 0.5]
+        decided = [one for one in record.of(None) if one.probability != 0.5]
         if decided and prompt_key(record.prompt) not in pairs:
             better, worse = _best_and_worst(record)
             pairs[prompt_key(record.prompt)] = (record, better, worse)
@@ -88,7 +88,7 @@ def materials(comparisons: Sequence[Comparison], texts: ProbesSection, seed: int
 def _best_and_worst(record: Comparison) -> tuple[str, str]:
     """The responses with the most and the fewest comparisons won."""
     won = [0.0] * len(record.responses)
-    for one in record.judgements:
+    for one in record.of(None):
         won[one.first] += one.probability - 0.5
         won[one.second] -= one.probability - 0.5
     order = sorted(range(len(won)), key=won.__getitem__)

@@ -73,12 +73,14 @@ def score(scorer: Scorer, groups: Sequence[Group]) -> Scores:
     ])  # fmt: skip
 
 
-def pairs_of(groups: Sequence[Group], scores: Scores) -> Pairs:
-    """The differences of ``scores`` along the judgements."""
+def pairs_of(groups: Sequence[Group], scores: Scores, attribute: str | None = None) -> Pairs:
+    """The differences of ``scores`` along the judgements in one attribute, or the overall ones."""
     rows: list[tuple[int, int]] = []
     gaps, keys, margins, annotators, sources, num_ties, start = [], [], [], [], [], 0, 0
     for group in groups:
         for judgement in group.judgements:
+            if judgement.attribute != attribute:
+                continue
             if judgement.probability == 0.5:
                 num_ties += 1
                 continue
@@ -104,11 +106,13 @@ def pairs_of(groups: Sequence[Group], scores: Scores) -> Pairs:
 
 
 def responses_of(groups: Sequence[Group], scores: Scores) -> Responses:
-    """Every response with its score, its length and how it was judged."""
+    """Every response with its score, its length and how it was judged overall."""
     values, lengths, preferences, keys = scores.mean.double().cpu().numpy(), [], [], []
     for group in groups:
         won, judged = numpy.zeros(len(group.responses)), numpy.zeros(len(group.responses))
         for judgement in group.judgements:
+            if judgement.attribute is not None:
+                continue
             for index, share in (
                 (judgement.first, judgement.probability),
                 (judgement.second, 1 - judgement.probability),

@@ -100,7 +100,16 @@ def end_scores(model: Any, head: Any, sequences: Sequences) -> Tensor:
     """[B, k] what the head reads at the last token of each sequence."""
     last = sequences.prompt_lengths + sequences.response_lengths - 1
     rows = torch.arange(len(last), device=last.device)
-    return head(hidden_at(model, sequences, rows, last))  # type: ignore[no-any-return]
+    if head.gate is None:
+        return head(hidden_at(model, sequences, rows, last))  # type: ignore[no-any-return]
+    return head(*end_states(model, sequences))  # type: ignore[no-any-return]
+
+
+def end_states(model: Any, sequences: Sequences) -> tuple[Tensor, Tensor]:
+    """[B, d] last hidden states at the last token of each sequence, and at the last of its prompt."""
+    hidden = packing.backbone(model, sequences.ids, sequences.attention_mask, sequences.lengths)
+    prompt = sequences.prompt_lengths - 1
+    return hidden[sequences.starts + prompt + sequences.response_lengths], hidden[sequences.starts + prompt]
 
 
 def hidden_at(model: Any, sequences: Sequences, rows: Tensor, positions: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -48,6 +48,7 @@ class Roles(Protocol):
     def acting_as(self, name: str) -> Any: ...
     def trained_parameters(self, name: str) -> list[nn.Parameter]: ...
     def head(self, name: str) -> ScalarHead: ...
+    def set_head(self, name: str, head: ScalarHead) -> None: ...
     def state(self, name: str) -> SlotState: ...
     def enable_gradient_checkpointing(self) -> None: ...
     def save(self, name: str, directory: Path) -> None: ...
@@ -72,6 +73,11 @@ class _Slots:
         head = self.slots[name].head
         assert head is not None, f"the role {name} has no head"
         return head
+
+    def set_head(self, name: str, head: ScalarHead) -> None:
+        """Put another head in the place of the role's, as frozen: training is over."""
+        slot = replace(self.slots[name], head=self._head_of(head, False))
+        self.slots[name] = self.host(name).slots[name] = slot
 
     def trained_parameters(self, name: str) -> list[nn.Parameter]:
         """Adapter (or every weight) and head of a trained slot: what its optimizer is built from."""

@@ -15,14 +15,8 @@ from rlhf.artifacts import Manifest
 from rlhf.config import load
 from rlhf.config.rewards import RewardSource
 from rlhf.config.sections import LoraSection
-from rlhf.config.stages import (
-    CollectConfig,
-    EvalRmConfig,
-    PpoConfig,
-    RewardConfig,
-    SftConfig,
-    StageConfig,
-)
+from rlhf.config.stages import CollectConfig, EvalRmConfig, PpoConfig, SftConfig, StageConfig
+from rlhf.config.train_rm import RewardConfig
 from rlhf.errors import Problem, RlhfError
 from rlhf.planning import shape as shapes
 from rlhf.planning.memory import Numbers

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rlhf import artifacts, storage
-from rlhf.config.stages import RewardConfig
+from rlhf.config.train_rm import RewardConfig
 from rlhf.data.tokenised import Group
 from rlhf.models.roles import Roles
 from rlhf.reward.training import rows_of

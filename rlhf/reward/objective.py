@@ -2,26 +2,80 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from rlhf.config.stages import RewardConfig
+from rlhf.config import rubric
+from rlhf.config.train_rm import RewardConfig
 from rlhf.data import labels
+from rlhf.data.records import Comparison
 from rlhf.data.tokenised import Group
-from rlhf.reward.loss import Preference, bradley_terry, distilled, outcome, plackett_luce
+from rlhf.reward import loss, several
+from rlhf.reward.loss import Judged, Preference, bradley_terry, distilled, outcome, plackett_luce
+from rlhf.reward.several import Heads, scales
 from rlhf.reward.teacher import Teacher
+
+log = logging.getLogger("rlhf")
+
+
+def heads_of(config: RewardConfig, records: Sequence[Comparison]) -> Heads | None:
+    """The heads that a config asks for, with the scales of their ratings in the training data; None: one score."""
+    weights = rubric.heads_of(config)
+    if not weights:
+        return None
+    names, summed = tuple(weights), config.combine == "weights"
+    return Heads(names, tuple(weights.values()), scales(names, records), summed, config.rating_coef)
+
+
+def trained(heads: Heads | None, records: Sequence[Comparison]) -> list[Comparison]:
+    """The records with a label that trains a head; the others are counted."""
+    if heads is None:
+        return list(records)
+    kept = [record for record in records if heads.trains(record)]
+    if len(kept) < len(records):
+        log.info("%d rows train no head: their labels are overall, and fit the combination.", len(records) - len(kept))
+    return kept
+
+
+def num_judged(heads: Heads | None, groups: Sequence[Group]) -> int:
+    """Groups that have an accuracy."""
+    if heads is None:
+        return len(groups)
+    return sum(any(heads.summed or one.attribute for one in group.judgements) for group in groups)
+
+
+def score(heads: Heads | None, scores: Sequence[Tensor]) -> list[Tensor]:
+    """One [K] tensor a group, the score itself or the sum of the heads."""
+    return heads.total(scores) if heads else list(scores)
+
+
+def centering(heads: Heads | None, scores: Sequence[Tensor]) -> Tensor:
+    """[G] mean squared score of each group."""
+    return several.centering(heads, scores) if heads else loss.centering(scores)
 
 
 def preference(
-    config: RewardConfig, groups: Sequence[Group], scores: Sequence[Tensor], teacher: Teacher | None = None
-) -> Preference:
-    """Loss and accuracy of each group [G] under the config's objective."""
-    found = _labels(config, groups, scores)
+    config: RewardConfig, groups: Sequence[Group], scores: Sequence[Tensor], teacher: Teacher | None = None,
+    heads: Heads | None = None,
+) -> Preference:  # fmt: skip
+    """Loss and accuracy of each group [G] under the config's objective.
+
+    Args:
+        scores: one [K] tensor a group, with ``heads`` [K, k].
+    """
+    single = score(heads, scores)
+    if heads:
+        records, compare = [group.record for group in groups], partial(_bradley_terry, config)
+        found = several.objective(heads, records, scores, compare)
+    else:
+        found = _labels(config, groups, single)
     if teacher is None:
         return found
-    pairs = zip(scores, teacher.of(groups), strict=True)
+    pairs = zip(single, teacher.of(groups), strict=True)
     fitted = torch.stack([distilled(values, target) for values, target in pairs])
     return Preference((1 - config.teacher_weight) * found.loss + config.teacher_weight * fitted, found.accuracy)
 
@@ -46,6 +100,6 @@ def _outcome(config: RewardConfig, group: Group, values: Tensor) -> tuple[Tensor
     return found.loss[0], found.accuracy[0]
 
 
-def _bradley_terry(config: RewardConfig, groups: Sequence[Group], scores: Sequence[Tensor]) -> Preference:
+def _bradley_terry(config: RewardConfig, groups: Sequence[Judged], scores: Sequence[Tensor]) -> Preference:
     margin_coef = config.margin_coef if config.use_margins else 0.0
     return bradley_terry(groups, scores, margin_coef, config.label_smoothing, float(config.weight_by_margin))

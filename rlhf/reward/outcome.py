@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from rlhf import runtime
-from rlhf.config.stages import RewardConfig
+from rlhf.config.train_rm import RewardConfig
 from rlhf.data.tokenised import Group, PromptRow
 from rlhf.errors import Problem, RlhfError
+from rlhf.evaluation import heads
 from rlhf.evaluation import members as together
 from rlhf.evaluation import policy as measure
 from rlhf.evaluation import reward as examine
+from rlhf.evaluation.figures import How
 from rlhf.metrics.members import chance_above
 from rlhf.models.base import Base
 from rlhf.models.heads import ScalarHead
@@ -26,7 +28,7 @@ from rlhf.reward import length
 from rlhf.rollouts.opening import open_engine
 from rlhf.runs import Run
 from rlhf.scoring.ensemble import EnsembleScorer
-from rlhf.scoring.scorer import Sample, Scorer
+from rlhf.scoring.scorer import Sample, Scorer, Scores
 from rlhf.scoring.shared import SharedScorer
 
 log = logging.getLogger("rlhf")
@@ -48,8 +50,13 @@ def held_out(
     labelled = _of_labels(kept, groups)
     shared = length.correlation(pairs.length_gaps.tolist(), pairs.differences.tolist()) if config.length_coef else None
     labelled |= {} if shared is None else {"eval/length_correlation": shared}
+    assert kept.found is not None
+    of_heads = _of_heads(config, groups, kept.found)
+    judged = {name: row["accuracy"] for name, row in of_heads.items() if row["accuracy"]}
+    labelled |= {f"eval/accuracy/{name}": accuracy["estimate"] for name, accuracy in judged.items()}
+    told = {"heads_held_out": of_heads} if of_heads else {}
     if not len(pairs.differences):
-        return labelled, {"members": len(slots)} if members else {}
+        return labelled, {**told, **({"members": len(slots)} if members else {})}
     accuracy = examine.accuracy(pairs, config.seed)
     log.info(
         "Held out: accuracy %.3f [%.3f, %.3f] on %d comparisons of %d prompts.", accuracy.estimate, accuracy.low,
@@ -60,11 +67,24 @@ def held_out(
         "eval/ece": examine.calibration_error(pairs), "eval/comparisons": len(pairs.differences), **labelled,
     }  # fmt: skip
     if not members:
-        return figures, {}
+        return figures, told
     said = together.report(pairs, members)
     alone = said["accuracy"]
     log.info("Its %d members alone: accuracy %.3f to %.3f.", len(slots), min(alone), max(alone))
-    return figures, {"members": len(slots), "members_held_out": said}
+    return figures, {**told, "members": len(slots), "members_held_out": said}
+
+
+def _of_heads(config: RewardConfig, groups: Sequence[Group], scores: Scores) -> dict[str, Any]:
+    """Each head on the labels of its attribute."""
+    found = heads.report(groups, scores, How(10, 2000, config.seed, 0.0))
+    for name, row in found.items():
+        said = []
+        if row["accuracy"]:
+            said.append(f"accuracy {row['accuracy']['estimate']:.3f} on {row['comparisons']} comparisons")
+        if row["rating_correlation"] is not None:
+            said.append(f"correlation {row['rating_correlation']:.3f} with {row['ratings']} ratings")
+        log.info("Held out, %s: %s.", name, ", ".join(said) or "no figure")
+    return found
 
 
 def _of_labels(kept: together.Kept, groups: Sequence[Group]) -> dict[str, float]:
@@ -104,10 +124,11 @@ def standardise(
         )
         fix = "raise sampling.max_new_tokens, or train the SFT policy to stop"
         raise RlhfError(Problem("GRD003", "train-rm", what, fix))
-    columns = [_raw(config, roles, slot, ended) for slot in slots]
+    found = [_raw(config, roles, slot, ended) for slot in slots]
+    columns = [scores.mean.double() for scores in found]
     figures: dict[str, float] = {}
-    for slot, scores in zip(slots, columns, strict=True):
-        shift, scale = _fit(roles.head(slot), scores)
+    for slot, whole, scores in zip(slots, found, columns, strict=True):
+        shift, scale = _fit(roles.head(slot), [scores, *(whole.heads.values() if len(whole.heads) > 1 else ())])
         log.info(
             "Scores of %s standardised on %d SFT samples (%d more were cut off): shift %.3f, scale %.3f.", slot,
             len(scores), len(samples) - len(ended), shift, scale,
@@ -115,6 +136,8 @@ def standardise(
         suffix = slot.removeprefix("reward").replace("/", "_")
         figures |= {f"eval/score_shift{suffix}": shift, f"eval/score_scale{suffix}": scale}
     named = {"raw_score": columns[0].tolist()} if len(slots) == 1 else {"raw_scores": torch.stack(columns, 1).tolist()}
+    if len(found[0].heads) > 1:
+        named["raw_heads"] = _rows_of_heads(found)
     run.write_samples("standardise", measure.sample_rows(ended, **named))
     if len(slots) > 1:
         standard = torch.stack([(scores - scores.mean()) / scores.std(correction=0) for scores in columns], 1)
@@ -122,21 +145,29 @@ def standardise(
     return {**figures, "eval/standardise_samples": len(ended)}
 
 
-def _raw(config: RewardConfig, roles: Roles, slot: str, samples: Sequence[Sample]) -> Tensor:
-    """[B] float64: the head's shift is 0 and its scale 1 so far."""
-    return (
-        SharedScorer(roles, slot, config.batch.micro_batch_size, False, config.batch.micro_batch_tokens)
-        .score(samples)
-        .mean.double()
-    )
+def _raw(config: RewardConfig, roles: Roles, slot: str, samples: Sequence[Sample]) -> Scores:
+    """The head's shift is 0 and its scale 1 so far."""
+    limits = config.batch.micro_batch_size, False, config.batch.micro_batch_tokens
+    return SharedScorer(roles, slot, *limits).score(samples)
 
 
-def _fit(head: ScalarHead, scores: Tensor) -> tuple[float, float]:
-    """Give the head the shift and scale of ``scores`` [B], and say what they are."""
-    shift, scale = float(scores.mean()), float(scores.std(correction=0))
-    if scale < SMALL_SCALE:
-        log.warning("The scores of the SFT samples hardly differ (scale %.3g): dividing by it blows up noise.", scale)
-    with torch.no_grad():
-        head.shift.fill_(shift)
-        head.scale.fill_(max(scale, 1e-6))
-    return shift, scale
+def _rows_of_heads(found: Sequence[Scores]) -> list[dict[str, list[float]]]:
+    """For each sample and head what every member gives."""
+    names = list(found[0].heads)
+    columns = torch.stack([torch.stack([scores.heads[name] for name in names], 1) for scores in found], 2)
+    return [dict(zip(names, row, strict=True)) for row in columns.tolist()]
+
+
+def _fit(head: ScalarHead, columns: Sequence[Tensor]) -> tuple[float, float]:
+    """Give the head the shift and scale of each of its numbers' scores [B]; returns those of the first."""
+    found = []
+    for column, (name, scores) in enumerate(zip(head.names, columns, strict=True)):
+        shift, scale = float(scores.double().mean()), float(scores.double().std(correction=0))
+        if scale < SMALL_SCALE:
+            what = "The scores of the SFT samples hardly differ (%s, scale %.3g): dividing by it blows up noise."
+            log.warning(what, name, scale)
+        with torch.no_grad():
+            head.shift[column] = shift
+            head.scale[column] = max(scale, 1e-6)
+        found.append((shift, scale))
+    return found[0]

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from rlhf import artifacts
-from rlhf.config.stages import RewardConfig
+from rlhf.config.train_rm import COMBINED, RewardConfig
 from rlhf.errors import Problem, RlhfError
 from rlhf.models import adapters, merged
 from rlhf.models.base import Base
@@ -19,8 +19,14 @@ from rlhf.preflight import Plan
 from rlhf.reward.training import member_seeds
 
 
-def roles(config: RewardConfig, plan: Plan, base: Base, slots: Sequence[str]) -> Roles:
-    """The policy as it is, and each reward role: an adapter once more, or a copy of the model to train whole."""
+def roles(
+    config: RewardConfig, plan: Plan, base: Base, slots: Sequence[str], names: Sequence[str] | None = None
+) -> Roles:
+    """The policy as it is, and each reward role: an adapter once more, or a copy of the model to train whole.
+
+    Args:
+        names: of the heads; None: one score.
+    """
     shared = SharedBase(base)
     shared.add("policy", adapter=artifacts.adapter_of(config.policy), trained=False)
     found: SharedBase | SeparateModels = shared
@@ -29,13 +35,13 @@ def roles(config: RewardConfig, plan: Plan, base: Base, slots: Sequence[str]) ->
         for slot, run, rank, seed in members:
             if config.members > 1:
                 torch.manual_seed(seed)
-            head = ScalarHead(base.hidden_size) if run is None else raw_head(run)
+            head = ScalarHead(base.hidden_size, names or (COMBINED,)) if run is None else raw_head(run, names)
             start = artifacts.adapter_of(run) if run else None
             start_of = start or adapters.start_of(config.policy, config.lora, base)
             shared.add(slot, adapter=start_of, head=head, trained=True, rank=rank)
     else:
         (run,) = _runs(config)
-        head = ScalarHead(base.hidden_size) if run is None else raw_head(run)
+        head = ScalarHead(base.hidden_size, names or (COMBINED,)) if run is None else raw_head(run, names)
         found = SeparateModels(base.device)
         found.adopt(shared)
         found.add("reward", _copy(config, plan, base), head=head, trained=True)
@@ -44,9 +50,9 @@ def roles(config: RewardConfig, plan: Plan, base: Base, slots: Sequence[str]) ->
     return found
 
 
-def raw_head(run_dir: Path) -> ScalarHead:
-    """A reward run's head as it was trained, before its scores were standardised."""
-    head = ScalarHead.load(artifacts.head_of(run_dir))
+def raw_head(run_dir: Path, names: Sequence[str] | None = None) -> ScalarHead:
+    """A reward run's head as it was trained, before its scores were standardised and combined."""
+    head = ScalarHead.load(artifacts.head_of(run_dir)).only(names or (COMBINED,))
     head.shift.zero_()
     head.scale.fill_(1.0)
     return head

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf.config.stages import RewardConfig
+from rlhf.config.train_rm import RewardConfig
 from rlhf.data.records import Comparison
 from rlhf.data.tokenised import Group
 from rlhf.evaluation import members as together

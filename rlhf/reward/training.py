@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from rlhf import runtime
-from rlhf.config.stages import RewardConfig
-from rlhf.data.batches import DataOrder
+from rlhf.config.train_rm import RewardConfig
+from rlhf.data.batches import DataOrder, micro_batches
 from rlhf.data.records import prompt_key
 from rlhf.data.tokenised import Group
 from rlhf.models.roles import Roles
@@ -114,3 +114,16 @@ def _member(
         warmup_ratio=optim.warmup_ratio, schedule=optim.schedule, max_grad_norm=optim.max_grad_norm,
     )  # fmt: skip
     return Member(slot, rows, steps, optimizer, DataOrder(len(rows), config.batch.batch_size, seed), length)
+
+
+def parts(config: RewardConfig, groups: Sequence[Group]) -> list[list[Group]]:
+    """The groups in micro-batches, as the config limits them."""
+    return micro_batches_of_groups(groups, config.batch.micro_batch_size, config.batch.micro_batch_tokens)
+
+
+def micro_batches_of_groups(
+    groups: Sequence[Group], max_groups: int, max_tokens: int | None = None
+) -> list[list[Group]]:
+    """Groups sorted by their tokens, at most ``max_groups`` and ``max_tokens`` at a time; a group is never split."""
+    tokens = [len(group.responses) * len(group.prompt_ids) + sum(map(len, group.responses)) for group in groups]
+    return [[groups[index] for index in part] for part in micro_batches(tokens, max_groups, max_tokens)]

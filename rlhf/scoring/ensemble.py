@@ -80,13 +80,17 @@ class EnsembleScorer:
         self.members, self.combine, self.coef, self.references = list(members), combine, coef, references
 
     def score(self, samples: Sequence[Sample]) -> Scores:
-        """[B] the members combined, [B, m] each of them, [B] their disagreement where there are references."""
-        members = _columns(self.members, samples)
+        """[B] the members combined, [B, m] each of them, [B] their disagreement where there are references; of the
+        heads that all have, the members' mean."""
+        found = [member.score(samples) for member in self.members]
+        members = _stacked([scores.mean for scores in found])
         known = self.references.of(samples, self.members) if self.references else None
         references = torch.zeros_like(members) if known is None else known
         scores = aggregate.AGGREGATES[self.combine](members, references, self.coef)
         apart = aggregate.disagreement(members, references) if known is not None else None
-        return Scores(scores, members, disagreement=apart)
+        names = [name for name in found[0].heads if all(name in scores.heads for scores in found)]
+        heads = {name: _stacked([scores.heads[name] for scores in found]).mean(1) for name in names}
+        return Scores(scores, members, heads, apart)
 
 
 def references_of(scorer: Scorer) -> list[References]:
@@ -96,7 +100,11 @@ def references_of(scorer: Scorer) -> list[References]:
 
 
 def _columns(members: Sequence[Scorer], samples: Sequence[Sample]) -> Tensor:
-    return torch.stack([member.score(samples).mean.float().cpu() for member in members], 1)
+    return _stacked([member.score(samples).mean for member in members])
+
+
+def _stacked(columns: Sequence[Tensor]) -> Tensor:
+    return torch.stack([column.float().cpu() for column in columns], 1)
 
 
 def _key(sample: Sample) -> str:

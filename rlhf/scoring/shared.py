@@ -19,18 +19,21 @@ class SharedScorer:
 
     Args:
         raw: scores as they were trained, whose differences are log-odds, instead of the standardised ones.
+        head: whose scores they are, where the role has several; None: its first one, the combination.
         max_tokens: of a forward pass; None: no limit beside ``micro_batch_size``.
     """
 
     def __init__(
-        self, roles: Roles, slot: str, micro_batch_size: int, raw: bool = False, max_tokens: int | None = None
-    ) -> None:
+        self, roles: Roles, slot: str, micro_batch_size: int, raw: bool = False, max_tokens: int | None = None,
+        head: str | None = None,
+    ) -> None:  # fmt: skip
         self.roles, self.slot, self.raw = roles, slot, raw
         self.micro_batch_size, self.max_tokens = micro_batch_size, max_tokens
+        self.column = roles.head(slot).names.index(head) if head else 0
 
     @torch.no_grad()
     def score(self, samples: Sequence[Sample]) -> Scores:
-        """[B] scores of the role's first head."""
+        """[B] scores of the head, and of each head by its name where there are several."""
         names = self.roles.head(self.slot).names
         scores = torch.zeros(len(samples), len(names))
         lengths = [len(sample.prompt_ids) + len(sample.scored_ids) for sample in samples]
@@ -43,4 +46,7 @@ class SharedScorer:
             with self.roles.acting_as(self.slot) as (model, head):
                 found = forward.end_scores(model, head, sequences)
                 scores[rows] = (found * head.scale + head.shift if self.raw else found).float().cpu()
-        return Scores(scores[:, 0], heads=dict(zip(names, scores.unbind(1), strict=True)))
+        named = dict(zip(names, scores.unbind(1), strict=True))
+        if len(names) > 1:
+            named.pop(names[0])  # the combination is no head
+        return Scores(scores[:, self.column], heads=named)

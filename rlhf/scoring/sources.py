@@ -47,13 +47,20 @@ def open_source(
         return open_classifier(source.model, base.device, micro_batch_size)
     if source.run:
         assert manifest
-        members = _members(source.run, slot, manifest, base, shared, micro_batch_size, max_tokens)
+        members = _members(source.run, slot, manifest, base, shared, micro_batch_size, max_tokens, source.head)
     else:
         members = [
             member
             for index, run in enumerate(source.runs or ())
             for member in _members(
-                run, f"{slot}/{index}", artifacts.read(run, "reward"), base, shared, micro_batch_size, max_tokens
+                run,
+                f"{slot}/{index}",
+                artifacts.read(run, "reward"),
+                base,
+                shared,
+                micro_batch_size,
+                max_tokens,
+                source.head,
             )
         ]
     if len(members) == 1:
@@ -63,13 +70,15 @@ def open_source(
     return EnsembleScorer(members, source.aggregate, source.disagreement_coef, references)
 
 
-def open_run(run_dir: str, roles: SharedBase, micro_batch_size: int, raw: bool = False) -> Scorer:
+def open_run(
+    run_dir: str, roles: SharedBase, micro_batch_size: int, raw: bool = False, head: str | None = None
+) -> Scorer:
     """What scores for a finished reward run, on the base of ``roles``; of an ensemble the mean of its members.
 
     Args:
-        raw: as ``SharedScorer``.
+        raw, head: as ``SharedScorer``.
     """
-    members = _add_members(roles, "reward", run_dir, micro_batch_size, raw)
+    members = _add_members(roles, "reward", run_dir, micro_batch_size, raw, head=head)
     return members[0] if len(members) == 1 else EnsembleScorer(members)
 
 
@@ -80,26 +89,26 @@ def slot_names(slot: str, count: int) -> list[str]:
 
 def _members(
     run: str, slot: str, manifest: Manifest, base: Base, shared: SharedBase | None, micro_batch_size: int,
-    max_tokens: int | None,
+    max_tokens: int | None, head: str | None,
 ) -> list[Scorer]:  # fmt: skip
     """The members of a run, on the policy's base where they were made on it."""
     if shared is not None and is_on(manifest, base):
-        return list(_add_members(shared, slot, run, micro_batch_size, max_tokens=max_tokens))
+        return list(_add_members(shared, slot, run, micro_batch_size, max_tokens=max_tokens, head=head))
     own = opening.reopen_base(manifest, base.device)
     log.info("%s is on a base of its own (%s), which is loaded beside the policy's.", run, own.source)
-    found = _add_members(SharedBase(own), slot, run, micro_batch_size, max_tokens=max_tokens)
+    found = _add_members(SharedBase(own), slot, run, micro_batch_size, max_tokens=max_tokens, head=head)
     return [Rerendered(member, own.chat, run) for member in found]
 
 
 def _add_members(
     roles: SharedBase, slot: str, run_dir: str, micro_batch_size: int, raw: bool = False,
-    max_tokens: int | None = None,
+    max_tokens: int | None = None, head: str | None = None,
 ) -> list[SharedScorer]:  # fmt: skip
     members = artifacts.members_of(run_dir)
     names = slot_names(slot, len(members))
     for name, member in zip(names, members, strict=True):
         add_reward(roles, name, member)
-    return [SharedScorer(roles, name, micro_batch_size, raw, max_tokens) for name in names]
+    return [SharedScorer(roles, name, micro_batch_size, raw, max_tokens, head) for name in names]
 
 
 def open_classifier(section: ClassifierSection, device: torch.device, micro_batch_size: int) -> ClassifierScorer:

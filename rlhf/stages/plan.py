@@ -9,7 +9,8 @@ from typing import Any
 
 from rlhf import artifacts, resources
 from rlhf.config import load
-from rlhf.config.stages import RewardConfig, SftConfig, StageConfig
+from rlhf.config.stages import SftConfig, StageConfig
+from rlhf.config.train_rm import RewardConfig
 from rlhf.errors import Problem, RlhfError
 from rlhf.planning import advice, clock, phases, specs
 from rlhf.planning.clock import Speed

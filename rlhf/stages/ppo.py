@@ -142,20 +142,29 @@ def _roles(config: PpoConfig, plan: Plan, base: Base) -> tuple[Roles, Scorer, li
 def _with_value(config: PpoConfig, plan: Plan, base: Base, shared: SharedBase) -> Roles:
     """The value role as one more adapter: a copy of a reward role's (of an ensemble's first), or a start of zeros."""
     assert config.lora
-    here = [run for run, manifest in _reward_runs(config, plan) if is_on(manifest, base)]
-    run = here[0] if here and config.value.start == "reward" else None
+    here = [(run, head) for run, manifest, head in _reward_runs(config, plan) if is_on(manifest, base)]
+    run, name = here[0] if here and config.value.start == "reward" else (None, None)
     start = adapters.start_of(run or config.policy, config.lora, base)
-    head = ScalarHead.load(artifacts.head_of(run)).folded() if run else ScalarHead(base.hidden_size).zero_()
+    head = _value_head(run, name) if run else ScalarHead(base.hidden_size).zero_()
     if run is None and config.value.start == "reward":
         log.info("No reward run on this base: the value role starts from the SFT adapter with a head of zeros.")
     shared.add("value", adapter=start, head=head, trained=True)
     return shared
 
 
-def _reward_runs(config: PpoConfig, plan: Plan) -> list[tuple[str, Manifest]]:
-    """Every reward run and its manifest, in the order in which the config names them."""
-    parents = STAGES["ppo"].needs(config).parents
-    return [(parent.run_dir, plan.parents[parent.key]) for parent in parents if parent.key.startswith("rewards.")]
+def _value_head(run: str, name: str | None) -> ScalarHead:
+    """What the value role begins with: the number of a reward run that scores, on the scale of the scores."""
+    head = ScalarHead.load(artifacts.head_of(run))
+    return head.only((name or head.names[0],)).folded()
+
+
+def _reward_runs(config: PpoConfig, plan: Plan) -> list[tuple[str, Manifest, str | None]]:
+    """Every reward run, its manifest and the head that scores, in the order in which the config names them."""
+    parents = [parent for parent in STAGES["ppo"].needs(config).parents if parent.key.startswith("rewards.")]
+    return [
+        (parent.run_dir, plan.parents[parent.key], config.rewards[int(parent.key.split(".")[1])].head)
+        for parent in parents
+    ]
 
 
 def _whole(config: PpoConfig, plan: Plan, base: Base, shared: SharedBase) -> Roles:
@@ -163,11 +172,10 @@ def _whole(config: PpoConfig, plan: Plan, base: Base, shared: SharedBase) -> Rol
     roles = SeparateModels(base.device)
     roles.adopt(shared)
     roles.add("policy", merged.copy_of(config.policy, plan.parents["policy"], base.device), trained=True)
-    for run, manifest in _reward_runs(config, plan) if config.value.start == "reward" else []:
+    for run, manifest, name in _reward_runs(config, plan) if config.value.start == "reward" else []:
         copy = merged.copy_of(run, manifest, base.device)
         if copy.chat.same_tokens(base.chat):
-            head = ScalarHead.load(artifacts.head_of(run)).folded()
-            roles.add("value", copy, head=head, trained=True)
+            roles.add("value", copy, head=_value_head(run, name), trained=True)
             return roles
     if config.value.start == "reward":
         log.info("No reward run with the policy's tokens: the value role starts from the policy with a head of zeros.")

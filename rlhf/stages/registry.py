@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf import artifacts
+from rlhf.config import rubric, suite
 from rlhf.config import stages as configs
-from rlhf.config import suite
 from rlhf.config.rewards import ClassifierSection, RewardSource
 from rlhf.config.stages import StageConfig
+from rlhf.config.train_rm import COMBINED, RewardConfig
 from rlhf.data import labels, sources
 from rlhf.origins import START
 from rlhf.preflight import Input, Needs, Parent
@@ -48,13 +49,14 @@ def _sft(config: configs.SftConfig) -> Needs:
     return Needs(parents=(Parent("adapter", config.adapter, ("policy",)),), inputs=inputs, model=config.model)
 
 
-def _train_rm(config: configs.RewardConfig) -> Needs:
+def _train_rm(config: RewardConfig) -> Needs:
     start = (Parent(START, config.init_from, ("reward",)),) if config.init_from else ()
     teachers = [Parent(f"teachers.{index}", run, ("reward",)) for index, run in enumerate(config.teachers)]
     return Needs(
         parents=(Parent("policy", config.policy, ("policy",)), *start, *teachers),
         inputs=(Input("data", config.data, labels.ForReward(config)),), members=config.members,
-        trains_whole=config.lora is None,
+        directories=(("rubric", config.rubric),) if config.rubric else (), trains_whole=config.lora is None,
+        heads=tuple(rubric.heads_of(config)) or (COMBINED,),
     )  # fmt: skip
 
 
@@ -114,7 +116,7 @@ STAGES: dict[str, Stage] = {
     for stage in (
         Stage("sft", configs.SftConfig, "policy", _sft, "Supervised fine-tuning on demonstrations."),
         Stage("collect", configs.CollectConfig, "preferences", _collect, "Rank a policy's own samples."),
-        Stage("train-rm", configs.RewardConfig, "reward", _train_rm, "Train a reward model on comparisons."),
+        Stage("train-rm", RewardConfig, "reward", _train_rm, "Train a reward model on comparisons."),
         Stage("ppo", configs.PpoConfig, "policy", _ppo, "PPO with a KL penalty against the SFT reference."),
         Stage("eval-rm", configs.EvalRmConfig, "examination", _eval_rm, "Examine a reward model."),
     )

@@ -13,9 +13,9 @@ from torch import Tensor
 from rlhf import artifacts, interrupts, runtime
 from rlhf.artifacts import Manifest
 from rlhf.checkpoints import Checkpoints, Position
-from rlhf.config.stages import RewardConfig
+from rlhf.config.train_rm import RewardConfig
 from rlhf.data import tokenised
-from rlhf.data.batches import collate, micro_batches
+from rlhf.data.batches import collate
 from rlhf.data.records import Prompt, split_by_prompt
 from rlhf.data.tokenised import Group, PromptRow
 from rlhf.models import forward, opening
@@ -23,8 +23,8 @@ from rlhf.models.base import Base
 from rlhf.models.roles import Roles
 from rlhf.preflight import Plan
 from rlhf.progress import bar
-from rlhf.reward import contradicted, objective, outcome, starts, teacher, training
-from rlhf.reward.loss import centering
+from rlhf.reward import combining, contradicted, objective, outcome, starts, teacher, training
+from rlhf.reward.several import Heads
 from rlhf.reward.teacher import Teacher
 from rlhf.runs import Run
 from rlhf.scoring.sources import slot_names
@@ -42,15 +42,17 @@ def run(config: RewardConfig, plan: Plan, run: Run) -> Manifest:
     taught = teacher.learn(config, plan, plan.data["data"].records, device)
     base = opening.reopen_base(plan.parents["policy"], device)
     runtime.set_threads(config.runtime, base.model, device)
-    train_records, held_out_records = split_by_prompt(plan.data["data"].records, config.holdout_fraction, config.seed)
-    train, report = _tokenise(config, train_records, base.chat)
+    train_records, rest = split_by_prompt(plan.data["data"].records, config.holdout_fraction, config.seed)
+    held_out_records, fitted_records = combining.split(config, rest, train_records)
+    heads = objective.heads_of(config, train_records)
+    train, report = _tokenise(config, objective.trained(heads, train_records), base.chat)
     held_out, _ = _tokenise(config, held_out_records, base.chat)
     tokenised.require_batch(len(train), config.batch.batch_size, "data")
     sampled = _prompts_to_sample(config, train_records, base.chat)
     log.info(report.sentence("Training data"))
 
     slots = slot_names("reward", config.members)
-    roles = starts.roles(config, plan, base, slots)
+    roles = starts.roles(config, plan, base, slots, heads.names if heads else None)
     turns = training.turns(config, roles, slots, train, partial(_num_steps, config))
     steps, position = turns.steps, Position()
     state: dict[str, Stateful] = {**turns.state(roles), "position": position}
@@ -62,7 +64,7 @@ def run(config: RewardConfig, plan: Plan, run: Run) -> Manifest:
         while position.step < steps:
             position.step += 1
             index, member = turns.at(position.step)
-            figures = _step(config, roles, member, base, member.next(train), position.step, taught)
+            figures = _step(config, roles, member, base, member.next(train), position.step, taught, heads)
             figures |= member.length.end_of_step()
             figures |= {"train/member": index} if config.members > 1 else {}
             turns.end_of_step(position.step)
@@ -73,6 +75,10 @@ def run(config: RewardConfig, plan: Plan, run: Run) -> Manifest:
             progress.advance(progress.task_ids[0])
     tracker.close()
 
+    combined: dict[str, Any] = {}
+    if heads:
+        fitted = _tokenise(config, fitted_records, base.chat)[0] if fitted_records else []
+        combined = combining.combine(config, heads, roles, slots, base, fitted)
     metrics, of_members = outcome.held_out(config, roles, slots, held_out)
     if taught and "eval/accuracy" in metrics:
         size = sum(parameter.numel() for parameter in base.model.parameters())
@@ -91,8 +97,8 @@ def run(config: RewardConfig, plan: Plan, run: Run) -> Manifest:
             base=opening.identity_of_result(run.path, plan.parents["policy"]),
             parents=plan.parents_table(STAGES["train-rm"].needs(config)),
             details={
-                "rows": vars(report), "heads": ["score"], "steps": steps, "prompts_held_out": len(held_out),
-                **of_members,
+                "rows": vars(report), "heads": list(roles.head(slots[0]).names), "steps": steps,
+                "prompts_held_out": len(held_out), **combined, **of_members,
             },
         )
     )  # fmt: skip
@@ -101,8 +107,9 @@ def run(config: RewardConfig, plan: Plan, run: Run) -> Manifest:
 def dry_run(config: RewardConfig, plan: Plan) -> list[str]:
     """Token counts and the number of steps, with the tokenizer but without weights."""
     chat = opening.open_chat(opening.model_of(plan.parents["policy"]))
-    train, held_out = split_by_prompt(plan.data["data"].records, config.holdout_fraction, config.seed)
-    groups, report = _tokenise(config, train, chat)
+    train, rest = split_by_prompt(plan.data["data"].records, config.holdout_fraction, config.seed)
+    held_out, _ = combining.split(config, rest, train)
+    groups, report = _tokenise(config, objective.trained(objective.heads_of(config, train), train), chat)
     tokenised.require_batch(len(groups), config.batch.batch_size, "data")
     _prompts_to_sample(config, train, chat)
     judgements = sum(len(group.judgements) for group in groups)
@@ -140,38 +147,35 @@ def _step(
     groups: Sequence[Group],
     step: int,
     taught: Teacher | None,
+    heads: Heads | None,
 ) -> dict[str, float]:
     """One optimizer step; every prompt weighs the same, however many responses it has."""
     totals = {"train/loss": 0.0, "train/accuracy": 0.0, "train/centering": 0.0}
-    for part in micro_batches_of_groups(groups, config.batch.micro_batch_size, config.batch.micro_batch_tokens):
+    num_judged = objective.num_judged(heads, groups)
+    for part in training.parts(config, groups):
         with roles.acting_as(member.slot) as (model, head):
-            scores = _group_scores(model, head, part, base)
-            preference = objective.preference(config, part, scores, taught)
-            spread = centering(scores)
-            longer = member.length.penalty(part, scores)
+            scores = _group_scores(model, head, part, base, heads)
+            preference = objective.preference(config, part, scores, taught, heads)
+            spread = objective.centering(heads, scores)
+            longer = member.length.penalty(part, objective.score(heads, scores))
             loss = (preference.loss.sum() + config.centering_coef * spread.sum() + longer.sum()) / len(groups)
             loss.backward()
         totals["train/loss"] += float(preference.loss.detach().sum()) / len(groups)
-        totals["train/accuracy"] += float(preference.accuracy.sum()) / len(groups)
+        totals["train/accuracy"] += float(preference.accuracy.sum()) / max(1, num_judged)
         totals["train/centering"] += float(spread.detach().sum()) / len(groups)
+    if not num_judged:
+        del totals["train/accuracy"]
     totals["train/learning_rate"] = member.optimizer.learning_rate
     rows = ", ".join(group.record.where for group in groups)
     totals["train/grad_norm"] = member.optimizer.step(f"train-rm step {step}, rows {rows}")
     return totals
 
 
-def micro_batches_of_groups(
-    groups: Sequence[Group], max_groups: int, max_tokens: int | None = None
-) -> list[list[Group]]:
-    """Groups sorted by their tokens, at most ``max_groups`` and ``max_tokens`` at a time; a group is never split."""
-    tokens = [len(group.responses) * len(group.prompt_ids) + sum(map(len, group.responses)) for group in groups]
-    return [[groups[index] for index in part] for part in micro_batches(tokens, max_groups, max_tokens)]
-
-
-def _group_scores(model: Any, head: Any, groups: Sequence[Group], base: Base) -> list[Tensor]:
-    """One [K] tensor of scores a group, from a single forward pass over all their responses."""
+def _group_scores(model: Any, head: Any, groups: Sequence[Group], base: Base, heads: Heads | None) -> list[Tensor]:
+    """One [K] tensor of scores a group, with ``heads`` [K, k], from a single forward pass over all their responses."""
     prompts = [group.prompt_ids for group in groups for _ in group.responses]
     responses = [response for group in groups for response in group.responses]
     sequences = collate(prompts, responses, base.chat.pad_id, base.device)
-    scores = forward.end_scores(model, head, sequences)[:, 0]
+    scores = forward.end_scores(model, head, sequences)
+    scores = scores if heads else scores[:, 0]
     return list(scores.split([len(group.responses) for group in groups]))

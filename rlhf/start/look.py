@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from rlhf.config.sections import DataSection
+from rlhf.data import rankings, sources, tokenised
 from rlhf.data import rows as forms
-from rlhf.data import sources, tokenised
 from rlhf.data.chat import TEMPLATES, ChatFormat
 from rlhf.data.records import Comparison, Message
 from rlhf.data.rows import RowError
@@ -166,6 +166,10 @@ def _comparison(record: Comparison, chat: ChatFormat) -> tuple[int, int, int] | 
 def _read(data: DataSection, form: str) -> tuple[list[Any], list[str]]:
     if form != "ratings":
         loaded = READERS[form](data)
+        if named := [record.where for record in loaded.records if isinstance(record, Comparison) and record.names]:
+            what = f"{len(named)} rows, the first {named[0]}, have labels of attributes, and init sets up no heads."
+            fix = "init with overall labels, then heads: in train-rm.yaml"
+            raise RlhfError(Problem("DAT056", loaded.source, what, fix))
         return list(loaded.records), loaded.notes()
     records: list[Any] = []
     problems: list[Problem] = []
@@ -176,7 +180,7 @@ def _read(data: DataSection, form: str) -> tuple[list[Any], list[str]]:
             even += 1
             continue
         try:
-            records.append(forms.ranking(_ranked(row, values), where))
+            records.append(rankings.ranking(_ranked(row, values), where))
         except RowError as error:
             problems.append(Problem("DAT004", where, str(error)))
     if problems:

@@ -1,0 +1,105 @@
+"""Rows of several responses to one prompt: ranked, or rated in attributes, or both."""
+
+from __future__ import annotations
+
+import reprlib
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rlhf.data import rows
+from rlhf.data.records import Comparison, Judgement
+from rlhf.data.rows import EqualResponses, Row, RowError, need, text_of
+
+OF_A_PAIR = ("chosen", "rejected", "margin", "probability", "votes")
+
+
+def ranking(row: Row, where: str) -> Comparison:
+    """From ``prompt``, ``responses`` and ``ranks`` (overall, or in the row's ``attribute``), ``ratings`` or both.
+
+    ``ratings`` are an object, attribute -> a number or null for each response. A list of numbers is overall: it ranks
+    the responses, the highest as the best.
+    """
+    head = rows.prompt_of(need(row, "prompt"))
+    rows.check_turns(head, "prompt", ends_with="user")
+    texts, ratings = need(row, "responses"), row.get("ratings")
+    for name in OF_A_PAIR:
+        if name in row:
+            raise RowError(f"'{name}': belongs to a pair, this row is a ranking ('responses' and 'ranks').")
+    if not isinstance(texts, list) or len(texts) < 2:
+        raise RowError("'responses': need a list of at least two texts.")
+    responses = tuple(text_of(text, f"responses[{index}]") for index, text in enumerate(texts))
+    if ratings is not None and not isinstance(ratings, list | Mapping):
+        raise RowError(f"'ratings': need an object of attributes, or a list of numbers, got {reprlib.repr(ratings)}.")
+    named = _named(ratings, len(texts)) if isinstance(ratings, Mapping) else {}
+    judgements: tuple[Judgement, ...] = ()
+    if isinstance(ratings, list) and "ranks" not in row:
+        judgements = _judgements(row, responses, _ranks_of(ratings, len(texts)), "ratings")
+    elif "ranks" in row or not named:
+        ranks = need(row, "ranks")
+        if not isinstance(ranks, list) or len(ranks) != len(texts) or not all(type(rank) is int for rank in ranks):
+            raise RowError(f"'ranks': need {len(texts)} whole numbers, one a response, 1 for the best.")
+        judgements = _judgements(row, responses, ranks, "ranks")
+        by_rank = [1 + sum(other < own for other in ranks) for own in ranks]
+        if isinstance(ratings, list) and _ranks_of(ratings, len(texts)) != by_rank:
+            raise RowError("'ratings': order the responses otherwise than 'ranks' do; leave one of them out.")
+    elif rows.attribute_of(row) is not None:
+        raise RowError("'attribute': says in what 'ranks' are, and the row has none; ratings name their own.")
+    return Comparison(head, responses, judgements, where, attributes=named)
+
+
+def rated(row: Row, where: str) -> Comparison:
+    """From ``prompt``, ``response`` and ``attributes``, an object of attribute -> number or null."""
+    head = rows.prompt_of(need(row, "prompt"))
+    rows.check_turns(head, "prompt", ends_with="user")
+    given = need(row, "attributes")
+    if not isinstance(given, Mapping):
+        raise RowError(f"'attributes': need an object of attribute and number, got {reprlib.repr(given)}.")
+    named = _named({name: [value] for name, value in given.items()}, 1, "attributes")
+    return Comparison(head, (text_of(need(row, "response"), "response"),), (), where, attributes=named)
+
+
+def _judgements(row: Row, responses: Sequence[str], ranks: Sequence[int], field: str) -> tuple[Judgement, ...]:
+    """Every pair of the ranking; equal ranks are ties."""
+    if len(set(ranks)) == 1:
+        raise RowError(f"'{field}': all equal, so the row holds no preference.")
+    judgements = []
+    for first in range(len(ranks)):
+        for second in range(first + 1, len(ranks)):
+            better, worse = (first, second) if ranks[first] <= ranks[second] else (second, first)
+            tie = ranks[first] == ranks[second]
+            if not tie and responses[first] == responses[second]:
+                raise EqualResponses(f"'responses': {first} and {second} are equal but ranked differently.")
+            probability, annotator = 0.5 if tie else 1.0, rows.annotator_of(row)
+            judgements.append(
+                Judgement(better, worse, probability, annotator=annotator, attribute=rows.attribute_of(row))
+            )
+    return tuple(judgements)
+
+
+def _ranks_of(ratings: Sequence[Any], count: int) -> list[int]:
+    if len(ratings) != count or not all(map(_is_number, ratings)):
+        raise RowError(f"'ratings': need {count} finite numbers, one a response, or an object of attributes.")
+    return [1 + sum(other > own for other in ratings) for own in ratings]
+
+
+def _named(ratings: Mapping[str, Any], count: int, field: str = "ratings") -> dict[str, tuple[float | None, ...]]:
+    found: dict[str, tuple[float | None, ...]] = {}
+    for name, values in ratings.items():
+        if values is None:  # tables fill what a row has not
+            continue
+        place = f"{field}.{text_of(name, field)}"
+        if not isinstance(values, list) or len(values) != count:
+            raise RowError(f"'{place}': need {count} numbers or nulls, one a response, got {reprlib.repr(values)}.")
+        for value in values:
+            if value is not None and not _is_number(value):
+                raise RowError(f"'{place}': need finite numbers or null, got {reprlib.repr(value)}.")
+        if any(value is not None for value in values):
+            found[name] = tuple(None if value is None else float(value) for value in values)
+    if not found:
+        raise RowError(f"'{field}': no response has a rating.")
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return not isinstance(value, bool) and isinstance(value, int | float) and abs(value) <= sys.float_info.max
