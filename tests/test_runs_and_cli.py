@@ -24,7 +24,7 @@ LAYERS = [
     [
         "data.sources", "data.files", "data.forms", "data.labelled", "data.rows", "data.benchmarks", "data.mixture",
         "data.jsonl", "data.hub", "data.settings", "data.labels", "data.lines", "data.duplicates", "data.selection",
-        "data.deep", "interrupts", "runs", "progress", "config.suite",
+        "data.deep", "data.consensus", "data.agreement", "interrupts", "runs", "progress", "config.suite",
     ],
     ["model_files"],
     ["planning.shape"],
@@ -40,7 +40,7 @@ LAYERS = [
     ["evaluation", "serving"],
     [
         "ppo.experience", "ppo.update", "ppo.training", "reward.training", "reward.outcome", "reward.objective",
-        "reward.contradicted", "reward.starts", "reward.length", "reward.teacher",
+        "reward.contradicted", "reward.annotators", "reward.starts", "reward.length", "reward.teacher",
     ],
     ["start"],
     ["stages"],

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
+from rlhf import installed
+from rlhf.data import agreement, consensus
 from rlhf.data.records import Comparison, Message, prompt_key
 
 MUCH_BY_LENGTH = 0.6
@@ -38,7 +40,8 @@ def look(records: Sequence[Any], source: str) -> list[Finding]:
     """Everything that can be seen without a tokenizer, kind after kind."""
     comparisons = [record for record in records if isinstance(record, Comparison)]
     return [
-        *duplicates(records), *contradictions(comparisons), *ties(comparisons), *length_wins(comparisons, source),
+        *duplicates(records), *contradictions(comparisons), *ties(comparisons), *annotators(comparisons, source),
+        *length_wins(comparisons, source),
         *scripts(records), *turn_marks(records), *control_marks(records),
     ]  # fmt: skip
 
@@ -61,16 +64,35 @@ def duplicates(records: Sequence[Any]) -> Iterator[Finding]:
 
 
 def contradictions(records: Sequence[Comparison]) -> Iterator[Finding]:
-    """Pairs of responses to one prompt that are ordered in one way here and in the other there."""
-    ahead: dict[tuple[str, str, str], str] = {}
+    """Pairs of responses to one prompt that are ordered in one way here and in the other there; a mere warning where
+    different annotators do so."""
+    ahead: dict[tuple[str, str, str], tuple[str, str | None]] = {}
     for record in records:
-        prompt = prompt_key(record.prompt)
+        prompt, annotator = prompt_key(record.prompt), _annotator(record)
         for better, worse in _decided(record):
             first, second = record.responses[better], record.responses[worse]
             if other := ahead.get((prompt, second, first)):
-                what = f"prefers the response that {other} rejects: {_shown(first)} over {_shown(second)}."
-                yield Finding("contradiction", record.where, what, "DAT070")
-            ahead.setdefault((prompt, first, second), record.where)
+                what = f"prefers the response that {other[0]} rejects: {_shown(first)} over {_shown(second)}."
+                if None not in (annotator, other[1]) and annotator != other[1]:
+                    yield Finding("annotators disagree", record.where, what)
+                else:
+                    yield Finding("contradiction", record.where, what, "DAT070")
+            ahead.setdefault((prompt, first, second), (record.where, annotator))
+
+
+def annotators(records: Sequence[Comparison], source: str) -> Iterator[Finding]:
+    """How far several annotators agree, where rows name them."""
+    votes = consensus.votes_of(records)
+    names = {annotator for _, annotator in votes}
+    if len(names) < 2:
+        return
+    said = f"{len(names)} annotators, {len(votes)} votes on {len({item for item, _ in votes})} pairs"
+    if installed.missing_for_annotators():
+        yield Finding("annotators", source, f"{said}; pip install 'rlhf-pipeline[annotators]' for alpha.", note=True)
+        return
+    alpha = agreement.alpha(votes)
+    how = "undefined, no pair has two votes" if alpha is None else f"{alpha:.2f}"
+    yield Finding("annotators", source, f"{said}, Krippendorff's alpha {how}.", note=True)
 
 
 def ties(records: Sequence[Comparison]) -> Iterator[Finding]:
@@ -160,8 +182,12 @@ def _decided(record: Comparison) -> Iterator[tuple[int, int]]:
             yield (judgement.first, judgement.second) if ahead else (judgement.second, judgement.first)
 
 
-def _order(record: Comparison) -> tuple[tuple[int, int, float], ...]:
-    return tuple((one.first, one.second, one.probability) for one in record.judgements)
+def _order(record: Comparison) -> tuple[tuple[int, int, float, str | None], ...]:
+    return tuple((one.first, one.second, one.probability, one.annotator) for one in record.judgements)
+
+
+def _annotator(record: Comparison) -> str | None:
+    return record.judgements[0].annotator if record.judgements else None
 
 
 def _plain(text: str) -> str:

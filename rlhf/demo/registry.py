@@ -17,8 +17,12 @@ from rlhf.errors import Problem, RlhfError
 PREFIX = "demo:"
 DATASETS = ("demonstrations", "preferences", "prompts")
 DEFAULT_SIZE = {"demonstrations": 2600, "preferences": 1100, "prompts": 1800}
-OPTIONS = {"size": int, "seed": int, "split": str, "sharpness": float, "swap": float, "length_bias": float}
-LABEL_OPTIONS = ("sharpness", "swap", "length_bias")
+OPTIONS = {
+    "size": int, "seed": int, "split": str, "sharpness": float, "swap": float, "length_bias": float, "annotators": int,
+    "careless": float, "careless_annotators": int,
+}  # fmt: skip
+LABEL_OPTIONS = ("sharpness", "swap", "length_bias", "annotators", "careless", "careless_annotators")
+MOST_ANNOTATORS = 100
 BASE = Path(__file__).parent / "base"
 
 
@@ -41,7 +45,9 @@ def rows(name: str) -> Iterator[dict[str, Any]]:
     """The rows of a data set such as ``demo:preferences?size=800&seed=3&split=test``, the same ones for the same name.
 
     Splits never share a prompt, whatever the seed. Preferences also take ``sharpness`` (of the noisy judge), ``swap``
-    (share of rankings in which two replies changed places) and ``length_bias``.
+    (share of rankings in which two replies changed places), ``length_bias`` and ``annotators``: so many judges, each
+    with noise of his own, rank every set of replies, a row each; the last ``careless_annotators`` of them (1) give the
+    share ``careless`` of their rankings at random. ``size`` counts prompts.
 
     Raises:
         RlhfError: DAT002 for an unknown data set or option, or a value that does not fit.
@@ -52,7 +58,8 @@ def rows(name: str) -> Iterator[dict[str, Any]]:
         if kind == "demonstrations":
             yield {"prompt": ticket.text, "completion": draw_demonstration(ticket, rng)}
         elif kind == "preferences":
-            yield _ranking(ticket, rng, options)
+            row = _ranking(ticket, rng, options)
+            yield from _of_annotators(ticket, row, options) if options["annotators"] else (row,)
         else:
             yield {"prompt": ticket.text}
 
@@ -70,6 +77,11 @@ def _ranking(ticket: Ticket, rng: random.Random, options: dict[str, Any]) -> dic
         if reply not in responses:
             responses.append(reply)
             manners.append(manner)
+    return _judged(ticket, responses, rng, options)
+
+
+def _judged(ticket: Ticket, responses: list[str], rng: random.Random, options: dict[str, Any]) -> dict[str, Any]:
+    """The replies in any order, with the ranks that a noisy judge gives them."""
     utilities = [
         noisy_utility(ticket.text, reply, rng, options["sharpness"], options["length_bias"]) for reply in responses
     ]
@@ -85,6 +97,17 @@ def _ranking(ticket: Ticket, rng: random.Random, options: dict[str, Any]) -> dic
     }
 
 
+def _of_annotators(ticket: Ticket, row: dict[str, Any], options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The same replies as each annotator ranks them."""
+    for number in range(options["annotators"]):
+        rng = random.Random(f"rlhf-demo/annotator {number}/{options['seed']}/{ticket.text}")
+        found = _judged(ticket, row["responses"], rng, options)
+        is_careless = number >= options["annotators"] - options["careless_annotators"]
+        if is_careless and rng.random() < options["careless"]:
+            rng.shuffle(found["ranks"])
+        yield {**found, "annotator": f"annotator {number + 1}"}
+
+
 def _parse(name: str) -> tuple[str, dict[str, Any]]:
     kind, _, query = name.removeprefix(PREFIX).partition("?")
     if kind not in DATASETS:
@@ -92,6 +115,7 @@ def _parse(name: str) -> tuple[str, dict[str, Any]]:
         raise RlhfError(Problem("DAT002", name, "no data set of this name in the embedded world.", f"one of {known}"))
     options: dict[str, Any] = {
         "size": DEFAULT_SIZE[kind], "seed": 0, "split": "train", "sharpness": 15.0, "swap": 0.06, "length_bias": 0.0,
+        "annotators": 0, "careless": 0.0, "careless_annotators": 1,
     }  # fmt: skip
     for key, text in parse_qsl(query, keep_blank_values=True):
         if key not in OPTIONS or (key in LABEL_OPTIONS and kind != "preferences"):
@@ -105,4 +129,9 @@ def _parse(name: str) -> tuple[str, dict[str, Any]]:
         raise RlhfError(Problem("DAT002", name, f"no split '{options['split']}'.", f"one of {', '.join(SPLITS)}"))
     if not 1 <= options["size"] <= 100_000 or options["seed"] < 0:
         raise RlhfError(Problem("DAT002", name, "size must be 1 to 100,000 and seed at least 0."))
+    if not 0 <= options["annotators"] <= MOST_ANNOTATORS or not 0 <= options["careless"] <= 1:
+        what = f"annotators must be 0 to {MOST_ANNOTATORS}, and careless 0 to 1."
+        raise RlhfError(Problem("DAT002", name, what))
+    if options["careless"] and not 1 <= options["careless_annotators"] <= options["annotators"]:
+        raise RlhfError(Problem("DAT002", name, "careless is of careless_annotators, 1 to as many as annotators."))
     return kind, options
