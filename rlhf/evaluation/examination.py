@@ -28,6 +28,7 @@ def figures_table(report: Mapping[str, Any]) -> Table:
         ("calibration error (ECE)", f"{shown(report['ece'])}, calibrated: {report['ece_of_a_calibrated_model']:.3f}"),
         ("Brier score", shown(report["brier"])),
         ("negative log-likelihood", shown(report["negative_log_likelihood"])),
+        *ranking_rows(report),
         ("labels that no score explains", shown(report["label_noise"])),
         ("temperature, on other prompts", shown(fitted)),
     ]
@@ -44,11 +45,25 @@ def figures_table(report: Mapping[str, Any]) -> Table:
             ("drift: accuracy", shown(drift["accuracy"])), ("drift: accuracy lost", shown(drift["accuracy_lost"])),
             ("drift: mean score lost, in deviations", shown(drift["score_lost"])),
             ("drift: share of scores outside the range of data's", shown(drift["outside"])),
-            ("drift: calibration error (ECE)", shown(drift["ece"])),
+            ("drift: calibration error (ECE)", shown(drift["ece"])), *ranking_rows(drift, "drift: "),
         ]  # fmt: skip
     if report["disagreement"]:
         rows.append(("chance that members disagree more on an error", shown(report["disagreement"]["error_auroc"])))
     return table("Reward model", ("figure", "value"), rows)
+
+
+def ranking_rows(report: Mapping[str, Any], label: str = "") -> list[tuple[str, str]]:
+    """Kendall's tau-b and NDCG of ranked lists; that there are none is said."""
+    found = report.get("ranking")
+    if not found:
+        return [(f"{label}Kendall's tau-b and NDCG", "- (pairs alone)")]
+    return [
+        (
+            f"{label}{name}, lists of three or more",
+            f"{shown(found[key])} on {found[key]['lists']}" if found[key] else "-",
+        )
+        for name, key in (("Kendall's tau-b", "kendall_tau_b"), ("NDCG", "ndcg"))
+    ]
 
 
 def verdicts_table(verdicts: Sequence[Verdict]) -> Table:
@@ -75,6 +90,9 @@ def metrics(report: Mapping[str, Any]) -> dict[str, float]:
     for name in ("temperature", "label_noise", "length_correlation"):
         if report[name]:
             found[f"eval/{name}"] = report[name]["estimate"]
+    for name in ("kendall_tau_b", "ndcg"):
+        if (report.get("ranking") or {}).get(name):
+            found[f"eval/{name}"] = report["ranking"][name]["estimate"]
     return found | {
         f"probe/{name}": row["change"]["estimate"] for name, row in report["probes"].items() if row["change"]
     }

@@ -20,7 +20,7 @@ from rlhf.data import tokenised
 from rlhf.data.benchmarks import BenchmarkRow
 from rlhf.data.tokenised import Group
 from rlhf.errors import Problem, RlhfError
-from rlhf.evaluation import benchmarking, examination, figures, plots, suite
+from rlhf.evaluation import benchmarking, examination, figures, plots, rankings, suite
 from rlhf.evaluation import members as together
 from rlhf.evaluation import reward as examine
 from rlhf.evaluation import verdicts as judging
@@ -123,7 +123,8 @@ def _drift(
         raise RlhfError(Problem("DAT053", "drift", "holds ties alone: nothing to examine.", "decided comparisons"))
     found = figures.report(other_pairs, others, _how(config))
     changed = figures.drift(responses, others, (pairs, other_pairs), unit, _how(config))
-    return {**found, **changed, "rows": vars(lengths)}
+    ranked = rankings.report(groups, scores, _how(config))
+    return {**found, **changed, "ranking": ranked, "rows": vars(lengths)}
 
 
 def _report(config: EvalRmConfig, plan: Plan, subject: Subject, groups: Sequence[Group]) -> dict[str, Any]:
@@ -134,7 +135,7 @@ def _report(config: EvalRmConfig, plan: Plan, subject: Subject, groups: Sequence
     if not len(pairs.differences):
         raise RlhfError(Problem("DAT053", "data", "holds ties alone: nothing to examine.", "decided comparisons"))
     report = figures.report(pairs, responses, how)
-    report |= _members(groups, scores, pairs)
+    report |= {"ranking": rankings.report(groups, scores, how), **_members(groups, scores, pairs)}
     unit = subject.unit or float(responses.scores.std()) or 1.0
     if config.drift:
         report["drift"] = _drift(config, plan, subject, responses, pairs, unit)
