@@ -13,8 +13,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy
-
 Votes = Mapping[tuple[int, str], float]
 NAMES = {1.0: "first", 0.0: "second", 0.5: "tie"}
 VALUES = (0.0, 0.5, 1.0)
@@ -47,9 +45,9 @@ def alpha(votes: Votes) -> float | None:
     for (item, _), value in votes.items():
         counts[item][value] += 1
     rows = [[own[value] for value in VALUES] for own in counts.values() if own.total() > 1]
-    both = numpy.array([*rows, *(row[::-1] for row in rows)], dtype=float).reshape(-1, len(VALUES))
-    if not both[:, [0, 2]].any():
+    if not any(lost or won for lost, _, won in rows):
         return None
+    both = [*rows, *(row[::-1] for row in rows)]
     library: Any = importlib.import_module("krippendorff")
     return float(library.alpha(value_counts=both, value_domain=VALUES, level_of_measurement="interval"))
 
@@ -59,7 +57,7 @@ def majority(votes: Votes) -> dict[int, float]:
     sums: dict[int, float] = defaultdict(float)
     for (item, _), value in votes.items():
         sums[item] += value - 0.5
-    return {item: 0.5 + 0.5 * float(numpy.sign(total)) for item, total in sums.items()}
+    return {item: side(0.5 + total) for item, total in sums.items()}
 
 
 def dawid_skene(votes: Votes) -> tuple[dict[int, float], dict[str, Reliability]]:
@@ -102,7 +100,7 @@ def agreement(votes: Votes, labels: Mapping[int, float]) -> dict[str, float]:
     for (item, annotator), value in votes.items():
         if item in labels:
             found[annotator].append(1 - abs(value - side(labels[item])))
-    return {name: float(numpy.mean(values)) for name, values in found.items()}
+    return {name: sum(values) / len(values) for name, values in found.items()}
 
 
 def agreement_with_others(votes: Votes) -> dict[str, float]:
@@ -115,11 +113,11 @@ def agreement_with_others(votes: Votes) -> dict[str, float]:
     found: dict[str, list[float]] = defaultdict(list)
     for (item, annotator), value in votes.items():
         if counts[item] > 1:
-            others = 0.5 + 0.5 * float(numpy.sign(sums[item] - (value - 0.5)))
+            others = side(0.5 + sums[item] - (value - 0.5))
             found[annotator].append(1 - abs(value - others))
-    return {name: float(numpy.mean(values)) for name, values in found.items()}
+    return {name: sum(values) / len(values) for name, values in found.items()}
 
 
 def side(chance: float) -> float:
     """1, 1/2 or 0: which response a probability prefers."""
-    return 0.5 + 0.5 * float(numpy.sign(chance - 0.5))
+    return 0.5 if chance == 0.5 else float(chance > 0.5)

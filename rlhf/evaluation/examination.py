@@ -35,6 +35,7 @@ def figures_table(report: Mapping[str, Any]) -> Table:
     if fitted:
         effect = [fitted[when]["ece"]["estimate"] for when in ("before", "after")]
         rows.append(("calibration error before and after it", f"{effect[0]:.3f} -> {effect[1]:.3f}"))
+    rows += calibration_rows(report)
     for key, label in (("accuracy_by_source", "source"), ("accuracy_by_annotator", "annotator")):
         for name, row in (report[key] or {}).items():
             rows.append((f"accuracy, {label} {name}", shown(row["accuracy"])))
@@ -64,6 +65,32 @@ def ranking_rows(report: Mapping[str, Any], label: str = "") -> list[tuple[str, 
         )
         for name, key in (("Kendall's tau-b", "kendall_tau_b"), ("NDCG", "ndcg"))
     ]
+
+
+def calibration_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What a correction by length does to the prompts that it was not fitted on."""
+    found = report.get("length_calibration")
+    if not found:
+        return [("length calibration", "- (nothing to fit)")]
+    rows = [
+        (
+            "length calibration: taken off a token",
+            f"{found['coef']:.4f} [{found['ci95'][0]:.4f}, {found['ci95'][1]:.4f}]",
+        )
+    ]
+    for name, key in (
+        ("accuracy", "accuracy"),
+        ("correlation with length", "length_correlation"),
+        ("NLL", "negative_log_likelihood"),
+    ):
+        rows.append(
+            (f"{name} with it, on other prompts", f"{_short(found['before'][key])} -> {shown(found['after'][key])}")
+        )
+    return rows
+
+
+def _short(figure: Mapping[str, Any] | None) -> str:
+    return f"{figure['estimate']:.3f}" if figure else "-"
 
 
 def verdicts_table(verdicts: Sequence[Verdict]) -> Table:

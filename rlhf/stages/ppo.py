@@ -155,7 +155,7 @@ def _with_value(config: PpoConfig, plan: Plan, base: Base, shared: SharedBase) -
 def _reward_runs(config: PpoConfig, plan: Plan) -> list[tuple[str, Manifest]]:
     """Every reward run and its manifest, in the order in which the config names them."""
     parents = STAGES["ppo"].needs(config).parents
-    return [(parent.run_dir, plan.parents[parent.key]) for parent in parents if parent.key.startswith("rewards.")]
+    return [(parent.run_dir, plan.parents[parent.key]) for parent in parents if parent.kinds == ("reward",)]
 
 
 def _whole(config: PpoConfig, plan: Plan, base: Base, shared: SharedBase) -> Roles:
