@@ -20,6 +20,7 @@ ADAPTER, MODEL, HEAD, MEMBERS, TOKENIZER, CHECKPOINTS, SAMPLES, PLOTS = (
     "adapter", "model", "head", "members", "tokenizer", "checkpoints", "samples", "plots",
 )  # fmt: skip
 PREFERENCES, EXAMINATION, CONTRADICTED = "preferences.jsonl", "eval.json", "contradicted.jsonl"
+ANNOTATORS = "annotators.json"
 HASHED = (ADAPTER, MODEL, HEAD, MEMBERS, TOKENIZER, PREFERENCES, EXAMINATION)
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "safetensors")
 

@@ -27,6 +27,16 @@ def missing_for_serving() -> list[Problem]:
     return [Problem("RES005", "rlhf serve", what, "pip install 'rlhf-pipeline[serve]'")]
 
 
+def missing_for_annotators() -> list[Problem]:
+    """RES024 where the libraries for several annotators' labels are not installed."""
+    lacking = [name for name, package in (("crowd-kit", "crowdkit"), ("krippendorff", "krippendorff"))
+               if not _is_there(package)]  # fmt: skip
+    if not lacking:
+        return []
+    what = f"needs {' and '.join(lacking)}, not installed."
+    return [Problem("RES024", "consensus, hold_out_annotators", what, "pip install 'rlhf-pipeline[annotators]'")]
+
+
 def _is_there(package: str) -> bool:
     """A folder of that name, such as the one that W&B writes, is no package."""
     spec = importlib.util.find_spec(package)

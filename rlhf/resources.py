@@ -77,7 +77,9 @@ def written(
         return Written(largest, sum(members) + num_saved * largest)
     if isinstance(config, PpoConfig):
         policy = _slot(tensors, parents["policy"], config.lora is None)
-        rewards = [manifest for key, manifest in parents.items() if key.startswith("rewards.")]
+        rewards = [
+            manifest for key, manifest in parents.items() if key.startswith("rewards.") and manifest.kind == "reward"
+        ]
         starts = rewards[0] if rewards and config.value.start == "reward" else parents["policy"]
         value = _slot(tensors, starts, config.lora is None)
         num_saved, slots = _num_checkpoints(config, num_rows), policy + value + head

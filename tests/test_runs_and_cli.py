@@ -24,8 +24,8 @@ LAYERS = [
     [
         "data.sources", "data.files", "data.forms", "data.labelled", "data.rows", "data.benchmarks", "data.mixture",
         "data.jsonl", "data.hub", "data.settings", "data.labels", "data.lines", "data.duplicates", "data.selection",
-        "data.deep", "data.rankings", "data.attributes", "interrupts", "runs", "progress", "config.suite",
-        "config.rubric",
+        "data.deep", "data.rankings", "data.attributes", "data.consensus", "data.agreement", "interrupts", "runs",
+        "progress", "config.suite",
     ],
     ["model_files"],
     ["planning.shape"],
@@ -41,8 +41,8 @@ LAYERS = [
     ["evaluation", "serving"],
     [
         "ppo.experience", "ppo.value_head", "ppo.update", "ppo.training", "reward.training", "reward.outcome",
-        "reward.objective", "reward.combining", "reward.contradicted", "reward.starts", "reward.length",
-        "reward.teacher",
+        "reward.objective", "reward.combining", "reward.contradicted", "reward.annotators", "reward.starts",
+        "reward.length", "reward.teacher",
     ],
     ["start"],
     ["stages"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     GPT2Config,
@@ -16,9 +17,12 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from rlhf import artifacts
+from rlhf.artifacts import BaseIdentity, Manifest
 from rlhf.config.sections import LoraSection
 from rlhf.models import adapters
 from rlhf.models.base import Base, load_base
+from rlhf.models.roles import SharedBase
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -84,3 +88,17 @@ def shake(roles, name: str, seed: int = 0, size: float = 0.3) -> None:
         if f".{slot.adapter}." in f"{key}." and ("lora_" in key or "trainable_tokens" in key):
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter.data.copy_((size * noise).to(parameter))
+
+
+def finished_sft(where: Path) -> None:
+    """A model in ``where/m`` that often ends its answers, and a finished SFT run on it in ``where/runs/sft``."""
+    directory = build(where / "m", tie=False)
+    weights = load_file(directory / "model.safetensors")
+    weights["lm_head.weight"][2] = torch.randn(32, generator=torch.Generator().manual_seed(0))
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    opened = load_base(str(directory))
+    roles = SharedBase(opened)
+    roles.add("policy", adapter=lora(opened))
+    roles.save("policy", where / "runs/sft")
+    identity = BaseIdentity(str(directory), opened.digest, "float32")
+    artifacts.write(where / "runs/sft", Manifest("policy", "sft", 0, {"a": 1}, {}, 1.0, base=identity))

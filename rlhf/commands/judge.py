@@ -16,8 +16,8 @@ from rlhf.errors import Problem, RlhfError
 
 REWARDS = typer.Option(
     "--reward",
-    help="Reward run, module:function, http://HOST:PORT of a service, or directory or hub id of a sequence classifier. "
-    "Several: their mean.",
+    help="Reward run, examination of one (its length calibration is taken off), module:function, http://HOST:PORT of a "
+    "service, or directory or hub id of a sequence classifier. Several: their mean.",
 )
 Rewards = Annotated[list[str], REWARDS]
 MicroBatch = Annotated[int, typer.Option("--micro-batch-size", min=1, help="Responses a forward pass of a reward.")]

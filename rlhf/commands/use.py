@@ -63,7 +63,13 @@ def sampling(max_new_tokens: int, temperature: float, seed: int, command: str, t
 
 
 def score(
-    run: Annotated[str, typer.Argument(help="Reward run, or directory or hub id of a sequence classifier.")],
+    run: Annotated[
+        str,
+        typer.Argument(
+            help="Reward run, examination of one (its length calibration is taken off), or "
+            "directory or hub id of a sequence classifier."
+        ),
+    ],
     data: Annotated[str, typer.Option("--in", help="JSONL of prompt and response, or - for stdin.")] = "-",
     out: Annotated[str, typer.Option("--out", help="JSONL file, or - for stdout.")] = "-",
     micro_batch_size: Annotated[int, typer.Option("--micro-batch-size", min=1)] = 32,

@@ -60,6 +60,9 @@ class RewardSource(Section):
     examination: Text | None = Field(
         None, description="finished eval-rm run of this very reward; its failure stops PPO"
     )
+    length_calibration: Text | None = Field(
+        None, description="finished eval-rm run of this very reward; what it found length to be paid for is taken off"
+    )
     accept_failed: bool = Field(False, description="go on with a reward whose examination failed")
 
     @model_validator(mode="after")
@@ -80,6 +83,10 @@ class RewardSource(Section):
             raise ValueError("disagreement_coef is for aggregate: mean_minus_std or mean_minus_variance")
         if self.examination is not None and self.run is None and self.model is None:
             raise ValueError("examination is of one run or one model; nothing else is examined")
+        if self.length_calibration is not None and self.run is None and self.model is None:
+            raise ValueError("length_calibration is of one run or one model; nothing else is examined")
+        if self.length_calibration is not None and self.head is not None:
+            raise ValueError("length_calibration is of the score that was examined, not of a head: leave one out")
         if self.accept_failed and self.examination is None:
             raise ValueError("accept_failed needs the examination that failed")
         return self

@@ -56,6 +56,14 @@ class RewardConfig(StageConfig, TrainedForAWhile, LongRows):
         1.0, description="share of the teachers in the loss; the rest is that of the labels"
     )
     data: DataSection = Field(description="comparisons")
+    consensus: Literal["majority", "dawid_skene"] | None = Field(
+        None,
+        description="one label from all annotators' rows on the same responses: what most say, or the probability of "
+        "Dawid and Skene's model, which weighs each by his reliability; null: every row as it stands",
+    )
+    hold_out_annotators: Annotated[list[Text], Field(min_length=1)] | None = Field(
+        None, description="annotators whose rows are not trained on, but measured against"
+    )
     lora: RoleLoraSection | None = Field(
         default_factory=RoleLoraSection, description="adapter that is trained; null: every weight of a copy is"
     )
@@ -118,6 +126,14 @@ class RewardConfig(StageConfig, TrainedForAWhile, LongRows):
             raise ValueError("margin_coef is for use_margins: true")
         if self.teacher_weight != RewardConfig.model_fields["teacher_weight"].default and not self.teachers:
             raise ValueError("teacher_weight is for teachers")
+        return self
+
+    @model_validator(mode="after")
+    def _annotators_compare(self) -> RewardConfig:
+        if self.loss == "outcome" and (self.consensus or self.hold_out_annotators):
+            raise ValueError("consensus and hold_out_annotators are of comparisons, loss: outcome of single responses")
+        if self.loss == "plackett_luce" and self.consensus == "dawid_skene":
+            raise ValueError("consensus: dawid_skene gives probabilities, and loss: plackett_luce takes whole rankings")
         return self
 
     @model_validator(mode="after")

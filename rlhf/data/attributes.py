@@ -54,7 +54,7 @@ def problems(heads: Mapping[str, float], combine: str, records: Sequence[Compari
 
 
 def strangers(heads: Mapping[str, float], records: Sequence[Comparison], source: str) -> list[Problem]:
-    """DAT056 for each attribute that no head has."""
+    """DAT061 for each attribute that no head has."""
     where: dict[str, list[str]] = {}
     for record in records:
         for name in sorted(record.names - heads.keys()):
@@ -62,6 +62,6 @@ def strangers(heads: Mapping[str, float], records: Sequence[Comparison], source:
     fix = f"heads that have it (now: {', '.join(heads)})" if heads else f"heads: [{', '.join(sorted(where))}]"
     said = "{} rows, the first {}, have labels of {!r}, and there is no such head."
     return [
-        Problem("DAT056", source, said.format(len(rows), ", ".join(rows[:MAX_NAMED]), name), fix)
+        Problem("DAT061", source, said.format(len(rows), ", ".join(rows[:MAX_NAMED]), name), fix)
         for name, rows in sorted(where.items())
     ]

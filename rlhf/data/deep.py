@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
+from rlhf import installed
+from rlhf.data import agreement, consensus
 from rlhf.data.records import Comparison, Message, prompt_key
 
 MUCH_BY_LENGTH = 0.6
@@ -38,7 +40,8 @@ def look(records: Sequence[Any], source: str) -> list[Finding]:
     """Everything that can be seen without a tokenizer, kind after kind."""
     comparisons = [record for record in records if isinstance(record, Comparison)]
     return [
-        *duplicates(records), *contradictions(comparisons), *ties(comparisons), *length_wins(comparisons, source),
+        *duplicates(records), *contradictions(comparisons), *ties(comparisons), *annotators(comparisons, source),
+        *length_wins(comparisons, source),
         *scripts(records), *turn_marks(records), *control_marks(records),
     ]  # fmt: skip
 
@@ -62,16 +65,34 @@ def duplicates(records: Sequence[Any]) -> Iterator[Finding]:
 
 def contradictions(records: Sequence[Comparison]) -> Iterator[Finding]:
     """Pairs of responses to one prompt that are ordered in one way here and in the other there, in the same
-    attribute."""
-    ahead: dict[tuple[str, str, str, str | None], str] = {}
+    attribute; a mere warning where different annotators do so."""
+    ahead: dict[tuple[str, str, str, str | None], tuple[str, str | None]] = {}
     for record in records:
-        prompt = prompt_key(record.prompt)
+        prompt, annotator = prompt_key(record.prompt), _annotator(record)
         for better, worse, what_in in _decided(record):
             first, second = record.responses[better], record.responses[worse]
             if other := ahead.get((prompt, second, first, what_in)):
-                what = f"prefers the response that {other} rejects: {_shown(first)} over {_shown(second)}."
-                yield Finding("contradiction", record.where, what, "DAT070")
-            ahead.setdefault((prompt, first, second, what_in), record.where)
+                what = f"prefers the response that {other[0]} rejects: {_shown(first)} over {_shown(second)}."
+                if None not in (annotator, other[1]) and annotator != other[1]:
+                    yield Finding("annotators disagree", record.where, what)
+                else:
+                    yield Finding("contradiction", record.where, what, "DAT070")
+            ahead.setdefault((prompt, first, second, what_in), (record.where, annotator))
+
+
+def annotators(records: Sequence[Comparison], source: str) -> Iterator[Finding]:
+    """How far several annotators agree, where rows name them."""
+    votes = consensus.votes_of(records)
+    names = {annotator for _, annotator in votes}
+    if len(names) < 2:
+        return
+    said = f"{len(names)} annotators, {len(votes)} votes on {len({item for item, _ in votes})} pairs"
+    if installed.missing_for_annotators():
+        yield Finding("annotators", source, f"{said}; pip install 'rlhf-pipeline[annotators]' for alpha.", note=True)
+        return
+    alpha = agreement.alpha(votes)
+    how = "undefined, no pair has two votes" if alpha is None else f"{alpha:.2f}"
+    yield Finding("annotators", source, f"{said}, Krippendorff's alpha {how}.", note=True)
 
 
 def ties(records: Sequence[Comparison]) -> Iterator[Finding]:
@@ -163,8 +184,12 @@ def _decided(record: Comparison) -> Iterator[tuple[int, int, str | None]]:
 
 
 def _order(record: Comparison) -> tuple[Any, ...]:
-    order = ((one.first, one.second, one.probability, one.attribute) for one in record.judgements)
+    order = ((one.first, one.second, one.probability, one.annotator, one.attribute) for one in record.judgements)
     return (*order, *sorted(record.attributes.items()))
+
+
+def _annotator(record: Comparison) -> str | None:
+    return record.judgements[0].annotator if record.judgements else None
 
 
 def _plain(text: str) -> str:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from rlhf import installed
 from rlhf.config import rubric
 from rlhf.config.sections import DataSection
 from rlhf.config.train_rm import RewardConfig
-from rlhf.data import attributes, sources
+from rlhf.data import attributes, consensus, sources
 from rlhf.data.records import Comparison, Judgement
 from rlhf.data.sources import Loaded
 from rlhf.errors import Problem, RlhfError
@@ -20,7 +21,8 @@ class ForReward:
     """Reads comparisons for ``config``.
 
     Raises:
-        RlhfError: DAT053 to DAT058 where they do not have what it asks for.
+        RlhfError: DAT053 to DAT062 where they do not have what it asks for, RES024 where a library for annotators is
+            missing.
     """
 
     def __init__(self, config: RewardConfig) -> None:
@@ -32,12 +34,27 @@ class ForReward:
         if self.config.loss == "outcome" and all(record.ratings is None for record in loaded.records):
             what = "no row has a label of its own, which loss: outcome asks for."
             raise RlhfError(Problem("DAT055", loaded.source, what, "rows with prompt, completion and label"))
+        if self.config.consensus or self.config.hold_out_annotators:
+            loaded = self._of_annotators(loaded)
         problems = margins(self.config, loaded.records, loaded.source)
         problems += rankings(self.config, loaded.records, loaded.source)
         problems += attributes.problems(self.heads, self.config.combine, loaded.records, loaded.source)
         if problems:
             raise RlhfError(*problems)
         return replace(loaded, warnings=(*loaded.warnings, *attributes.notes(loaded.records)))
+
+    def _of_annotators(self, loaded: Loaded) -> Loaded:
+        if missing := installed.missing_for_annotators():
+            raise RlhfError(*missing)
+        rated = [record.where for record in loaded.records if record.attributes and record.judgements]
+        if self.config.consensus and rated:
+            what = f"{len(rated)} rows, the first {', '.join(rated[:MAX_NAMED])}, have votes and ratings of attributes."
+            fix = "ratings in rows of their own: a consensus is of votes"
+            raise RlhfError(Problem("DAT062", loaded.source, what, fix))
+        held_out = self.config.hold_out_annotators or []
+        found = consensus.put_together(loaded.records, self.config.consensus, held_out, loaded.source)
+        notes = (*loaded.warnings, *found.notes())
+        return replace(loaded, records=found.records, warnings=notes, annotated=found)
 
 
 def margins(config: RewardConfig, records: Sequence[Comparison], source: str) -> list[Problem]:

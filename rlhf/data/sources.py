@@ -12,6 +12,7 @@ from typing import Any
 from rlhf import storage
 from rlhf.config.sections import DataSection, MixtureSource, SourceSection
 from rlhf.data import files, forms, mixture, rows
+from rlhf.data.consensus import Annotated
 from rlhf.data.forms import FORMS
 from rlhf.data.labelled import Labelled, compared, rated
 from rlhf.data.mixture import Drawn
@@ -33,6 +34,7 @@ class Loaded:
         num_rows: rows read; ``num_dropped`` says how many of them are no record, by reason.
         digest: SHA-256 of the file, or of the records where there is no single file.
         drawn: what each source of a mixture gave; empty where there is one source.
+        annotated: what several annotators said, where the config asks for it.
     """
 
     records: tuple[Any, ...]
@@ -42,6 +44,7 @@ class Loaded:
     source: str
     warnings: tuple[str, ...] = ()
     drawn: tuple[Drawn, ...] = ()
+    annotated: Annotated | None = None
 
     def notes(self) -> list[str]:
         """What a person should know of the rows that were read: the dropped ones by reason, and the warnings."""

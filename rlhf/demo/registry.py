@@ -19,10 +19,11 @@ DATASETS = ("demonstrations", "preferences", "prompts")
 DEFAULT_SIZE = {"demonstrations": 2600, "preferences": 1100, "prompts": 1800}
 OPTIONS = {
     "size": int, "seed": int, "split": str, "sharpness": float, "swap": float, "length_bias": float, "attribute": str,
-    "ratings": str,
+    "ratings": str, "annotators": int, "careless": float, "careless_annotators": int,
 }  # fmt: skip
-LABEL_OPTIONS = ("sharpness", "swap", "length_bias", "attribute", "ratings")
+LABEL_OPTIONS = tuple(key for key in OPTIONS if key not in ("size", "seed", "split"))
 RATING_NOISE, BEST_RATING = 0.6, 4
+MOST_ANNOTATORS = 100
 BASE = Path(__file__).parent / "base"
 
 
@@ -45,8 +46,10 @@ def rows(name: str) -> Iterator[dict[str, Any]]:
     """The rows of a data set such as ``demo:preferences?size=800&seed=3&split=test``, the same ones for the same name.
 
     Splits never share a prompt, whatever the seed. Preferences also take ``sharpness`` (of the noisy judge), ``swap``
-    (share of rankings in which two replies changed places) and ``length_bias``; ``attribute=safe`` ranks by that axis
-    of gold alone, replies that are equal there as ties, and ``ratings=helpful,safe`` adds ratings from 0 to 4.
+    (share of rankings in which two replies changed places), ``length_bias`` and ``annotators``: so many judges, each
+    with noise of his own, rank every set of replies, a row each; the last ``careless_annotators`` of them (1) give the
+    share ``careless`` of their rankings at random. ``attribute=safe`` ranks by that axis of gold alone, replies that
+    are equal there as ties, and ``ratings=helpful,safe`` adds ratings from 0 to 4. ``size`` counts prompts.
 
     Raises:
         RlhfError: DAT002 for an unknown data set or option, or a value that does not fit.
@@ -54,8 +57,9 @@ def rows(name: str) -> Iterator[dict[str, Any]]:
     kind, options = _parse(name)
     split, seed, size = options["split"], options["seed"], options["size"]
     if kind == "preferences":
-        ranked = (_ranking(ticket, rng, options) for ticket, rng in tickets(split, seed, kind))
-        yield from islice((row for row in ranked if len(set(row["ranks"])) > 1), size)
+        ranked = ((ticket, _ranking(ticket, rng, options)) for ticket, rng in tickets(split, seed, kind))
+        for ticket, row in islice((found for found in ranked if len(set(found[1]["ranks"])) > 1), size):
+            yield from _of_annotators(ticket, row, options) if options["annotators"] else (row,)
         return
     for ticket, rng in islice(tickets(split, seed, kind), size):
         if kind == "demonstrations":
@@ -77,6 +81,11 @@ def _ranking(ticket: Ticket, rng: random.Random, options: dict[str, Any]) -> dic
         if reply not in responses:
             responses.append(reply)
             manners.append(manner)
+    return _judged(ticket, responses, rng, options)
+
+
+def _judged(ticket: Ticket, responses: list[str], rng: random.Random, options: dict[str, Any]) -> dict[str, Any]:
+    """The replies in any order, with the ranks that a noisy judge gives them, and the ratings that are asked for."""
     axes = [judge(ticket.text, reply) for reply in responses]
     utilities = [
         noisy_utility(ticket.text, reply, rng, options["sharpness"], options["length_bias"]) for reply in responses
@@ -103,6 +112,17 @@ def _rating(value: float, rng: random.Random) -> int:
     return max(0, min(BEST_RATING, round(BEST_RATING * value + rng.gauss(0, RATING_NOISE))))
 
 
+def _of_annotators(ticket: Ticket, row: dict[str, Any], options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The same replies as each annotator ranks them."""
+    for number in range(options["annotators"]):
+        rng = random.Random(f"rlhf-demo/annotator {number}/{options['seed']}/{ticket.text}")
+        found = _judged(ticket, row["responses"], rng, options)
+        is_careless = number >= options["annotators"] - options["careless_annotators"]
+        if is_careless and rng.random() < options["careless"]:
+            rng.shuffle(found["ranks"])
+        yield {**found, "annotator": f"annotator {number + 1}"}
+
+
 def _parse(name: str) -> tuple[str, dict[str, Any]]:
     kind, _, query = name.removeprefix(PREFIX).partition("?")
     if kind not in DATASETS:
@@ -110,7 +130,7 @@ def _parse(name: str) -> tuple[str, dict[str, Any]]:
         raise RlhfError(Problem("DAT002", name, "no data set of this name in the embedded world.", f"one of {known}"))
     options: dict[str, Any] = {
         "size": DEFAULT_SIZE[kind], "seed": 0, "split": "train", "sharpness": 15.0, "swap": 0.06, "length_bias": 0.0,
-        "attribute": "", "ratings": "",
+        "attribute": "", "ratings": "", "annotators": 0, "careless": 0.0, "careless_annotators": 1,
     }  # fmt: skip
     for key, text in parse_qsl(query, keep_blank_values=True):
         if key not in OPTIONS or (key in LABEL_OPTIONS and kind != "preferences"):
@@ -127,4 +147,9 @@ def _parse(name: str) -> tuple[str, dict[str, Any]]:
         raise RlhfError(Problem("DAT002", name, f"gold has no axis '{axis}'.", f"one of {', '.join(AXES)}"))
     if not 1 <= options["size"] <= 100_000 or options["seed"] < 0:
         raise RlhfError(Problem("DAT002", name, "size must be 1 to 100,000 and seed at least 0."))
+    if not 0 <= options["annotators"] <= MOST_ANNOTATORS or not 0 <= options["careless"] <= 1:
+        what = f"annotators must be 0 to {MOST_ANNOTATORS}, and careless 0 to 1."
+        raise RlhfError(Problem("DAT002", name, what))
+    if options["careless"] and not 1 <= options["careless_annotators"] <= options["annotators"]:
+        raise RlhfError(Problem("DAT002", name, "careless is of careless_annotators, 1 to as many as annotators."))
     return kind, options

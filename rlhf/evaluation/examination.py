@@ -28,12 +28,14 @@ def figures_table(report: Mapping[str, Any]) -> Table:
         ("calibration error (ECE)", f"{shown(report['ece'])}, calibrated: {report['ece_of_a_calibrated_model']:.3f}"),
         ("Brier score", shown(report["brier"])),
         ("negative log-likelihood", shown(report["negative_log_likelihood"])),
+        *ranking_rows(report),
         ("labels that no score explains", shown(report["label_noise"])),
         ("temperature, on other prompts", shown(fitted)),
     ]
     if fitted:
         effect = [fitted[when]["ece"]["estimate"] for when in ("before", "after")]
         rows.append(("calibration error before and after it", f"{effect[0]:.3f} -> {effect[1]:.3f}"))
+    rows += calibration_rows(report)
     for key, label in (("accuracy_by_source", "source"), ("accuracy_by_annotator", "annotator")):
         for name, row in (report[key] or {}).items():
             rows.append((f"accuracy, {label} {name}", shown(row["accuracy"])))
@@ -44,11 +46,51 @@ def figures_table(report: Mapping[str, Any]) -> Table:
             ("drift: accuracy", shown(drift["accuracy"])), ("drift: accuracy lost", shown(drift["accuracy_lost"])),
             ("drift: mean score lost, in deviations", shown(drift["score_lost"])),
             ("drift: share of scores outside the range of data's", shown(drift["outside"])),
-            ("drift: calibration error (ECE)", shown(drift["ece"])),
+            ("drift: calibration error (ECE)", shown(drift["ece"])), *ranking_rows(drift, "drift: "),
         ]  # fmt: skip
     if report["disagreement"]:
         rows.append(("chance that members disagree more on an error", shown(report["disagreement"]["error_auroc"])))
     return table("Reward model", ("figure", "value"), rows)
+
+
+def ranking_rows(report: Mapping[str, Any], label: str = "") -> list[tuple[str, str]]:
+    """Kendall's tau-b and NDCG of ranked lists; that there are none is said."""
+    found = report.get("ranking")
+    if not found:
+        return [(f"{label}Kendall's tau-b and NDCG", "- (pairs alone)")]
+    return [
+        (
+            f"{label}{name}, lists of three or more",
+            f"{shown(found[key])} on {found[key]['lists']}" if found[key] else "-",
+        )
+        for name, key in (("Kendall's tau-b", "kendall_tau_b"), ("NDCG", "ndcg"))
+    ]
+
+
+def calibration_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What a correction by length does to the prompts that it was not fitted on."""
+    found = report.get("length_calibration")
+    if not found:
+        return [("length calibration", "- (nothing to fit)")]
+    rows = [
+        (
+            "length calibration: taken off a token",
+            f"{found['coef']:.4f} [{found['ci95'][0]:.4f}, {found['ci95'][1]:.4f}]",
+        )
+    ]
+    for name, key in (
+        ("accuracy", "accuracy"),
+        ("correlation with length", "length_correlation"),
+        ("NLL", "negative_log_likelihood"),
+    ):
+        rows.append(
+            (f"{name} with it, on other prompts", f"{_short(found['before'][key])} -> {shown(found['after'][key])}")
+        )
+    return rows
+
+
+def _short(figure: Mapping[str, Any] | None) -> str:
+    return f"{figure['estimate']:.3f}" if figure else "-"
 
 
 def verdicts_table(verdicts: Sequence[Verdict]) -> Table:
@@ -75,6 +117,9 @@ def metrics(report: Mapping[str, Any]) -> dict[str, float]:
     for name in ("temperature", "label_noise", "length_correlation"):
         if report[name]:
             found[f"eval/{name}"] = report[name]["estimate"]
+    for name in ("kendall_tau_b", "ndcg"):
+        if (report.get("ranking") or {}).get(name):
+            found[f"eval/{name}"] = report["ranking"][name]["estimate"]
     return found | {
         f"probe/{name}": row["change"]["estimate"] for name, row in report["probes"].items() if row["change"]
     }

@@ -54,6 +54,10 @@ class ClassifierScorer:
             scores[rows] = self._logits([rows_ids[row] for row in rows])
         return Scores(scores + self.classifier.constant)
 
+    def tokens_read(self, sample: Sample) -> int:
+        """Tokens of a response in the classifier's own tokenizer, and one for its end: as an examination counts."""
+        return len(self.classifier.reader.response_ids(sample.prompt, sample.response)) + 1
+
     def _logits(self, readings: Sequence[Reading]) -> Tensor:
         device, width = self.classifier.device, max(len(reading.ids) for reading in readings)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from rlhf import artifacts
 from rlhf.artifacts import Manifest
 from rlhf.config.rewards import ClassifierSection, RewardSource
+from rlhf.examined import LengthCalibration, length_calibration
 from rlhf.models import classifier, opening
 from rlhf.models.base import Base
 from rlhf.models.heads import ScalarHead
@@ -17,6 +19,7 @@ from rlhf.models.roles import SharedBase
 from rlhf.scoring.classifier import ClassifierScorer
 from rlhf.scoring.ensemble import Answer, EnsembleScorer, References
 from rlhf.scoring.function import FunctionScorer
+from rlhf.scoring.length import LengthCorrected
 from rlhf.scoring.rerendered import Rerendered
 from rlhf.scoring.scorer import Scorer
 from rlhf.scoring.service import ServiceScorer
@@ -43,11 +46,13 @@ def open_source(
         return FunctionScorer(source.function)
     if source.url:
         return ServiceScorer(source.url)
+    known = length_calibration(source.length_calibration) if source.length_calibration else None
     if source.model:
-        return open_classifier(source.model, base.device, micro_batch_size)
+        scorer = open_classifier(source.model, base.device, micro_batch_size)
+        return LengthCorrected(scorer, known, scorer.tokens_read) if known else scorer
     if source.run:
         assert manifest
-        members = _members(source.run, slot, manifest, base, shared, micro_batch_size, max_tokens, source.head)
+        members = _members(source.run, slot, manifest, base, shared, micro_batch_size, max_tokens, source.head, known)
     else:
         members = [
             member
@@ -71,14 +76,17 @@ def open_source(
 
 
 def open_run(
-    run_dir: str, roles: SharedBase, micro_batch_size: int, raw: bool = False, head: str | None = None
-) -> Scorer:
+    run_dir: str, roles: SharedBase, micro_batch_size: int, raw: bool = False, head: str | None = None,
+    calibration: LengthCalibration | None = None,
+) -> Scorer:  # fmt: skip
     """What scores for a finished reward run, on the base of ``roles``; of an ensemble the mean of its members.
 
     Args:
         raw, head: as ``SharedScorer``.
+        calibration: what is taken off for length, from scores that are not raw.
     """
-    members = _add_members(roles, "reward", run_dir, micro_batch_size, raw, head=head)
+    assert not (raw and calibration)
+    members = _corrected(_add_members(roles, "reward", run_dir, micro_batch_size, raw, head=head), calibration)
     return members[0] if len(members) == 1 else EnsembleScorer(members)
 
 
@@ -89,15 +97,22 @@ def slot_names(slot: str, count: int) -> list[str]:
 
 def _members(
     run: str, slot: str, manifest: Manifest, base: Base, shared: SharedBase | None, micro_batch_size: int,
-    max_tokens: int | None, head: str | None,
+    max_tokens: int | None, head: str | None, calibration: LengthCalibration | None = None,
 ) -> list[Scorer]:  # fmt: skip
-    """The members of a run, on the policy's base where they were made on it."""
+    """The members of a run, on the policy's base where they were made on it. The same for length is taken off each, in
+    tokens of the run's base: what an aggregate of them gives changes by just that."""
     if shared is not None and is_on(manifest, base):
-        return list(_add_members(shared, slot, run, micro_batch_size, max_tokens=max_tokens, head=head))
+        members = _add_members(shared, slot, run, micro_batch_size, max_tokens=max_tokens, head=head)
+        return _corrected(members, calibration)
     own = opening.reopen_base(manifest, base.device)
     log.info("%s is on a base of its own (%s), which is loaded beside the policy's.", run, own.source)
-    found = _add_members(SharedBase(own), slot, run, micro_batch_size, max_tokens=max_tokens, head=head)
+    alone = _add_members(SharedBase(own), slot, run, micro_batch_size, max_tokens=max_tokens, head=head)
+    found = _corrected(alone, calibration)
     return [Rerendered(member, own.chat, run) for member in found]
+
+
+def _corrected(members: Sequence[Scorer], calibration: LengthCalibration | None) -> list[Scorer]:
+    return [LengthCorrected(member, calibration) for member in members] if calibration else list(members)
 
 
 def _add_members(

@@ -6,13 +6,12 @@ import logging
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import typer
 from transformers import TextStreamer
 
-from rlhf import artifacts, runtime
+from rlhf import artifacts, examined, runtime
 from rlhf.config.rewards import RewardSource
 from rlhf.config.sections import RuntimeSection
 from rlhf.data.records import Message, Messages
@@ -89,9 +88,9 @@ def _scorer(reward: str, base: Base, roles: SharedBase) -> Scorer:
     if not is_run(reward):
         source = RewardSource.model_validate({"model": {"path": reward}})
         return open_source(source, "reward", None, base, roles, 1)
-    manifest = artifacts.read(reward, "reward")
-    artifacts.verify(Path(reward), manifest)
-    return open_source(RewardSource(run=reward), "reward", manifest, base, roles, 1)
+    source = examined.source_of(reward)
+    assert source.run
+    return open_source(source, "reward", artifacts.read(source.run), base, roles, 1)
 
 
 def _remarks(sample: Sample, scorer: Scorer | None) -> str:

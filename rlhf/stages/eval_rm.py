@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from rlhf import artifacts, runtime, storage
 from rlhf.artifacts import Manifest
@@ -20,7 +21,7 @@ from rlhf.data import tokenised
 from rlhf.data.benchmarks import BenchmarkRow
 from rlhf.data.tokenised import Group
 from rlhf.errors import Problem, RlhfError
-from rlhf.evaluation import benchmarking, examination, figures, plots, suite
+from rlhf.evaluation import benchmarking, examination, figures, lengths, plots, rankings, suite
 from rlhf.evaluation import members as together
 from rlhf.evaluation import reward as examine
 from rlhf.evaluation import verdicts as judging
@@ -45,13 +46,24 @@ class Subject:
 
     Args:
         chat: chat format (or reader) that texts are tokenised with.
-        unit: raw scores a deviation, of SFT samples (of an ensemble the mean over its members); None where nothing
-            says so, and the responses here do.
+        scales: raw scores a deviation of SFT samples, of each member; none where nothing says so.
     """
 
     scorer: Scorer
     chat: Any
-    unit: float | None
+    scales: tuple[float, ...] = ()
+
+    @property
+    def unit(self) -> float | None:
+        """The mean over the members; None where nothing says so, and the responses here do."""
+        return sum(self.scales) / len(self.scales) if self.scales else None
+
+    def standardised(self, scores: Scores) -> Tensor:
+        """[B] the mean of the members' standardised scores in raw units, up to a constant: of a single model its raw
+        scores, and of an ensemble what is optimised against, whose members weigh in it by their scales."""
+        if scores.members is None or self.unit is None:
+            return scores.mean
+        return (scores.members / torch.tensor(self.scales)).mean(1) * self.unit
 
 
 def run(config: EvalRmConfig, plan: Plan, run: Run) -> Manifest:
@@ -123,7 +135,8 @@ def _drift(
         raise RlhfError(Problem("DAT053", "drift", "holds ties alone: nothing to examine.", "decided comparisons"))
     found = figures.report(other_pairs, others, _how(config))
     changed = figures.drift(responses, others, (pairs, other_pairs), unit, _how(config))
-    return {**found, **changed, "rows": vars(lengths)}
+    ranked = rankings.report(groups, scores, _how(config))
+    return {**found, **changed, "ranking": ranked, "rows": vars(lengths)}
 
 
 def _report(config: EvalRmConfig, plan: Plan, subject: Subject, groups: Sequence[Group]) -> dict[str, Any]:
@@ -134,8 +147,12 @@ def _report(config: EvalRmConfig, plan: Plan, subject: Subject, groups: Sequence
     if not len(pairs.differences):
         raise RlhfError(Problem("DAT053", "data", "holds ties alone: nothing to examine.", "decided comparisons"))
     report = figures.report(pairs, responses, how)
-    report |= _members(groups, scores, pairs)
+    report |= {"ranking": rankings.report(groups, scores, how), **_members(groups, scores, pairs)}
     unit = subject.unit or float(responses.scores.std()) or 1.0
+    standard = Scores(subject.standardised(scores))
+    report["length_calibration"] = lengths.report(
+        examine.pairs_of(groups, standard), examine.responses_of(groups, standard), subject.unit or 1.0, how
+    )
     if config.drift:
         report["drift"] = _drift(config, plan, subject, responses, pairs, unit)
     records = [group.record for group in groups]
@@ -171,14 +188,14 @@ def _draw(report: dict[str, Any], directory: Path) -> None:
 def _open(config: EvalRmConfig, plan: Plan, device: torch.device) -> Subject:
     if config.model:
         other = open_classifier(config.model, device, config.micro_batch_size)
-        return Subject(other, other.classifier.reader, None)
+        return Subject(other, other.classifier.reader)
     assert config.reward
     base = opening.reopen_base(plan.parents["reward"], device)
     runtime.set_threads(config.runtime, base.model, device)
     roles = SharedBase(base)
     scorer = open_run(config.reward, roles, config.micro_batch_size, raw=True)
-    scales = [float(slot.head.scale[0]) for slot in roles.slots.values() if slot.head]
-    return Subject(scorer, base.chat, sum(scales) / len(scales))
+    scales = tuple(float(slot.head.scale[0]) for slot in roles.slots.values() if slot.head)
+    return Subject(scorer, base.chat, scales)
 
 
 def dry_run(config: EvalRmConfig, plan: Plan) -> list[str]:

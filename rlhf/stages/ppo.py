@@ -160,7 +160,7 @@ def _value_head(run: str, name: str | None) -> ScalarHead:
 
 def _reward_runs(config: PpoConfig, plan: Plan) -> list[tuple[str, Manifest, str | None]]:
     """Every reward run, its manifest and the head that scores, in the order in which the config names them."""
-    parents = [parent for parent in STAGES["ppo"].needs(config).parents if parent.key.startswith("rewards.")]
+    parents = [parent for parent in STAGES["ppo"].needs(config).parents if parent.kinds == ("reward",)]
     return [
         (parent.run_dir, plan.parents[parent.key], config.rewards[int(parent.key.split(".")[1])].head)
         for parent in parents

@@ -62,11 +62,14 @@ def _train_rm(config: RewardConfig) -> Needs:
 
 def _collect(config: configs.CollectConfig) -> Needs:
     return Needs(
-        parents=(Parent("policy", config.policy, ("policy",)), *_reward_runs("labeller", config.labeller)),
+        parents=(
+            Parent("policy", config.policy, ("policy",)), *_reward_runs("labeller", config.labeller),
+            *_calibrations("labeller", config.labeller),
+        ),
         inputs=(Input("prompts", config.prompts, sources.load_prompts),),
         scorers=_models("labeller.model", config.labeller),
         rewards={"labeller": config.labeller},
-    )
+    )  # fmt: skip
 
 
 def _ppo(config: configs.PpoConfig) -> Needs:
@@ -81,6 +84,7 @@ def _ppo(config: configs.PpoConfig) -> Needs:
         Parent(f"rewards.{index}.examination", source.examination, ("examination",))
         for index, source in enumerate(config.rewards) if source.examination
     ]  # fmt: skip
+    rewards += [one for i, source in enumerate(config.rewards) for one in _calibrations(f"rewards.{i}", source)]
     parents = (Parent("policy", config.policy, ("policy",)), *rewards)
     sources_of = {f"rewards.{index}": source for index, source in enumerate(config.rewards)}
     return Needs(parents=parents, inputs=tuple(inputs), scorers=tuple(scorers), rewards=sources_of)
@@ -105,6 +109,11 @@ def _reward_runs(key: str, source: RewardSource) -> tuple[Parent, ...]:
     several = [(f"{key}.runs.{index}", run) for index, run in enumerate(source.runs or ())]
     named = [(key, source.run)] if source.run else several
     return tuple(Parent(place, run, ("reward",)) for place, run in named)
+
+
+def _calibrations(key: str, source: RewardSource) -> tuple[Parent, ...]:
+    own = source.length_calibration
+    return (Parent(f"{key}.length_calibration", own, ("examination",)),) if own else ()
 
 
 def _models(key: str, source: RewardSource) -> tuple[tuple[str, ClassifierSection], ...]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from rlhf import artifacts, runtime
+from rlhf import artifacts, examined, runtime
 from rlhf.config.rewards import ClassifierSection
 from rlhf.config.sections import RuntimeSection
 from rlhf.data import lines, sources, tokenised
@@ -27,7 +26,8 @@ def score(source: str, data: str, out: str, micro_batch_size: int, label: str | 
     """Read prompts with responses (JSONL, ``-`` for stdin), write them with their scores.
 
     Args:
-        source: reward run (standardised scores), or directory or hub id of a sequence classifier (its logits).
+        source: reward run (standardised scores), an examination of one (the same with its length calibration), or
+            directory or hub id of a sequence classifier (its logits).
         label: of a classifier with several.
     """
     if is_run(source) and label is not None:
@@ -71,14 +71,16 @@ def _of_members(samples: Sequence[Sample], scores: Scores) -> list[dict[str, Any
 
 
 def _of_run(
-    run_dir: str, records: Sequence[Demonstration], device: torch.device, micro_batch_size: int
+    name: str, records: Sequence[Demonstration], device: torch.device, micro_batch_size: int
 ) -> tuple[list[Sample], Scorer]:
-    manifest = artifacts.read(run_dir, "reward")
-    artifacts.verify(Path(run_dir), manifest)
+    source = examined.source_of(name)
+    assert source.run
+    manifest = artifacts.read(source.run, "reward")
+    known = examined.length_calibration(name) if source.length_calibration else None
     base = opening.reopen_base(manifest, device)
     runtime.set_threads(RuntimeSection(), base.model, device)
     roles = SharedBase(base)
-    scorer = open_run(run_dir, roles, micro_batch_size)
+    scorer = open_run(source.run, roles, micro_batch_size, calibration=known)
     samples = []
     turns = tokenised.turns(records, base.chat, last_only=True, max_length=NO_LIMIT)
     for record, turn in zip(records, turns, strict=True):

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
-from rlhf import artifacts, masking, runtime
-from rlhf.config.rewards import ClassifierSection, RewardSource, wrong_url
+from rlhf import artifacts, examined, masking, runtime
+from rlhf.config.rewards import ClassifierSection, wrong_url
 from rlhf.config.sections import RuntimeSection
 from rlhf.errors import Problem, RlhfError
 from rlhf.models import opening
@@ -31,14 +30,14 @@ def check_names(names: Sequence[str]) -> None:
             if wrong := wrong_url(name):
                 raise RlhfError(Problem("CFG003", "--reward", f"{masking.mask(name)} {wrong}."))
         elif not FUNCTION.fullmatch(name) and is_run(name):
-            artifacts.verify(Path(name), artifacts.read(name, "reward"))
+            examined.source_of(name)
 
 
 def open_scorer(names: Sequence[str], device: torch.device, micro_batch_size: int) -> Scorer:
     """One reward, or the mean of several with each as a member.
 
-    Each is a reward run (standardised scores), ``module:function``, the address of a service, or directory or hub id of
-    a sequence classifier.
+    Each is a reward run (standardised scores), an examination of one (the same with its length calibration),
+    ``module:function``, the address of a service, or directory or hub id of a sequence classifier.
     """
     assert names
     scorers = [_open(name, device, micro_batch_size) for name in names]
@@ -54,10 +53,12 @@ def _open(name: str, device: torch.device, micro_batch_size: int) -> Scorer:
         return ServiceScorer(name)
     if not is_run(name):
         return open_classifier(ClassifierSection(path=name), device, micro_batch_size)
-    manifest = artifacts.read(name, "reward")
+    source = examined.source_of(name)
+    assert source.run
+    manifest = artifacts.read(source.run, "reward")
     base = opening.reopen_base(manifest, device)
     runtime.set_threads(RuntimeSection(), base.model, device)
-    inner = open_source(RewardSource(run=name), "reward", manifest, base, SharedBase(base), micro_batch_size)
+    inner = open_source(source, "reward", manifest, base, SharedBase(base), micro_batch_size)
     return Rerendered(inner, base.chat, name)
 
 

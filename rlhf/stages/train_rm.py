@@ -23,7 +23,7 @@ from rlhf.models.base import Base
 from rlhf.models.roles import Roles
 from rlhf.preflight import Plan
 from rlhf.progress import bar
-from rlhf.reward import combining, contradicted, objective, outcome, starts, teacher, training
+from rlhf.reward import annotators, combining, contradicted, objective, outcome, starts, teacher, training
 from rlhf.reward.several import Heads
 from rlhf.reward.teacher import Teacher
 from rlhf.runs import Run
@@ -85,6 +85,8 @@ def run(config: RewardConfig, plan: Plan, run: Run) -> Manifest:
         of_members |= {"distilled": taught.report(held_out, metrics["eval/accuracy"], size)}
     if config.contradicted:
         metrics |= contradicted.write(config, roles, slots, train, held_out, run)
+    if annotated := plan.data["data"].annotated:
+        metrics |= annotators.write(config, roles, slots, base.chat, annotated, train_records, run)
     metrics |= outcome.standardise(config, roles, slots, base, sampled, run)
     run.write_metrics(steps, metrics)
     for index, slot in enumerate(slots):

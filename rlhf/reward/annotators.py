@@ -1,0 +1,92 @@
+"""How well a reward model agrees with each annotator on prompts that were not trained on, also those held out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy
+
+from rlhf import artifacts, storage
+from rlhf.config.train_rm import RewardConfig
+from rlhf.data import tokenised
+from rlhf.data.consensus import Annotated
+from rlhf.data.records import Comparison, prompt_key
+from rlhf.evaluation import reward as examine
+from rlhf.metrics import intervals
+from rlhf.models.roles import Roles
+from rlhf.progress import show, table
+from rlhf.reward import outcome
+from rlhf.runs import Run
+
+log = logging.getLogger("rlhf")
+
+
+def write(
+    config: RewardConfig, roles: Roles, slots: Sequence[str], chat: Any, annotated: Annotated,
+    trained: Sequence[Comparison], run: Run,
+) -> dict[str, float]:  # fmt: skip
+    """annotators.json and a table of it; the figures for the manifest.
+
+    The accuracy of an annotator is on all of his judgements with a preference whose prompts are none of ``trained``.
+    """
+    known = {prompt_key(record.prompt) for record in trained}
+    unseen = [record for record in annotated.everyone if prompt_key(record.prompt) not in known]
+    accuracies = _accuracies(config, roles, slots, chat, unseen, annotated.report) if unseen else {}
+    rows = {
+        name: {**row, "accuracy": accuracies.get(name)} for name, row in annotated.report["annotators"].items()
+    }  # fmt: skip
+    of_held_out = accuracies.get(None)
+    report = {**annotated.report, "annotators": rows, "accuracy_on_held_out_annotators": of_held_out}
+    storage.write_json(run.path / artifacts.ANNOTATORS, report)
+    show(table("Annotators", COLUMNS, [_row(name, row) for name, row in rows.items()]))
+    figures = {} if report["alpha"] is None else {"eval/annotators_alpha": report["alpha"]}
+    if of_held_out:
+        low, high = of_held_out["ci95"]
+        log.info(
+            "On annotators held out: accuracy %.3f [%.3f, %.3f] on %d comparisons.", of_held_out["estimate"], low, high,
+            of_held_out["comparisons"],
+        )  # fmt: skip
+        figures |= {
+            "eval/accuracy_held_out_annotators": of_held_out["estimate"],
+            "eval/accuracy_held_out_annotators_low": low, "eval/accuracy_held_out_annotators_high": high,
+        }  # fmt: skip
+    elif config.hold_out_annotators:
+        log.warning("The annotators held out judged no prompt that is not trained on: no accuracy on them.")
+    return figures
+
+
+COLUMNS = ("annotator", "votes", "agreement", "with the others", "reliability", "accuracy on them, unseen prompts")
+
+
+def _accuracies(
+    config: RewardConfig, roles: Roles, slots: Sequence[str], chat: Any, records: Sequence[Comparison],
+    report: dict[str, Any],
+) -> dict[str | None, dict[str, Any]]:  # fmt: skip
+    """Of every annotator who preferred something there, and under None of those held out together."""
+    groups, _ = tokenised.groups(records, chat, config.max_length, config.too_long, 1.0, "annotators")
+    scorer = outcome.scorer(roles, slots, config.batch.micro_batch_size, config.batch.micro_batch_tokens)
+    pairs = examine.compare(scorer, groups)
+    right, held_out = examine.right(pairs), [name for name, row in report["annotators"].items() if row["held_out"]]
+    found: dict[str | None, dict[str, Any]] = {}
+    for name, whose in [*((name, {name}) for name in report["annotators"]), (None, set(held_out))]:
+        own = numpy.array([annotator in whose for annotator in pairs.annotators], dtype=bool)
+        if own.any():
+            keys = [key for key, is_own in zip(pairs.groups, own, strict=True) if is_own]
+            one = intervals.grouped_bootstrap(right[own], keys, seed=config.seed)
+            found[name] = {"estimate": one.estimate, "ci95": [one.low, one.high], "comparisons": int(own.sum())}
+    return found
+
+
+def _row(name: str, row: dict[str, Any]) -> tuple[str, ...]:
+    """What is not known is '-'."""
+    found, reliable = row["accuracy"], row["reliability"]
+    accuracy = f"{found['estimate']:.3f} [{found['ci95'][0]:.3f}, {found['ci95'][1]:.3f}]" if found else "-"
+    shares = [_share(row[key]) for key in ("agreement", "agreement_with_others")]
+    right = _share(reliable["right"]) if reliable else "-"
+    return (f"{name} (held out)" if row["held_out"] else name, str(row["votes"]), *shares, right, accuracy)
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
