@@ -40,7 +40,10 @@ def _of_another(
     fix = "examine this one with rlhf eval-rm, and name that run"
     if source.run:
         if f"{key}" not in parents or manifest.parents.get("reward", {}).get("digest") == parents[key].digest:
-            return None
+            if manifest.identity.get("head") == source.head:
+                return None
+            what = f"is of the head {manifest.identity.get('head') or 'score'}, not of {source.head or 'score'}."
+            return Problem("CKP011", place, what, fix)
         found = manifest.parents.get("reward", {}).get("run_dir", "a model from elsewhere")
         return Problem("CKP011", place, f"is of another reward model ({found}) than {source.run} as it is now.", fix)
     assert source.model

@@ -51,6 +51,23 @@ def figures_table(report: Mapping[str, Any]) -> Table:
     return table("Reward model", ("figure", "value"), rows)
 
 
+def heads_table(report: Mapping[str, Any]) -> Table:
+    """Each head on the labels of its attribute, and the best of the other heads there."""
+    rows = []
+    for name, row in report["heads"].items():
+        others = {other: value for other, value in (row["accuracy_of"] or {}).items() if other != name}
+        best = max(others, key=lambda other: others[other], default=None)
+        rows.append(
+            (
+                name, f"{row['comparisons']}", shown(row["accuracy"]),
+                "-" if best is None else f"{others[best]:.3f} ({best})", f"{row['ratings']}",
+                "-" if row["rating_correlation"] is None else f"{row['rating_correlation']:.3f}",
+            )
+        )  # fmt: skip
+    columns = ("head", "comparisons", "accuracy", "best other head's", "ratings", "correlation")
+    return table("Heads", columns, rows)
+
+
 def verdicts_table(verdicts: Sequence[Verdict]) -> Table:
     """One line a verdict."""
     rows = [
@@ -75,6 +92,8 @@ def metrics(report: Mapping[str, Any]) -> dict[str, float]:
     for name in ("temperature", "label_noise", "length_correlation"):
         if report[name]:
             found[f"eval/{name}"] = report[name]["estimate"]
+    for name, row in report.get("heads", {}).items():
+        found |= {f"eval/accuracy/{name}": row["accuracy"]["estimate"]} if row["accuracy"] else {}
     return found | {
         f"probe/{name}": row["change"]["estimate"] for name, row in report["probes"].items() if row["change"]
     }

@@ -31,7 +31,9 @@ def score(source: str, data: str, out: str, micro_batch_size: int, label: str | 
         label: of a classifier with several.
     """
     if is_run(source) and label is not None:
-        raise RlhfError(Problem("CFG040", "--label", f"{source} is a reward run, which has one score.", "leave it out"))
+        raise RlhfError(
+            Problem("CFG040", "--label", f"{source} is a reward run: all its heads are written.", "leave it out")
+        )
     records = lines.load(sources.load_demonstrations, data)
     device = runtime.set_up(RuntimeSection(), 0)
     if is_run(source):
