@@ -20,8 +20,8 @@ ADAPTER, MODEL, HEAD, MEMBERS, TOKENIZER, CHECKPOINTS, SAMPLES, PLOTS = (
     "adapter", "model", "head", "members", "tokenizer", "checkpoints", "samples", "plots",
 )  # fmt: skip
 PREFERENCES, EXAMINATION, CONTRADICTED = "preferences.jsonl", "eval.json", "contradicted.jsonl"
-ANNOTATORS = "annotators.json"
-HASHED = (ADAPTER, MODEL, HEAD, MEMBERS, TOKENIZER, PREFERENCES, EXAMINATION)
+ANNOTATORS, RUBRIC = "annotators.json", "rubric.yaml"
+HASHED = (ADAPTER, MODEL, HEAD, MEMBERS, TOKENIZER, PREFERENCES, EXAMINATION, RUBRIC)
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "safetensors")
 
 
@@ -113,6 +113,12 @@ def members_of(run_dir: str | Path) -> list[Path]:
     """What holds adapter and head of each member of a reward run: the run itself, where it is no ensemble."""
     found = (Path(run_dir) / MEMBERS).glob("[0-9]*")
     return sorted(found, key=lambda path: int(path.name)) or [Path(run_dir)]
+
+
+def rubric_of(run_dir: str | Path) -> Path | None:
+    """The labelling rubric that a run carries; None where it has none."""
+    path = Path(run_dir) / RUBRIC
+    return path if path.is_file() else None
 
 
 def member_directory(run_dir: Path, index: int, count: int) -> Path:

@@ -50,7 +50,9 @@ def source_of(run_dir: str) -> RewardSource:
     if "reward" not in manifest.parents:
         fix = "rewards: [{model: ..., length_calibration: ...}] in a config"
         raise RlhfError(Problem("CKP011", run_dir, "is of a model from elsewhere, which has no run.", fix))
-    source = RewardSource(run=manifest.parents["reward"]["run_dir"], length_calibration=run_dir)
+    source = RewardSource(
+        run=manifest.parents["reward"]["run_dir"], head=manifest.identity.get("head"), length_calibration=run_dir
+    )
     assert source.run
     reward = artifacts.read(source.run, "reward", where=run_dir)
     artifacts.verify(Path(source.run), reward)
@@ -100,7 +102,10 @@ def _of_another(
     fix = "examine this one with rlhf eval-rm, and name that run"
     if source.run:
         if f"{key}" not in parents or manifest.parents.get("reward", {}).get("digest") == parents[key].digest:
-            return None
+            if manifest.identity.get("head") == source.head:
+                return None
+            what = f"is of the head {manifest.identity.get('head') or 'score'}, not of {source.head or 'score'}."
+            return Problem("CKP011", place, what, fix)
         found = manifest.parents.get("reward", {}).get("run_dir", "a model from elsewhere")
         return Problem("CKP011", place, f"is of another reward model ({found}) than {source.run} as it is now.", fix)
     assert source.model

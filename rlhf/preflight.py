@@ -100,6 +100,7 @@ def prepare(config: StageConfig, needs: Needs, parents_may_be_missing: bool = Fa
     problems += origins.adapter_of_another(needs.model, parents)
     problems += origins.aggregates(needs.rewards, parents)
     problems += origins.heads(needs.rewards, parents)
+    problems += origins.missing_heads("head", parents["reward"], needs.heads) if "reward" in parents else []
     problems += origins.start_of_another(parents, needs.members, needs.trains_whole, needs.heads)
     digests = {key: origins.model_digest(key, model, problems, unchecked) for key, model in models}
     digests |= {key: origins.directory_digest(key, path, problems) for key, path in needs.directories}

@@ -116,8 +116,8 @@ def test_a_new_process_without_this_package_gives_the_same_logits(tmp_path):
 
 def test_what_cannot_be_exported_is_refused_with_the_reason(tmp_path):
     run, _ = make_run(tmp_path / "two", "reward", names=("helpful", "safe"))
-    with pytest.raises(RlhfError, match=r"MOD040.*2 numbers \(helpful, safe\)"):
-        export(str(run), tmp_path / "out", adapter_only=False)
+    with pytest.raises(RlhfError, match=r"CFG040.*--head.*no head 'kind'"):
+        export(str(run), tmp_path / "out", adapter_only=False, head="kind")
     assert not (tmp_path / "out").exists()
     run, _ = make_run(tmp_path / "one", "reward")
     with pytest.raises(RlhfError, match=r"CKP004.*head would be lost"):

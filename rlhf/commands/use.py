@@ -83,6 +83,7 @@ def export(
     run: Annotated[str, typer.Argument(help="Run directory of a policy or reward model.")],
     target: Annotated[Path, typer.Argument(help="Directory to write, which must not exist.")],
     adapter_only: Annotated[bool, typer.Option("--adapter-only", help="The policy's adapter, not merged.")] = False,
+    head: Annotated[str | None, typer.Option("--head", help="One head of a reward run, as the only label.")] = None,
     push_to_hub: Annotated[
         str | None, typer.Option("--push-to-hub", metavar="OWNER/NAME", help="Upload it there, as a private one.")
     ] = None,
@@ -93,7 +94,7 @@ def export(
     if public and push_to_hub is None:
         raise RlhfError(Problem("CFG040", "--public", "nothing is uploaded.", "--push-to-hub OWNER/NAME"))
     module = importlib.import_module("rlhf.stages.export")
-    outcome = module.export(run, target, adapter_only, push_to_hub, public)
+    outcome = module.export(run, target, adapter_only, push_to_hub, public, head)
     if as_json:
         typer.echo(json.dumps(outcome))
 

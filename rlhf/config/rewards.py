@@ -85,8 +85,6 @@ class RewardSource(Section):
             raise ValueError("examination is of one run or one model; nothing else is examined")
         if self.length_calibration is not None and self.run is None and self.model is None:
             raise ValueError("length_calibration is of one run or one model; nothing else is examined")
-        if self.length_calibration is not None and self.head is not None:
-            raise ValueError("length_calibration is of the score that was examined, not of a head: leave one out")
         if self.accept_failed and self.examination is None:
             raise ValueError("accept_failed needs the examination that failed")
         return self

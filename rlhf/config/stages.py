@@ -25,6 +25,7 @@ from rlhf.config.sections import (
     Count,
     DataSection,
     Fraction,
+    HeadName,
     LoraSection,
     ModelSection,
     OptimSection,
@@ -196,6 +197,9 @@ class EvalRmConfig(StageConfig):
 
     run_dir: Text = "runs/eval-rm"
     reward: Text | None = Field(None, description="the reward run to examine")
+    head: HeadName | None = Field(
+        None, description="of several heads the one to examine, on the labels of its attribute; null: the combination"
+    )
     model: ClassifierSection | None = Field(None, description="instead of it: a sequence classifier from elsewhere")
     data: DataSection = Field(description="comparisons that the reward model has not seen")
     suite: Text | None = Field(None, description="YAML file of edge cases; one that fails is exit 10")
@@ -219,6 +223,8 @@ class EvalRmConfig(StageConfig):
     def _one_model(self) -> EvalRmConfig:
         if (self.reward is None) == (self.model is None):
             raise ValueError("give exactly one of reward and model")
+        if self.head is not None and (self.reward is None or self.benchmark):
+            raise ValueError("head is of a reward run, on comparisons")
         if self.benchmark and self.drift:
             raise ValueError("drift is measured from comparisons, and a benchmark's rows are none: leave one out")
         return self

@@ -57,6 +57,12 @@ class ForReward:
         return replace(loaded, records=found.records, warnings=notes, annotated=found)
 
 
+def load_noted(data: DataSection, seed: int = 0) -> Loaded:
+    """Comparisons, with a note on the attributes that they have labels of."""
+    loaded = sources.load_comparisons(data, seed)
+    return replace(loaded, warnings=(*loaded.warnings, *attributes.notes(loaded.records)))
+
+
 def margins(config: RewardConfig, records: Sequence[Comparison], source: str) -> list[Problem]:
     """Where margins are asked for: none anywhere, or as weights one that is missing or below 0."""
     if not config.use_margins and not config.weight_by_margin:

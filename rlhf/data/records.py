@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from rlhf.errors import Problem, RlhfError
@@ -67,6 +67,11 @@ class Comparison:
     def names(self) -> set[str]:
         """The attributes that it has judgements or ratings in."""
         return {*self.attributes, *(one.attribute for one in self.judgements if one.attribute is not None)}
+
+    def only(self, attribute: str) -> Comparison:
+        """What it says of one attribute, as if that were all."""
+        own = tuple(replace(judgement, attribute=None) for judgement in self.of(attribute))
+        return replace(self, judgements=own, attributes={})
 
     def of(self, attribute: str | None) -> tuple[Judgement, ...]:
         """The judgements in one attribute, or overall."""

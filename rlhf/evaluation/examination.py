@@ -93,6 +93,23 @@ def _short(figure: Mapping[str, Any] | None) -> str:
     return f"{figure['estimate']:.3f}" if figure else "-"
 
 
+def heads_table(report: Mapping[str, Any]) -> Table:
+    """Each head on the labels of its attribute, and the best of the other heads there."""
+    rows = []
+    for name, row in report["heads"].items():
+        others = {other: value for other, value in (row["accuracy_of"] or {}).items() if other != name}
+        best = max(others, key=lambda other: others[other], default=None)
+        rows.append(
+            (
+                name, f"{row['comparisons']}", shown(row["accuracy"]),
+                "-" if best is None else f"{others[best]:.3f} ({best})", f"{row['ratings']}",
+                "-" if row["rating_correlation"] is None else f"{row['rating_correlation']:.3f}",
+            )
+        )  # fmt: skip
+    columns = ("head", "comparisons", "accuracy", "best other head's", "ratings", "correlation")
+    return table("Heads", columns, rows)
+
+
 def verdicts_table(verdicts: Sequence[Verdict]) -> Table:
     """One line a verdict."""
     rows = [
@@ -120,6 +137,8 @@ def metrics(report: Mapping[str, Any]) -> dict[str, float]:
     for name in ("kendall_tau_b", "ndcg"):
         if (report.get("ranking") or {}).get(name):
             found[f"eval/{name}"] = report["ranking"][name]["estimate"]
+    for name, row in report.get("heads", {}).items():
+        found |= {f"eval/accuracy/{name}": row["accuracy"]["estimate"]} if row["accuracy"] else {}
     return found | {
         f"probe/{name}": row["change"]["estimate"] for name, row in report["probes"].items() if row["change"]
     }

@@ -158,9 +158,10 @@ def load(section: ClassifierSection, device: torch.device) -> Classifier:
     proof = _proof(path)
     reader = Reader(tokenizer, section, proof.get("kind") == "reward", bases.context_length(model.config))
     model.requires_grad_(False)
-    classifier = Classifier(
-        model.eval().to(device), reader, _column(section, model.config), float(proof.get("constant", 0.0)), device
-    )
+    column = _column(section, model.config)
+    constants = proof.get("constants", {})
+    constant = float(constants.get(model.config.id2label[column], proof.get("constant", 0.0)))
+    classifier = Classifier(model.eval().to(device), reader, column, constant, device)
     log.info("%s scores as a model of its own and reads %s.", source, reader.form)
     return classifier
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForSequenceClassification, GenerationConfig
 
 from rlhf import artifacts
 from rlhf.artifacts import Manifest
+from rlhf.config.train_rm import COMBINED
 from rlhf.errors import Problem, RlhfError
 from rlhf.models import adapters, opening
 from rlhf.models.base import Base
@@ -51,22 +52,26 @@ def generation_config(base: Base) -> GenerationConfig:
     )
 
 
-def reward(base: Base, adapter: Path | None, head: ScalarHead) -> tuple[Any, float]:
-    """A sequence classifier with one label, and the constant that its class has no place for.
+def reward(base: Base, adapter: Path | None, head: ScalarHead) -> tuple[Any, list[float]]:
+    """A sequence classifier with one label for each number of the head, and the constants that its class has no place
+    for.
 
-    The standardised score is the classifier's logit plus the constant: ``score`` has no bias, so that its weight takes
+    A standardised score is the classifier's logit plus its constant: ``score`` has no bias, so that its weight takes
     the scale, and the shift is left over.
 
     Raises:
-        RlhfError: MOD040 for a head of several numbers or an architecture without such a class, MOD041 where no token
-            can be the padding: transformers reads the last token that is not.
+        RlhfError: MOD040 for a gate or an architecture without such a class, MOD041 where no token can be the padding:
+            transformers reads the last token that is not.
     """
-    if len(head.names) != 1:
-        what = f"has {len(head.names)} numbers ({', '.join(head.names)}), and the class has one label."
-        raise RlhfError(Problem("MOD040", "head", what, "export a head of one number"))
+    if head.gate is not None:
+        what = "the weights of its heads depend on the prompt, and the class has no place for that."
+        raise RlhfError(Problem("MOD040", "head", what, "export one of its heads, or all of them"))
     merged = policy(base, adapter)
     config = deepcopy(merged.config)
-    config.num_labels, config.pad_token_id = 1, padding(base)
+    config.num_labels, config.pad_token_id = len(head.names), padding(base)
+    if head.names != (COMBINED,):
+        config.id2label = dict(enumerate(head.names))
+        config.label2id = {name: number for number, name in enumerate(head.names)}
     try:
         classifier = AutoModelForSequenceClassification.from_config(config, dtype=merged.dtype)
     except ValueError:
@@ -77,7 +82,7 @@ def reward(base: Base, adapter: Path | None, head: ScalarHead) -> tuple[Any, flo
     folded = head.folded()
     with torch.no_grad():
         classifier.score.weight.copy_(folded.linear.weight.to(classifier.score.weight))
-    return classifier.to(base.device).eval(), float(folded.linear.bias.detach())
+    return classifier.to(base.device).eval(), folded.linear.bias.tolist()
 
 
 def padding(base: Base) -> int:

@@ -72,7 +72,8 @@ def _loss(logits: Array, probabilities: Array, shares: Array, weights: Array) ->
 def fit_gate(differences: Array, features: Array, probabilities: Array, shares: Array, penalty: float) -> Gate:
     """The gate of the least penalised negative log-likelihood, found by L-BFGS from an even one.
 
-        sum_n a_n (softplus(z_n) - p_n z_n) + penalty/2 (|A|^2 + |b|^2),   z_n = e^c sum_h softmax(A u_n + b)_h d_nh
+        sum_n a_n (softplus(z_n) - p_n z_n) + penalty/2 (|A|^2 + |b|^2 + c^2)
+        z_n = e^c sum_h softmax(A u_n + b)_h d_nh
 
     u are the features, standardised and divided by sqrt(d), so that the penalty means the same for every base. The
     standardisation is folded into the gate that comes back.
@@ -98,7 +99,8 @@ def fit_gate(differences: Array, features: Array, probabilities: Array, shares: 
     def closure() -> Tensor:
         optimizer.zero_grad()
         logits = c.exp() * ((u @ A.T + b).softmax(-1) * d).sum(1)
-        loss: Tensor = (a * (softplus(logits) - p * logits)).sum() + penalty / 2 * (A.square().sum() + b.square().sum())
+        size = A.square().sum() + b.square().sum() + c.square()
+        loss: Tensor = (a * (softplus(logits) - p * logits)).sum() + penalty / 2 * size
         loss.backward()  # type: ignore[no-untyped-call]
         return loss
 

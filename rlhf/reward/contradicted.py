@@ -17,7 +17,7 @@ from rlhf.data.tokenised import Group
 from rlhf.models.roles import Roles
 from rlhf.reward.training import rows_of
 from rlhf.runs import Run
-from rlhf.scoring.scorer import Sample
+from rlhf.scoring.scorer import Sample, Scores
 from rlhf.scoring.shared import SharedScorer
 
 log = logging.getLogger("rlhf")
@@ -34,14 +34,18 @@ def write(
     """
     groups = [*train, *held_out]
     seen = [set(rows) for rows in rows_of(config, train)]
-    members = torch.stack([_scores(config, roles, slot, groups) for slot in slots], 1)
+    scores = [_scores(config, roles, slot, groups) for slot in slots]
     found, start, num_judged = [], 0, 0
     for index, group in enumerate(groups):
-        own = members[start : start + len(group.responses)]
+        rows_here = slice(start, start + len(group.responses))
         start += len(group.responses)
         unseen = [member for member, rows in enumerate(seen) if index not in rows]
-        values = own[:, unseen].mean(1) if unseen else own.mean(1)
-        rows = contradictions(group, values)
+        rows = []
+        for attribute in dict.fromkeys(judgement.attribute for judgement in group.judgements):
+            columns = [one.mean if attribute is None else one.heads[attribute] for one in scores]
+            own = torch.stack([column.double()[rows_here] for column in columns], 1)
+            values = own[:, unseen].mean(1) if unseen else own.mean(1)
+            rows += contradictions(group, values, attribute)
         num_judged += sum(judgement.probability != 0.5 for judgement in group.judgements)
         found += [{**row, "seen": not unseen, "members": len(unseen or slots)} for row in rows]
     found.sort(key=lambda row: row["difference"])
@@ -55,12 +59,13 @@ def write(
     return {"eval/contradicted": len(found), "eval/judged": num_judged}
 
 
-def contradictions(group: Group, values: Tensor) -> list[dict[str, Any]]:
-    """The decided judgements of a group that its raw scores [K] order the other way, with the difference (log-odds of
-    the preferred response, below 0) and the probability that the model gives to the label."""
+def contradictions(group: Group, values: Tensor, attribute: str | None = None) -> list[dict[str, Any]]:
+    """The decided judgements of a group (in an attribute, or overall) that its raw scores [K] order the other way, with
+    the difference (log-odds of the preferred response, below 0) and the probability that the model gives the label."""
     found = []
+    named = {} if attribute is None else {"attribute": attribute}
     for judgement in group.judgements:
-        if judgement.probability == 0.5:
+        if judgement.attribute != attribute or judgement.probability == 0.5:
             continue
         ahead = judgement.probability > 0.5
         better, worse = (judgement.first, judgement.second) if ahead else (judgement.second, judgement.first)
@@ -71,21 +76,18 @@ def contradictions(group: Group, values: Tensor) -> list[dict[str, Any]]:
                 {
                     "where": record.where, "difference": difference, "probability": 1 / (1 + math.exp(-difference)),
                     "prompt": [{"role": message.role, "content": message.content} for message in record.prompt],
-                    "preferred": record.responses[better], "other": record.responses[worse],
+                    "preferred": record.responses[better], "other": record.responses[worse], **named,
                 }
             )  # fmt: skip
     return found
 
 
-def _scores(config: RewardConfig, roles: Roles, slot: str, groups: Sequence[Group]) -> Tensor:
-    """[R] raw scores of all responses of all groups, one after the other."""
+def _scores(config: RewardConfig, roles: Roles, slot: str, groups: Sequence[Group]) -> Scores:
+    """Raw scores of all responses of all groups, one after the other."""
     samples = [
         Sample(group.record.prompt, text, group.prompt_ids, ids, True, ids)
         for group in groups
         for text, ids in zip(group.record.responses, group.responses, strict=True)
     ]
-    return (
-        SharedScorer(roles, slot, config.batch.micro_batch_size, True, config.batch.micro_batch_tokens)
-        .score(samples)
-        .mean.double()
-    )
+    limits = config.batch.micro_batch_size, True, config.batch.micro_batch_tokens
+    return SharedScorer(roles, slot, *limits).score(samples)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rlhf import artifacts, runtime, storage
 from rlhf.artifacts import Manifest
+from rlhf.config import rubric
 from rlhf.config.stages import EvalRmConfig
 from rlhf.config.suite import CaseSection
 from rlhf.config.suite import read as read_suite
@@ -21,7 +22,7 @@ from rlhf.data import tokenised
 from rlhf.data.benchmarks import BenchmarkRow
 from rlhf.data.tokenised import Group
 from rlhf.errors import Problem, RlhfError
-from rlhf.evaluation import benchmarking, examination, figures, lengths, plots, rankings, suite
+from rlhf.evaluation import benchmarking, examination, figures, heads, lengths, plots, rankings, suite
 from rlhf.evaluation import members as together
 from rlhf.evaluation import reward as examine
 from rlhf.evaluation import verdicts as judging
@@ -81,12 +82,15 @@ def run(config: EvalRmConfig, plan: Plan, run: Run) -> Manifest:
         return _finish(config, plan, run, started, metrics, {"rows": vars(lengths), "benchmark": config.benchmark})
     report = _report(config, plan, subject, groups)
     report["rows"] = vars(lengths)
+    report |= _rubric(config, run)
     report |= {"suite": _suite(config, subject, cases)} if cases else {}
     verdicts = judging.judge(report, config.thresholds)
     report["verdict"], report["verdicts"] = judging.overall(verdicts), [vars(one) for one in verdicts]
     storage.write_json(run.path / artifacts.EXAMINATION, report)
     _draw(report, run.path / artifacts.PLOTS)
     console.print(examination.figures_table(report))
+    if "heads" in report:
+        console.print(examination.heads_table(report))
     console.print(examination.verdicts_table(verdicts))
     for one in verdicts:
         if one.verdict != judging.PASS:
@@ -127,8 +131,9 @@ def _drift(
     """The figures on the second set, and how they differ from those on the first."""
     assert config.drift
     groups, lengths = tokenised.groups(
-        plan.data["drift"].records, subject.chat, config.max_length, "drop", config.drift.max_dropped_fraction, "drift"
-    )
+        _records(config, plan, "drift"), subject.chat, config.max_length, "drop", config.drift.max_dropped_fraction,
+        "drift",
+    )  # fmt: skip
     scores = examine.score(subject.scorer, groups)
     others, other_pairs = examine.responses_of(groups, scores), examine.pairs_of(groups, scores)
     if not len(other_pairs.differences):
@@ -145,9 +150,11 @@ def _report(config: EvalRmConfig, plan: Plan, subject: Subject, groups: Sequence
     responses = examine.responses_of(groups, scores)
     pairs = examine.pairs_of(groups, scores)
     if not len(pairs.differences):
-        raise RlhfError(Problem("DAT053", "data", "holds ties alone: nothing to examine.", "decided comparisons"))
+        what = f"holds no decided comparison {'in ' + config.head if config.head else 'overall'}: nothing to examine."
+        raise RlhfError(Problem("DAT053", "data", what, "decided comparisons, or head: one whose attribute has some"))
     report = figures.report(pairs, responses, how)
     report |= {"ranking": rankings.report(groups, scores, how), **_members(groups, scores, pairs)}
+    report |= _heads(groups, scores, how)
     unit = subject.unit or float(responses.scores.std()) or 1.0
     standard = Scores(subject.standardised(scores))
     report["length_calibration"] = lengths.report(
@@ -161,6 +168,24 @@ def _report(config: EvalRmConfig, plan: Plan, subject: Subject, groups: Sequence
         subject.scorer, subject.chat, records, config.probes, config.max_length, unit, how
     )  # fmt: skip
     return report
+
+
+def _heads(groups: Sequence[Group], scores: Scores, how: figures.How) -> dict[str, Any]:
+    """What each of several heads says of its attribute, and the rows of attributes that no head is of."""
+    left_out = heads.without_a_head(groups, scores)
+    for name, count in left_out.items():
+        log.warning("%d rows have labels of %r, which no head is of: these labels are left out.", count, name)
+    found = heads.report(groups, scores, how)
+    return ({"heads": found} if found else {}) | ({"without_a_head": left_out} if left_out else {})
+
+
+def _rubric(config: EvalRmConfig, run: Run) -> dict[str, Any]:
+    """The rubric that the reward run was trained by, which goes along with its examination."""
+    path = artifacts.rubric_of(config.reward) if config.reward else None
+    if path is None:
+        return {}
+    storage.write_text(run.path / artifacts.RUBRIC, path.read_text("utf-8"))
+    return {"rubric": {"digest": storage.sha256(path), **rubric.read(path).model_dump()}}
 
 
 def _members(groups: Sequence[Group], scores: Scores, whole: Pairs) -> dict[str, Any]:
@@ -193,8 +218,9 @@ def _open(config: EvalRmConfig, plan: Plan, device: torch.device) -> Subject:
     base = opening.reopen_base(plan.parents["reward"], device)
     runtime.set_threads(config.runtime, base.model, device)
     roles = SharedBase(base)
-    scorer = open_run(config.reward, roles, config.micro_batch_size, raw=True)
-    scales = tuple(float(slot.head.scale[0]) for slot in roles.slots.values() if slot.head)
+    scorer = open_run(config.reward, roles, config.micro_batch_size, raw=True, head=config.head)
+    own = [slot.head for slot in roles.slots.values() if slot.head]
+    scales = tuple(float(head.scale[head.names.index(config.head or head.names[0])]) for head in own)
     return Subject(scorer, base.chat, scales)
 
 
@@ -211,5 +237,17 @@ def dry_run(config: EvalRmConfig, plan: Plan) -> list[str]:
 
 def _tokenise(config: EvalRmConfig, plan: Plan, chat: Any) -> tuple[list[Any], tokenised.LengthReport]:
     return tokenised.groups(
-        plan.data["data"].records, chat, config.max_length, "drop", config.data.max_dropped_fraction, "data"
+        _records(config, plan, "data"), chat, config.max_length, "drop", config.data.max_dropped_fraction, "data"
     )
+
+
+def _records(config: EvalRmConfig, plan: Plan, key: str) -> Sequence[Any]:
+    """Comparisons; of a head that is examined those in its attribute."""
+    records = plan.data[key].records
+    if config.head is None:
+        return records
+    kept = [record.only(config.head) for record in records if record.of(config.head)]
+    if not kept:
+        what = f"holds no comparison in {config.head!r}, the head to examine."
+        raise RlhfError(Problem("DAT053", key, what, f"pairs or rankings with attribute: {config.head}"))
+    return kept

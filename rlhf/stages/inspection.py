@@ -11,7 +11,7 @@ from typing import Any
 
 from rlhf import artifacts, preflight, storage
 from rlhf.artifacts import Manifest
-from rlhf.config import load, migrate, reference, yaml_reader
+from rlhf.config import load, migrate, reference, rubric, yaml_reader
 from rlhf.config.migration import Migration
 from rlhf.config.sections import Section
 from rlhf.config.stages import PipelineConfig, StageConfig
@@ -195,6 +195,10 @@ def describe(run_dir: Path) -> str:
     lines += [
         f"  ancestor  {name}: rlhf {parent.stage}" for name, parent in _lineage(manifest)[len(manifest.parents) :]
     ]
+    if path := artifacts.rubric_of(run_dir):
+        found = rubric.read(path)
+        lines.append(f"  rubric    {found.name} ({storage.sha256(path)[:16]})")
+        lines += [f"  criterion {line}" for line in rubric.lines(found)]
     lines += [f"  metric    {key} = {_number(value)}" for key, value in manifest.metrics.items()]
     lines += [f"  detail    {key} = {json.dumps(value)}" for key, value in manifest.details.items()]
     lines += [f"  file      {name} ({entry['size']:,} bytes)" for name, entry in manifest.files.items()]

@@ -93,15 +93,16 @@ def _ppo(config: configs.PpoConfig) -> Needs:
 def _eval_rm(config: configs.EvalRmConfig) -> Needs:
     if config.suite:
         suite.read(config.suite)  # its mistakes are said before any model is opened
-    read = sources.load_benchmark(config.benchmark) if config.benchmark else sources.load_comparisons
+    read = sources.load_benchmark(config.benchmark) if config.benchmark else labels.load_noted
     inputs = [Input("data", config.data, read)]
     if config.drift:
-        inputs.append(Input("drift", config.drift, sources.load_comparisons))
+        inputs.append(Input("drift", config.drift, labels.load_noted))
     return Needs(
         parents=(Parent("reward", config.reward, ("reward",)),) if config.reward else (),
         inputs=tuple(inputs),
         scorers=(("model", config.model),) if config.model else (),
         directories=(("suite", config.suite),) if config.suite else (),
+        heads=(config.head,) if config.head else (),
     )
 
 

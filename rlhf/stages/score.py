@@ -31,7 +31,9 @@ def score(source: str, data: str, out: str, micro_batch_size: int, label: str | 
         label: of a classifier with several.
     """
     if is_run(source) and label is not None:
-        raise RlhfError(Problem("CFG040", "--label", f"{source} is a reward run, which has one score.", "leave it out"))
+        raise RlhfError(
+            Problem("CFG040", "--label", f"{source} is a reward run: all its heads are written.", "leave it out")
+        )
     records = lines.load(sources.load_demonstrations, data)
     device = runtime.set_up(RuntimeSection(), 0)
     if is_run(source):
@@ -80,7 +82,7 @@ def _of_run(
     base = opening.reopen_base(manifest, device)
     runtime.set_threads(RuntimeSection(), base.model, device)
     roles = SharedBase(base)
-    scorer = open_run(source.run, roles, micro_batch_size, calibration=known)
+    scorer = open_run(source.run, roles, micro_batch_size, head=source.head, calibration=known)
     samples = []
     turns = tokenised.turns(records, base.chat, last_only=True, max_length=NO_LIMIT)
     for record, turn in zip(records, turns, strict=True):

@@ -6,11 +6,12 @@ import logging
 import math
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from rlhf import artifacts, interrupts, runtime
+from rlhf import artifacts, interrupts, runtime, storage
 from rlhf.artifacts import Manifest
 from rlhf.checkpoints import Checkpoints, Position
 from rlhf.config.train_rm import RewardConfig
@@ -38,6 +39,8 @@ log = logging.getLogger("rlhf")
 def run(config: RewardConfig, plan: Plan, run: Run) -> Manifest:
     """Train on groups, measure on held-out prompts, standardise on samples of the SFT policy, write."""
     watch = runtime.MemoryWatch(plan.memory)
+    if config.rubric:
+        storage.write_text(run.path / artifacts.RUBRIC, Path(config.rubric).read_text("utf-8"))
     device = runtime.set_up(config.runtime, config.seed)
     taught = teacher.learn(config, plan, plan.data["data"].records, device)
     base = opening.reopen_base(plan.parents["policy"], device)
