@@ -1,0 +1,149 @@
+"""Members of an ensemble that differ in what they train: as runs, in exports, in examinations."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+from test_reward_training import REWARD, cut, fingerprint, home, rlhf, rows_of, train  # noqa: F401
+
+from rlhf import artifacts
+from rlhf.config.stages import RewardConfig
+from rlhf.data.batches import collate
+from rlhf.models import forward
+from rlhf.models.heads import ScalarHead
+from rlhf.models.part import Part
+from rlhf.models.roles import SharedBase
+
+KINDS = {
+    "alike": {"members": 2, "ensemble": {"data": "all"}},
+    "ranks": {"members": 2, "ensemble": {"ranks": [4, 6]}},
+    "parts": {
+        "members": 3,
+        "ensemble": {"layers": [[0, 0], [-1, -1], None], "target_modules": [None, None, ["q_proj"]]},
+    },
+}
+RELOAD = """
+import json, sys
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+assert "rlhf" not in sys.modules
+texts, found = json.loads(sys.argv[1]), {}
+for directory in sys.argv[2:]:
+    model = AutoModelForSequenceClassification.from_pretrained(directory).eval()
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    with torch.no_grad():
+        found[directory] = [float(model(**tokenizer(text, return_tensors="pt")).logits) for text in texts]
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def kinds(home):  # noqa: F811
+    """A run of each kind of ensemble."""
+    return {name: train("train-rm", f"kind-{name}", {**REWARD, **own}) for name, own in KINDS.items()}
+
+
+def adapter(directory):
+    return load_file(directory / "adapter/adapter_model.safetensors")
+
+
+def moved(run):
+    """For each member the (block, linear layer) whose adapter is no longer the policy's."""
+    start = adapter(Path("runs/sft"))
+    found = []
+    for member in artifacts.members_of(run):
+        own = adapter(member)
+        assert own.keys() == start.keys()
+        names = [name.split(".") for name in start if not torch.equal(own[name], start[name])]
+        found.append({(parts[parts.index("layers") + 1], parts[-3]) for parts in names})
+    return found
+
+
+def test_members_train_their_own_blocks_and_linear_layers_and_no_others(kinds):
+    linears = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert moved(kinds["parts"]) == [
+        {("0", name) for name in linears}, {("1", name) for name in linears}, {("0", "q_proj"), ("1", "q_proj")},
+    ]  # fmt: skip
+    assert moved(kinds["alike"]) == [{(block, name) for block in "01" for name in linears}] * 2
+
+
+@pytest.mark.parametrize("step", [4, 6])
+def test_a_run_of_members_with_parts_goes_on_bit_for_bit(kinds, step):
+    copy = cut(kinds["parts"], step, "members", "tokenizer", "samples")
+    rlhf("train-rm", "-c", "kind-parts.yaml", "--set", f"run_dir={copy}", "--resume")
+    assert fingerprint(copy) == fingerprint(kinds["parts"])
+
+
+def test_every_kind_of_ensemble_gives_its_scores_to_a_process_with_plain_transformers(kinds):
+    given = [{"prompt": f"hi {n}", "response": f"ok {n}"} for n in range(3)]
+    Path("kinds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given))
+    texts = [
+        f"<|im_start|>user\n{row['prompt']}<|im_end|>\n<|im_start|>assistant\n{row['response']}<|im_end|>"
+        for row in given
+    ]
+    directories = {}
+    for name, run in kinds.items():
+        rlhf("export", run, f"plain/{name}")
+        directories[name] = [f"plain/{name}/{index}" for index in range(KINDS[name]["members"])]
+    named = [path for paths in directories.values() for path in paths]
+    command = [sys.executable, "-c", RELOAD, json.dumps(texts), *named]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    logits = json.loads(done.stdout)
+    for name, run in kinds.items():
+        rlhf("score", run, "--in", "kinds.jsonl", "--out", "kinds-scored.jsonl")
+        constants = [
+            json.loads((Path(path) / "rlhf_export.json").read_text())["constant"] for path in directories[name]
+        ]
+        for index, row in enumerate(rows_of("kinds-scored.jsonl")):
+            plain = [logits[path][index] + own for path, own in zip(directories[name], constants, strict=True)]
+            assert row["members"] == pytest.approx(plain, abs=1e-4)
+            assert row["score"] == pytest.approx(sum(plain) / len(plain), abs=1e-4)
+            assert len({round(value, 3) for value in plain}) > 1
+
+
+def test_gradients_of_a_part_are_those_of_the_whole_and_there_are_no_others(tmp_path):
+    found = {}
+    for name, part in (("whole", None), ("part", Part(frozenset({1}), frozenset({"v_proj", "up_proj"})))):
+        opened = tiny.base(tmp_path / name, double=True)
+        torch.manual_seed(3)
+        roles = SharedBase(opened)
+        roles.add("reward", adapter=tiny.lora(opened), head=ScalarHead(32).double(), trained=True, part=part)
+        tiny.shake(roles, "reward")
+        sequences = collate([[5, 6, 7], [8]], [[9, 10], [11, 12, 13]], 0, opened.device)
+        with roles.acting_as("reward") as (model, head):
+            forward.end_scores(model, head, sequences).sum().backward()
+        named = dict(roles.peft("reward").named_parameters())
+        found[name] = {key: value.grad for key, value in named.items() if value.grad is not None}
+        trained = {id(parameter) for parameter in roles.trained_parameters("reward")}
+        assert {id(named[key]) for key in found[name]} <= trained
+    own = [key for key in found["whole"] if ".layers.1." in key and ("v_proj" in key or "up_proj" in key)]
+    assert sorted(found["part"]) == sorted(own) and len(own) == 4
+    assert all(torch.allclose(found["part"][key], found["whole"][key], rtol=1e-9) for key in own)
+
+
+@pytest.mark.parametrize(
+    ("ensemble", "said"),
+    [
+        ({"layers": [[0, 2], None]}, "MOD030] ensemble.layers.0: [0, 2] are no blocks from first to last; there are 2"),
+        ({"layers": [None, [1, 0]]}, "MOD030] ensemble.layers.1"),
+        ({"target_modules": [None, ["qkv"]]}, "MOD030] ensemble.target_modules.1: qkv match no linear layer"),
+    ],
+)  # fmt: skip
+def test_a_part_that_the_model_does_not_have_is_refused(home, capsys, ensemble, said):  # noqa: F811
+    Path("parts.yaml").write_text(json.dumps({**REWARD, "run_dir": "runs/parts", "members": 2, "ensemble": ensemble}))
+    rlhf("train-rm", "-c", "parts.yaml", code=4)
+    assert said in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("key", ["layers", "target_modules"])
+def test_a_part_for_each_member_or_none(key):
+    with pytest.raises(ValueError, match=f"ensemble.{key} has 1 entries for 2 members"):
+        RewardConfig.model_validate({**REWARD, "run_dir": "r", "members": 2, "ensemble": {key: [None]}})
