@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 import tiny
 import torch
@@ -14,7 +15,8 @@ from safetensors.torch import load_file
 from test_reward_training import REWARD, cut, fingerprint, home, rlhf, rows_of, train  # noqa: F401
 
 from rlhf import artifacts
-from rlhf.config.stages import RewardConfig
+from rlhf.artifacts import BaseIdentity, Manifest
+from rlhf.config.stages import EvalRmConfig, RewardConfig
 from rlhf.data.batches import collate
 from rlhf.models import forward
 from rlhf.models.heads import ScalarHead
@@ -107,6 +109,91 @@ def test_every_kind_of_ensemble_gives_its_scores_to_a_process_with_plain_transfo
             assert row["members"] == pytest.approx(plain, abs=1e-4)
             assert row["score"] == pytest.approx(sum(plain) / len(plain), abs=1e-4)
             assert len({round(value, 3) for value in plain}) > 1
+
+
+@pytest.fixture(scope="module")
+def examined(kinds, home):  # noqa: F811
+    """Two runs on different bases examined as one, with samples that nobody judged as the drift; and what each member
+    gives to the responses, raw."""
+    other = tiny.base(Path("m2"), "gpt2")
+    roles = SharedBase(other)
+    head = ScalarHead(32)
+    head.scale.fill_(0.25)
+    roles.add("reward", adapter=tiny.lora(other), head=head)
+    tiny.shake(roles, "reward", size=0.1)
+    roles.save("reward", alone := Path("runs/on-gpt2"))
+    identity = BaseIdentity("m2", other.digest, "float32")
+    artifacts.write(alone, Manifest("reward", "train-rm", 0, {"b": 1}, {}, 1.0, base=identity))
+    samples = [{"prompt": f"hi {n}", "response": "ok" * (n + 4), "finished": n != 3} for n in range(9)]
+    Path("later.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples))
+    config = {
+        "runs": [str(kinds["ranks"]), str(alone)], "data": {"path": "pairs.jsonl"}, "max_length": 64,
+        "num_resamples": 200, "drift": {"path": "later.jsonl", "max_dropped_fraction": 0.2},
+    }  # fmt: skip
+    train("eval-rm", "examined-both", config)
+    sides = ("chosen", "rejected")
+    pairs = [{"prompt": row["prompt"], "response": row[side]} for row in rows_of("pairs.jsonl") for side in sides]
+    given = pairs + [row for row in samples if row["finished"]]
+    Path("given.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given))
+    columns, scales = [], []
+    for run in config["runs"]:
+        rlhf("score", run, "--in", "given.jsonl", "--out", "given-scored.jsonl")
+        heads = [load_file(member / "head/head.safetensors") for member in artifacts.members_of(run)]
+        scores = numpy.array([row.get("members", [row["score"]]) for row in rows_of("given-scored.jsonl")]).T
+        columns += [own * float(head["scale"]) + float(head["shift"]) for own, head in zip(scores, heads, strict=True)]
+        scales += [float(head["scale"]) for head in heads]
+    lengths = numpy.array([len(row["response"]) + 1 for row in given])
+    return config, numpy.stack(columns), numpy.mean(scales), lengths, len(pairs)
+
+
+def report_of(config):
+    return json.loads(Path("runs/examined-both/eval.json").read_text())
+
+
+def test_members_on_several_bases_are_examined_together_each_with_its_interval(examined):
+    config, raw, _, _, count = examined
+    report = report_of(config)
+    said, differences = report["members"], raw[:, :count:2] - raw[:, 1:count:2]
+    names = [f"{config['runs'][0]}/0", f"{config['runs'][0]}/1", config["runs"][1]]
+    assert list(said["accuracy_by_member"]) == names and said["members"] == 3
+    right = (differences > 0).mean(1)
+    for name, wanted in zip(names, right, strict=True):
+        found = said["accuracy_by_member"][name]
+        assert found["estimate"] == pytest.approx(wanted) and found["ci95"][0] < wanted < found["ci95"][1]
+    table = numpy.corrcoef(differences <= 0)
+    assert numpy.array(said["error_correlations"]) == pytest.approx(table)
+    assert said["error_correlation"] == pytest.approx((table[0, 1] + table[0, 2] + table[1, 2]) / 3)
+    assert report["accuracy"]["estimate"] == pytest.approx((differences.mean(0) > 0).mean())
+    assert artifacts.read("runs/examined-both").parents.keys() == {"runs.0", "runs.1"}
+
+
+def test_samples_that_nobody_judged_drift_in_score_length_and_disagreement(examined, capsys):
+    config, raw, unit, lengths, count = examined
+    found = report_of(config)["drift"]
+    assert found["responses"] == found["prompts"] == 8 and found["comparisons"] == 0
+    assert found["accuracy"] is None and found["accuracy_lost"] is None and found["ece"] is None
+    mean, (low, high) = raw.mean(0), numpy.quantile(raw.mean(0)[:count], (0.01, 0.99))
+    assert found["score_lost"]["estimate"] == pytest.approx(
+        (mean[:count].mean() - mean[count:].mean()) / unit, abs=1e-3
+    )
+    assert found["outside"]["estimate"] == ((mean[count:] < low) | (mean[count:] > high)).mean()
+    assert found["length_gained"]["estimate"] == pytest.approx(lengths[count:].mean() - lengths[:count].mean())
+    apart = (raw - raw[:, :count].mean(1, keepdims=True)).std(0)
+    wanted = apart[count:].mean() - apart[:count].mean()
+    assert found["disagreement_gained"]["estimate"] == pytest.approx(wanted, abs=1e-3)
+    verdicts = {one["key"] for one in report_of(config)["verdicts"]}
+    assert "drift_outside" in verdicts and "drift_accuracy" not in verdicts
+    log = Path("runs/examined-both/run.log").read_text()
+    assert "8 samples that nobody has judged" in log and "1 rows dropped: a sample that was cut off" in log
+    Path("strict.yaml").write_text(json.dumps({**config, "run_dir": "runs/strict", "drift": {"path": "later.jsonl"}}))
+    rlhf("eval-rm", "-c", "strict.yaml", code=3)
+    assert "1 a sample that was cut off" in " ".join(capsys.readouterr().err.split())
+
+
+def test_one_thing_is_examined():
+    for named in ({"reward": "a", "runs": ["a", "b"]}, {"runs": ["a"]}):
+        with pytest.raises(ValueError, match=r"exactly one of reward, runs and model|at least 2"):
+            EvalRmConfig.model_validate({"data": {"path": "x"}, **named})
 
 
 def test_gradients_of_a_part_are_those_of_the_whole_and_there_are_no_others(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -73,6 +74,32 @@ def open_run(run_dir: str, roles: SharedBase, micro_batch_size: int, raw: bool =
     return members[0] if len(members) == 1 else EnsembleScorer(members)
 
 
+def open_runs(
+    runs: Sequence[str], manifests: Sequence[Manifest], roles: SharedBase, micro_batch_size: int
+) -> EnsembleScorer:
+    """The raw scores of several reward runs' members, and their mean.
+
+    Args:
+        roles: on the first run's base; a run on another one has a model of its own.
+    """
+    return EnsembleScorer([
+        member
+        for index, (run, manifest) in enumerate(zip(runs, manifests, strict=True))
+        for member in _members(run, f"runs/{index}", manifest, roles.base, roles, micro_batch_size, None, raw=True)
+    ])  # fmt: skip
+
+
+def heads(runs: Sequence[str]) -> list[Path]:
+    """Where the heads of all members of several runs stand."""
+    return [member / artifacts.HEAD for run in runs for member in artifacts.members_of(run)]
+
+
+def member_names(runs: Sequence[str]) -> list[str]:
+    """What the members of several runs are called in reports: their run, of an ensemble with their number."""
+    counts = [len(artifacts.members_of(run)) for run in runs]
+    return [name for run, count in zip(runs, counts, strict=True) for name in slot_names(run, count)]
+
+
 def slot_names(slot: str, count: int) -> list[str]:
     """What the roles of a reward run's members are called."""
     return [slot] if count == 1 else [f"{slot}/{index}" for index in range(count)]
@@ -80,14 +107,14 @@ def slot_names(slot: str, count: int) -> list[str]:
 
 def _members(
     run: str, slot: str, manifest: Manifest, base: Base, shared: SharedBase | None, micro_batch_size: int,
-    max_tokens: int | None,
+    max_tokens: int | None, raw: bool = False,
 ) -> list[Scorer]:  # fmt: skip
     """The members of a run, on the policy's base where they were made on it."""
     if shared is not None and is_on(manifest, base):
-        return list(_add_members(shared, slot, run, micro_batch_size, max_tokens=max_tokens))
+        return list(_add_members(shared, slot, run, micro_batch_size, raw, max_tokens))
     own = opening.reopen_base(manifest, base.device)
-    log.info("%s is on a base of its own (%s), which is loaded beside the policy's.", run, own.source)
-    found = _add_members(SharedBase(own), slot, run, micro_batch_size, max_tokens=max_tokens)
+    log.info("%s is on a base of its own (%s), which is loaded as well.", run, own.source)
+    found = _add_members(SharedBase(own), slot, run, micro_batch_size, raw, max_tokens)
     return [Rerendered(member, own.chat, run) for member in found]
 
 
