@@ -8,10 +8,10 @@ qid). ``--llama`` is a small causal model: it is fine-tuned on preferred respons
 model by ``rlhf train-rm``. ``--encoder`` is a BERT such as MiniLM, which ``train-rm`` cannot train: its pooler and one
 logit are trained here by the same loss on frozen features, and it is examined as a ``model:`` of ``rlhf eval-rm``.
 
-Rows of more than ``--characters`` are left out and counted, so that both backbones read the same. 30 % of the prompts
-(of conversations: of their trees) are held out. Length alone prefers the longer or the shorter response, whichever was
-right on the training rows. Intervals are 95 %, over prompts. What is finished stays. Ends with a table and
-OUT/report.json.
+Rows of more than ``--characters`` are left out, and so is what a backbone has no room for; both are counted. 30 % of
+the prompts (of conversations: of their trees) are held out. Length alone prefers the longer or the shorter response,
+whichever was right on the training rows; ``over length`` is paired, on the rows that the backbone read, against what is
+right there. Intervals are 95 %, over prompts. What is finished stays. Ends with a table and OUT/report.json.
 """
 
 from __future__ import annotations
@@ -220,8 +220,9 @@ def show(found: Row) -> None:
             rows.append((
                 name, backbone, str(one["counts"]["train"]), f"{said['comparisons']} of {said['prompts']} prompts",
                 f"{_shown(length['accuracy'])} ({length['prefers']})", _shown(said["accuracy"]),
+                _shown(said["accuracy_over_length"]),
             ))  # fmt: skip
-    columns = ("data", "backbone", "rows trained on", "held-out comparisons", "length alone", "accuracy")
+    columns = ("data", "backbone", "rows trained on", "held-out comparisons", "length alone", "accuracy", "over length")
     progress.show(progress.table("Real data, real backbones", columns, rows))
 
 

@@ -18,6 +18,7 @@ from rlhf import artifacts
 from rlhf.artifacts import BaseIdentity, Manifest
 from rlhf.config.stages import EvalRmConfig, RewardConfig
 from rlhf.data.batches import collate
+from rlhf.evaluation.examination import figures_table
 from rlhf.models import forward
 from rlhf.models.heads import ScalarHead
 from rlhf.models.part import Part
@@ -165,6 +166,10 @@ def test_members_on_several_bases_are_examined_together_each_with_its_interval(e
     assert said["error_correlation"] == pytest.approx((table[0, 1] + table[0, 2] + table[1, 2]) / 3)
     assert report["accuracy"]["estimate"] == pytest.approx((differences.mean(0) > 0).mean())
     assert artifacts.read("runs/examined-both").parents.keys() == {"runs.0", "runs.1"}
+    shown = figures_table(report)
+    told = dict(zip(shown.columns[0].cells, shown.columns[1].cells, strict=True))
+    assert [told[f"accuracy, member {name}"][:5] for name in names] == [f"{one:.3f}" for one in right]
+    assert told["correlation of the members' errors, mean of pairs"] == f"{said['error_correlation']:.3f}"
 
 
 def test_samples_that_nobody_judged_drift_in_score_length_and_disagreement(examined, capsys):
