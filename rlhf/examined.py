@@ -49,7 +49,9 @@ def source_of(run_dir: str) -> RewardSource:
         return RewardSource(run=run_dir)
     if "reward" not in manifest.parents:
         fix = "rewards: [{model: ..., length_calibration: ...}] in a config"
-        raise RlhfError(Problem("CKP011", run_dir, "is of a model from elsewhere, which has no run.", fix))
+        raise RlhfError(
+            Problem("CKP011", run_dir, "is of a model from elsewhere or of several runs, and of no single one.", fix)
+        )
     source = RewardSource(
         run=manifest.parents["reward"]["run_dir"], head=manifest.identity.get("head"), length_calibration=run_dir
     )

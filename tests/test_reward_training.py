@@ -355,7 +355,7 @@ def test_one_member_has_nothing_to_aggregate_and_is_refused_before_anything_is_l
     ("changes", "said"),
     [
         ({"ensemble": {"data": "folds"}}, "members: 2 or more"),
-        ({"members": 3, "ensemble": {"ranks": [4]}}, "1 ranks for 3 members"),
+        ({"members": 3, "ensemble": {"ranks": [4]}}, "1 entries for 3 members"),
         ({"members": 2, "lora": None}, "lora: null trains every weight"),
     ],
 )

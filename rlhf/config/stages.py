@@ -197,6 +197,10 @@ class EvalRmConfig(StageConfig):
 
     run_dir: Text = "runs/eval-rm"
     reward: Text | None = Field(None, description="the reward run to examine")
+    runs: Annotated[list[Text], Field(min_length=2)] | None = Field(
+        None,
+        description="instead of it: several reward runs, also on other bases, as one ensemble of all their members",
+    )
     head: HeadName | None = Field(
         None, description="of several heads the one to examine, on the labels of its attribute; null: the combination"
     )
@@ -204,7 +208,9 @@ class EvalRmConfig(StageConfig):
     data: DataSection = Field(description="comparisons that the reward model has not seen")
     suite: Text | None = Field(None, description="YAML file of edge cases; one that fails is exit 10")
     drift: DataSection | None = Field(
-        None, description="comparisons of another source, or on samples of a later policy: the same figures on these"
+        None,
+        description="comparisons of another source, or on samples of a later policy: the same figures on these; also "
+        "plain samples (prompt, response), which have no accuracy",
     )
     benchmark: Literal["rewardbench", "rewardbench2", "rm-bench"] | None = Field(
         None, description="data are rows of this benchmark, scored by its rules, instead of comparisons to examine on"
@@ -221,8 +227,8 @@ class EvalRmConfig(StageConfig):
 
     @model_validator(mode="after")
     def _one_model(self) -> EvalRmConfig:
-        if (self.reward is None) == (self.model is None):
-            raise ValueError("give exactly one of reward and model")
+        if sum(source is not None for source in (self.reward, self.runs, self.model)) != 1:
+            raise ValueError("give exactly one of reward, runs and model")
         if self.head is not None and (self.reward is None or self.benchmark):
             raise ValueError("head is of a reward run, on comparisons")
         if self.benchmark and self.drift:

@@ -39,6 +39,14 @@ class EnsembleSection(Section):
         "bootstrap", description="prompts of a member: drawn with replacement, all but its own of k folds, or all"
     )
     ranks: list[Count] | None = Field(None, description="rank of each member's adapter, instead of lora.r for all")
+    layers: list[Annotated[list[int], Field(min_length=2, max_length=2)] | None] | None = Field(
+        None,
+        description="first and last block that each member trains, below 0 from the end; null: all. The adapter of the "
+        "others stays that of the policy",
+    )
+    target_modules: list[Annotated[list[Text], Field(min_length=1)] | None] | None = Field(
+        None, description="linear layers whose adapter each member trains, by their last names; null: all"
+    )
 
 
 class RewardConfig(StageConfig, TrainedForAWhile, LongRows):
@@ -142,8 +150,10 @@ class RewardConfig(StageConfig, TrainedForAWhile, LongRows):
             raise ValueError("ensemble is for members: 2 or more")
         if self.members > 1 and self.lora is None:
             raise ValueError("members are adapters on one base, and lora: null trains every weight")
-        if self.ensemble.ranks is not None and len(self.ensemble.ranks) != self.members:
-            raise ValueError(f"ensemble.ranks has {len(self.ensemble.ranks)} ranks for {self.members} members")
+        for key in ("ranks", "layers", "target_modules"):
+            given = getattr(self.ensemble, key)
+            if given is not None and len(given) != self.members:
+                raise ValueError(f"ensemble.{key} has {len(given)} entries for {self.members} members")
         return self
 
     @model_validator(mode="after")

@@ -11,7 +11,7 @@ from typing import Any
 from rlhf.data import benchmarks, rankings, rows
 from rlhf.data.labelled import Labelled
 from rlhf.data.records import Comparison, Demonstration, Message, Messages, Prompt
-from rlhf.data.rows import Row, RowError, need, text_of
+from rlhf.data.rows import CutOff, Row, RowError, need, text_of
 
 SPEAKERS = {
     "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant",
@@ -208,6 +208,14 @@ def _response_demonstration(row: Row, where: str) -> Demonstration:
     return rows.from_completion(row, where, "response")
 
 
+def _sample(row: Row, where: str) -> Comparison:
+    """A response that nobody has judged, as a record without judgements."""
+    if row.get("finished") is False:
+        raise CutOff("'finished': false.")
+    found = _response_demonstration(row, where)
+    return Comparison(found.prompt, (found.messages[-1].content,), (), where)
+
+
 _STEPS = Form("stepwise", ("completions", "labels"), _steps, alone=True)
 _BESIDE = ("input", "history", "system")
 _COLLECTED = ("scores", "provenance")
@@ -244,5 +252,9 @@ FORMS: dict[str, tuple[Form, ...]] = {
     ),
 }
 FORMS["outcomes"] = FORMS["comparisons"]
+FORMS["responses"] = (
+    *FORMS["comparisons"],
+    Form("sample", ("prompt", "response"), _sample, ("finished",), ("response",), alone=True),
+)
 for _name, (_needs, _reader) in benchmarks.READERS.items():
     FORMS[_name] = (Form(_name, _needs, _reader, ("id", "num_correct") if _name == "rewardbench2" else ("id",)),)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from rlhf import installed
@@ -57,10 +57,14 @@ class ForReward:
         return replace(loaded, records=found.records, warnings=notes, annotated=found)
 
 
-def load_noted(data: DataSection, seed: int = 0) -> Loaded:
-    """Comparisons, with a note on the attributes that they have labels of."""
-    loaded = sources.load_comparisons(data, seed)
-    return replace(loaded, warnings=(*loaded.warnings, *attributes.notes(loaded.records)))
+def noted(load: Callable[[DataSection, int], Loaded]) -> Callable[[DataSection, int], Loaded]:
+    """``load``, with a note on the attributes that there are labels of."""
+
+    def read(data: DataSection, seed: int = 0) -> Loaded:
+        loaded = load(data, seed)
+        return replace(loaded, warnings=(*loaded.warnings, *attributes.notes(loaded.records)))
+
+    return read
 
 
 def margins(config: RewardConfig, records: Sequence[Comparison], source: str) -> list[Problem]:

@@ -32,6 +32,10 @@ class EqualResponses(RowError):
     """Differently ranked responses that are the same text."""
 
 
+class CutOff(RowError):
+    """A sample that ended at a limit: what reads the end of a response knows nothing of it."""
+
+
 def from_messages(row: Row, where: str) -> Demonstration:
     """From ``messages``."""
     return demonstration(messages(need(row, "messages"), "messages"), "messages", where)

@@ -16,11 +16,12 @@ from rlhf.data.consensus import Annotated
 from rlhf.data.forms import FORMS
 from rlhf.data.labelled import Labelled, compared, rated
 from rlhf.data.mixture import Drawn
-from rlhf.data.rows import EqualResponses, MissingField, RowError
+from rlhf.data.rows import CutOff, EqualResponses, MissingField, RowError
 from rlhf.errors import Problem, RlhfError
 
 EQUAL = "two differently ranked responses are equal"
 UNCOMPARED = "no response to the same prompt has the other label"
+CUT_OFF = "a sample that was cut off"
 COLLECTED = "preferences.jsonl"
 OF_ATTRIBUTES = ("ratings", "attributes")
 TURN_KEYS = {"role", "content", "from", "value"}
@@ -67,6 +68,12 @@ def load_outcomes(data: DataSection, seed: int = 0) -> Loaded:
     return _load(data, "outcomes", seed)
 
 
+def load_responses(data: DataSection, seed: int = 0) -> Loaded:
+    """As ``load_comparisons``, and samples that nobody has judged (prompt, response), each a record without judgements;
+    one that was cut off is dropped and counted."""
+    return _load(data, "responses", seed)
+
+
 def load_prompts(data: DataSection, seed: int = 0) -> Loaded:
     """Conversations that wait for an answer."""
     return _load(data, "prompts", seed)
@@ -104,7 +111,7 @@ def _load(data: DataSection, kind: str, seed: int) -> Loaded:
     problems: list[Problem] = []
     for source in data.sources:
         collected = Path(source.path) / COLLECTED
-        if kind in ("comparisons", "outcomes") and storage.is_file(collected):
+        if kind in ("comparisons", "outcomes", "responses") and storage.is_file(collected):
             source = source.model_copy(update={"path": str(collected)})
         try:
             parts.append(_read(source, data, kind))
@@ -180,6 +187,8 @@ def _row(
                 found.ignored.update(f"{name}[].{key}" for key in _extra_keys(value))
     except EqualResponses as error:
         _equal(where, error, data, found)
+    except CutOff:
+        found.dropped[CUT_OFF] += 1
     except MissingField as error:
         theirs = source.columns.get(error.field)
         fix = f"columns.{error.field} names '{theirs}'" if theirs else ""

@@ -36,6 +36,13 @@ def figures_table(report: Mapping[str, Any]) -> Table:
         effect = [fitted[when]["ece"]["estimate"] for when in ("before", "after")]
         rows.append(("calibration error before and after it", f"{effect[0]:.3f} -> {effect[1]:.3f}"))
     rows += calibration_rows(report)
+    together = report.get("members") or {}
+    for name, figure in together.get("accuracy_by_member", {}).items():
+        rows.append((f"accuracy, member {name}", shown(figure)))
+    if together:
+        correlation = together["error_correlation"]
+        said = "-" if correlation is None else f"{correlation:.3f}"
+        rows.append(("correlation of the members' errors, mean of pairs", said))
     for key, label in (("accuracy_by_source", "source"), ("accuracy_by_annotator", "annotator")):
         for name, row in (report[key] or {}).items():
             rows.append((f"accuracy, {label} {name}", shown(row["accuracy"])))
@@ -43,8 +50,11 @@ def figures_table(report: Mapping[str, Any]) -> Table:
         rows.append((f"accuracy where scores differ by {row['low']:.2f} to {row['high']:.2f}", shown(row["interval"])))
     if drift := report.get("drift"):
         rows += [
+            ("drift: responses", f"{drift['responses']} to {drift['prompts']} prompts"),
             ("drift: accuracy", shown(drift["accuracy"])), ("drift: accuracy lost", shown(drift["accuracy_lost"])),
             ("drift: mean score lost, in deviations", shown(drift["score_lost"])),
+            ("drift: mean length gained, tokens", shown(drift["length_gained"])),
+            ("drift: members' disagreement gained, raw scores", shown(drift["disagreement_gained"])),
             ("drift: share of scores outside the range of data's", shown(drift["outside"])),
             ("drift: calibration error (ECE)", shown(drift["ece"])), *ranking_rows(drift, "drift: "),
         ]  # fmt: skip

@@ -65,8 +65,13 @@ def report(found: Pairs, responses: Responses, how: How) -> dict[str, Any]:
 
 
 def drift(first: Responses, second: Responses, pairs_of: tuple[Pairs, Pairs], unit: float, how: How) -> dict[str, Any]:
-    """What changes from one set to another: accuracy, mean score (in deviations), and the share of the second set's
-    responses whose scores are outside the first one's central 98 %."""
+    """What changes from one set to another: accuracy (null where nobody judged the second), mean score (in deviations),
+    length in tokens, an ensemble's disagreement (in raw scores; null for a single model), and the share of the second
+    set's responses whose scores are outside the first one's central 98 %.
+
+    Disagreement on a response is the standard deviation of the members' scores, each less its mean on the first set. It
+    holds what Bradley-Terry leaves free of each prompt, so that it compares sets, and no two responses.
+    """
     before, after = pairs_of
     low, high = numpy.quantile(first.scores, (0.01, 0.99))
     outside = ((second.scores < low) | (second.scores > high)).astype(float)
@@ -78,9 +83,19 @@ def drift(first: Responses, second: Responses, pairs_of: tuple[Pairs, Pairs], un
             both, is_first, ~is_first, [*keys, *other_keys], how.num_resamples, how.seed
         ))  # fmt: skip
 
+    def gain(of_first: Array, of_second: Array) -> dict[str, Any] | None:
+        return fall(-of_first, -of_second, first.groups, second.groups)
+
+    judged = len(before.differences) and len(after.differences)
+    apart = None
+    if first.members is not None and second.members is not None:
+        apart = [(one.members - first.members.mean(0)).std(1) for one in (first, second)]
     return {
-        "accuracy_lost": fall(reward.right(before), reward.right(after), before.groups, after.groups),
+        "accuracy_lost": fall(reward.right(before), reward.right(after), before.groups, after.groups)
+        if judged else None,
         "score_lost": fall(first.scores / unit, second.scores / unit, first.groups, second.groups),
+        "length_gained": gain(first.lengths, second.lengths),
+        "disagreement_gained": gain(*apart) if apart else None,
         "outside": _mean(outside, second.groups, how),
         "score_quantiles": {
             name: dict(zip(("0.05", "0.5", "0.95"), map(float, numpy.quantile(one.scores / unit, (0.05, 0.5, 0.95))),

@@ -52,12 +52,14 @@ class Responses:
         scores: [M] raw scores; ``lengths`` [M] in tokens.
         preferences: [M] comparisons won minus lost, in shares of those that the response is in.
         groups: [M] their prompts.
+        members: [M, m] raw scores of an ensemble's members; None for a single model.
     """
 
     scores: Array
     lengths: Array
     preferences: Array
     groups: list[str]
+    members: Array | None = None
 
 
 def score(scorer: Scorer, groups: Sequence[Group]) -> Scores:
@@ -122,7 +124,8 @@ def responses_of(groups: Sequence[Group], scores: Scores) -> Responses:
         preferences += list(won / numpy.maximum(judged, 1))
         lengths += [len(response) for response in group.responses]
         keys += [prompt_key(group.record.prompt)] * len(group.responses)
-    return Responses(values, numpy.array(lengths, dtype=float), numpy.array(preferences), keys)
+    members = None if scores.members is None else scores.members.double().cpu().numpy()
+    return Responses(values, numpy.array(lengths, dtype=float), numpy.array(preferences), keys, members)
 
 
 def compare(scorer: Scorer, groups: Sequence[Group]) -> Pairs:

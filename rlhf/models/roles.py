@@ -20,6 +20,7 @@ from rlhf import artifacts
 from rlhf.models import adapters, fused_lora, whole
 from rlhf.models.base import Base
 from rlhf.models.heads import ScalarHead
+from rlhf.models.part import Part
 
 # transformers announces a new name for a method that peft still calls by its old one.
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
@@ -31,12 +32,14 @@ Acting = tuple[Any, ScalarHead | None]
 class Slot:
     """A role: its adapter (None: the bare base), its head, and whether it is trained.
 
-    A trained slot without an adapter trains every weight of its model, which no other slot may share.
+    A trained slot without an adapter trains every weight of its model, which no other slot may share. Of an adapter
+    ``part`` alone is trained; None: all of it.
     """
 
     adapter: str | None
     head: ScalarHead | None
     trained: bool
+    part: Part | None = None
 
 
 class Roles(Protocol):
@@ -86,7 +89,7 @@ class _Slots:
         head = [parameter for parameter in slot.head.parameters() if parameter.requires_grad] if slot.head else []
         if slot.adapter is None:
             return [*self.host(name).base.model.parameters(), *head]
-        return [*_adapter_parameters(self.peft(name), slot.adapter), *head]
+        return [*_adapter_parameters(self.peft(name), slot.adapter, slot.part), *head]
 
     def state(self, name: str) -> SlotState:
         """The slot as a part of a checkpoint. Stateful."""
@@ -125,10 +128,10 @@ class SharedBase(_Slots):
 
     def add(
         self, name: str, *, adapter: Path | LoraConfig | None = None, head: ScalarHead | None = None,
-        trained: bool = False, rank: int | None = None,
+        trained: bool = False, rank: int | None = None, part: Part | None = None,
     ) -> None:  # fmt: skip
         """Add a role: an adapter read from a directory (grown to ``rank``) or a fresh one, or the bare base; trained,
-        the latter has every weight trained.
+        the latter has every weight trained, and an adapter ``part`` of it or all.
 
         The head is copied; roles never share parameters.
         """
@@ -136,7 +139,7 @@ class SharedBase(_Slots):
         if adapter is not None:
             self._peft = _add_adapter(self._peft or self.base.model, name, adapter, rank)
             self._find_layers()
-        self.slots[name] = Slot(name if adapter is not None else None, self._head_of(head, trained), trained)
+        self.slots[name] = Slot(name if adapter is not None else None, self._head_of(head, trained), trained, part)
         alone = all(slot.adapter or not slot.trained for slot in self.slots.values()) or len(self.slots) == 1
         assert alone, "a model whose every weight is trained has one role"
         self._mark_trained()
@@ -199,7 +202,7 @@ class SharedBase(_Slots):
         self._peft.requires_grad_(False)
         for slot in self.slots.values():
             if slot.adapter and slot.trained:
-                for parameter in _adapter_parameters(self._peft, slot.adapter):
+                for parameter in _adapter_parameters(self._peft, slot.adapter, slot.part):
                     parameter.requires_grad_(True)
 
 
@@ -273,5 +276,9 @@ def _add_adapter(model: Any, name: str, adapter: Path | LoraConfig, rank: int | 
     return model
 
 
-def _adapter_parameters(model: PeftModel, adapter: str) -> list[nn.Parameter]:
-    return [parameter for name, parameter in model.named_parameters() if adapters.belongs(name, adapter)]
+def _adapter_parameters(model: PeftModel, adapter: str, part: Part | None) -> list[nn.Parameter]:
+    return [
+        parameter
+        for name, parameter in model.named_parameters()
+        if adapters.belongs(name, adapter) and (part is None or part.has(name))
+    ]

@@ -94,13 +94,15 @@ def started_from(config: StageConfig, parents: Mapping[str, Manifest]) -> Origin
         return of_sft(config, "model")
     run_dir = parent_of(config)
     assert run_dir
-    return of_run(run_dir, parents["reward" if isinstance(config, EvalRmConfig) else "policy"])
+    if isinstance(config, EvalRmConfig):
+        return of_run(run_dir, parents["reward" if config.reward else "runs.0"])
+    return of_run(run_dir, parents["policy"])
 
 
 def parent_of(config: StageConfig) -> str | None:
     """The run that gives a stage its base; None for SFT."""
     if isinstance(config, EvalRmConfig):
-        return config.reward
+        return config.reward or (config.runs[0] if config.runs else None)
     return config.policy if isinstance(config, RewardConfig | PpoConfig | CollectConfig) else None
 
 
@@ -111,12 +113,16 @@ def spec(config: StageConfig, origin: Origin, data: Mapping[str, Sequence[Any]],
         data: key -> rows, as far as they are known: the number of steps and the size of rankings follow from them.
 
     Raises:
-        RlhfError: as ``planning.shape.read``; MOD051 where every weight is trained, which is not predicted.
+        RlhfError: as ``planning.shape.read``; MOD051 where every weight is trained or several runs are examined, which
+            is not predicted.
     """
     if isinstance(config, SftConfig | RewardConfig | PpoConfig) and config.lora is None:
         what = "null trains every weight, whose memory is not predicted."
         fix = "count 16 bytes a weight for each trained model, 4 for each frozen one, and activations"
         raise RlhfError(Problem("MOD051", "lora", what, fix))
+    if isinstance(config, EvalRmConfig) and config.runs:
+        what = "may be on several bases, whose memory together is not predicted."
+        raise RlhfError(Problem("MOD051", "runs", what, "plan with reward: one of them, and add the weights"))
     shape = shapes.read(origin.source, where)
     held = Numbers(WIDTH[origin.dtype], origin.quantize)
     common = Spec(

@@ -13,6 +13,7 @@ from rlhf.errors import Problem, RlhfError
 from rlhf.models import adapters, merged
 from rlhf.models.base import Base
 from rlhf.models.heads import ScalarHead
+from rlhf.models.part import Part, of_member
 from rlhf.models.roles import Roles, SeparateModels, SharedBase
 from rlhf.origins import START
 from rlhf.preflight import Plan
@@ -31,14 +32,14 @@ def roles(
     shared.add("policy", adapter=artifacts.adapter_of(config.policy), trained=False)
     found: SharedBase | SeparateModels = shared
     if config.lora:
-        members = zip(slots, _runs(config), config.ranks, member_seeds(config), strict=True)
-        for slot, run, rank, seed in members:
+        members = zip(slots, _runs(config), config.ranks, _parts(config, base), member_seeds(config), strict=True)
+        for slot, run, rank, part, seed in members:
             if config.members > 1:
                 torch.manual_seed(seed)
             head = ScalarHead(base.hidden_size, names or (COMBINED,)) if run is None else raw_head(run, names)
             start = artifacts.adapter_of(run) if run else None
             start_of = start or adapters.start_of(config.policy, config.lora, base)
-            shared.add(slot, adapter=start_of, head=head, trained=True, rank=rank)
+            shared.add(slot, adapter=start_of, head=head, trained=True, rank=rank, part=part)
     else:
         (run,) = _runs(config)
         head = ScalarHead(base.hidden_size, names or (COMBINED,)) if run is None else raw_head(run, names)
@@ -64,6 +65,13 @@ def _runs(config: RewardConfig) -> list[Path | None]:
         return [None] * config.members
     found = artifacts.members_of(config.init_from)
     return [*found] if len(found) > 1 else [found[0]] * config.members
+
+
+def _parts(config: RewardConfig, base: Base) -> list[Part | None]:
+    """What each member trains of its adapter."""
+    whole: list[None] = [None] * config.members
+    both = zip(config.ensemble.layers or whole, config.ensemble.target_modules or whole, strict=True)
+    return [of_member(layers, modules, index, base.model) for index, (layers, modules) in enumerate(both)]
 
 
 def _copy(config: RewardConfig, plan: Plan, base: Base) -> Base:

@@ -52,7 +52,9 @@ def open_source(
         return LengthCorrected(scorer, known, scorer.tokens_read) if known else scorer
     if source.run:
         assert manifest
-        members = _members(source.run, slot, manifest, base, shared, micro_batch_size, max_tokens, source.head, known)
+        members = _members(
+            source.run, slot, manifest, base, shared, micro_batch_size, max_tokens, False, source.head, known
+        )
     else:
         members = [
             member
@@ -65,7 +67,7 @@ def open_source(
                 shared,
                 micro_batch_size,
                 max_tokens,
-                source.head,
+                head=source.head,
             )
         ]
     if len(members) == 1:
@@ -90,6 +92,32 @@ def open_run(
     return members[0] if len(members) == 1 else EnsembleScorer(members)
 
 
+def open_runs(
+    runs: Sequence[str], manifests: Sequence[Manifest], roles: SharedBase, micro_batch_size: int
+) -> EnsembleScorer:
+    """The raw scores of several reward runs' members, and their mean.
+
+    Args:
+        roles: on the first run's base; a run on another one has a model of its own.
+    """
+    return EnsembleScorer([
+        member
+        for index, (run, manifest) in enumerate(zip(runs, manifests, strict=True))
+        for member in _members(run, f"runs/{index}", manifest, roles.base, roles, micro_batch_size, None, raw=True)
+    ])  # fmt: skip
+
+
+def heads(runs: Sequence[str]) -> list[Path]:
+    """Where the heads of all members of several runs stand."""
+    return [member / artifacts.HEAD for run in runs for member in artifacts.members_of(run)]
+
+
+def member_names(runs: Sequence[str]) -> list[str]:
+    """What the members of several runs are called in reports: their run, of an ensemble with their number."""
+    counts = [len(artifacts.members_of(run)) for run in runs]
+    return [name for run, count in zip(runs, counts, strict=True) for name in slot_names(run, count)]
+
+
 def slot_names(slot: str, count: int) -> list[str]:
     """What the roles of a reward run's members are called."""
     return [slot] if count == 1 else [f"{slot}/{index}" for index in range(count)]
@@ -97,17 +125,16 @@ def slot_names(slot: str, count: int) -> list[str]:
 
 def _members(
     run: str, slot: str, manifest: Manifest, base: Base, shared: SharedBase | None, micro_batch_size: int,
-    max_tokens: int | None, head: str | None, calibration: LengthCalibration | None = None,
+    max_tokens: int | None, raw: bool = False, head: str | None = None, calibration: LengthCalibration | None = None,
 ) -> list[Scorer]:  # fmt: skip
     """The members of a run, on the policy's base where they were made on it. The same for length is taken off each, in
     tokens of the run's base: what an aggregate of them gives changes by just that."""
     if shared is not None and is_on(manifest, base):
-        members = _add_members(shared, slot, run, micro_batch_size, max_tokens=max_tokens, head=head)
+        members = _add_members(shared, slot, run, micro_batch_size, raw, max_tokens, head)
         return _corrected(members, calibration)
     own = opening.reopen_base(manifest, base.device)
-    log.info("%s is on a base of its own (%s), which is loaded beside the policy's.", run, own.source)
-    alone = _add_members(SharedBase(own), slot, run, micro_batch_size, max_tokens=max_tokens, head=head)
-    found = _corrected(alone, calibration)
+    log.info("%s is on a base of its own (%s), which is loaded as well.", run, own.source)
+    found = _corrected(_add_members(SharedBase(own), slot, run, micro_batch_size, raw, max_tokens, head), calibration)
     return [Rerendered(member, own.chat, run) for member in found]
 
 

@@ -29,10 +29,12 @@ from rlhf.evaluation import verdicts as judging
 from rlhf.evaluation.probing import probe
 from rlhf.evaluation.reward import Pairs, Responses
 from rlhf.models import classifier, opening
+from rlhf.models.heads import ScalarHead
 from rlhf.models.roles import SharedBase
 from rlhf.preflight import Plan
 from rlhf.progress import console
 from rlhf.runs import Run
+from rlhf.scoring import sources
 from rlhf.scoring.rerendered import Rerendered
 from rlhf.scoring.scorer import Scorer, Scores
 from rlhf.scoring.sources import open_classifier, open_run
@@ -136,12 +138,16 @@ def _drift(
     )  # fmt: skip
     scores = examine.score(subject.scorer, groups)
     others, other_pairs = examine.responses_of(groups, scores), examine.pairs_of(groups, scores)
-    if not len(other_pairs.differences):
+    if len(other_pairs.differences):
+        found = figures.report(other_pairs, others, _how(config))
+    elif other_pairs.num_ties:
         raise RlhfError(Problem("DAT053", "drift", "holds ties alone: nothing to examine.", "decided comparisons"))
-    found = figures.report(other_pairs, others, _how(config))
+    else:
+        log.info("drift: %d samples that nobody has judged: no accuracy there.", len(others.scores))
+        found = {"comparisons": 0, "prompts": len(set(others.groups)), "accuracy": None, "ece": None}
     changed = figures.drift(responses, others, (pairs, other_pairs), unit, _how(config))
     ranked = rankings.report(groups, scores, _how(config))
-    return {**found, **changed, "ranking": ranked, "rows": vars(lengths)}
+    return {**found, **changed, "ranking": ranked, "responses": len(others.scores), "rows": vars(lengths)}
 
 
 def _report(config: EvalRmConfig, plan: Plan, subject: Subject, groups: Sequence[Group]) -> dict[str, Any]:
@@ -153,7 +159,7 @@ def _report(config: EvalRmConfig, plan: Plan, subject: Subject, groups: Sequence
         what = f"holds no decided comparison {'in ' + config.head if config.head else 'overall'}: nothing to examine."
         raise RlhfError(Problem("DAT053", "data", what, "decided comparisons, or head: one whose attribute has some"))
     report = figures.report(pairs, responses, how)
-    report |= {"ranking": rankings.report(groups, scores, how), **_members(groups, scores, pairs)}
+    report |= {"ranking": rankings.report(groups, scores, how), **_members(config, groups, scores, pairs)}
     report |= _heads(groups, scores, how)
     unit = subject.unit or float(responses.scores.std()) or 1.0
     standard = Scores(subject.standardised(scores))
@@ -188,12 +194,17 @@ def _rubric(config: EvalRmConfig, run: Run) -> dict[str, Any]:
     return {"rubric": {"digest": storage.sha256(path), **rubric.read(path).model_dump()}}
 
 
-def _members(groups: Sequence[Group], scores: Scores, whole: Pairs) -> dict[str, Any]:
+def _members(config: EvalRmConfig, groups: Sequence[Group], scores: Scores, whole: Pairs) -> dict[str, Any]:
     """Of an ensemble, what its members say each alone, and what they err on in common."""
     if scores.members is None:
         return {}
     each = [examine.pairs_of(groups, Scores(column)) for column in scores.members.unbind(1)]
-    return {"members": together.report(whole, each)}
+    names = [str(index) for index in range(len(each))] if config.reward else sources.member_names(config.runs or ())
+    alone = {
+        name: figures.interval(examine.accuracy(own, config.seed, config.num_resamples))
+        for name, own in zip(names, each, strict=True)
+    }
+    return {"members": {**together.report(whole, each), "accuracy_by_member": alone}}
 
 
 def _suite(config: EvalRmConfig, subject: Subject, cases: Sequence[CaseSection]) -> list[dict[str, Any]]:
@@ -214,14 +225,24 @@ def _open(config: EvalRmConfig, plan: Plan, device: torch.device) -> Subject:
     if config.model:
         other = open_classifier(config.model, device, config.micro_batch_size)
         return Subject(other, other.classifier.reader)
-    assert config.reward
-    base = opening.reopen_base(plan.parents["reward"], device)
+    base = opening.reopen_base(_first(plan), device)
     runtime.set_threads(config.runtime, base.model, device)
     roles = SharedBase(base)
+    if config.runs:
+        manifests = [plan.parents[f"runs.{index}"] for index in range(len(config.runs))]
+        joined = sources.open_runs(config.runs, manifests, roles, config.micro_batch_size)
+        scales = tuple(float(ScalarHead.load(head).scale[0]) for head in sources.heads(config.runs))
+        return Subject(joined, base.chat, scales)
+    assert config.reward
     scorer = open_run(config.reward, roles, config.micro_batch_size, raw=True, head=config.head)
     own = [slot.head for slot in roles.slots.values() if slot.head]
     scales = tuple(float(head.scale[head.names.index(config.head or head.names[0])]) for head in own)
     return Subject(scorer, base.chat, scales)
+
+
+def _first(plan: Plan) -> Manifest:
+    """The run whose base says how texts are tokenised: the one that is examined, or the first of several."""
+    return plan.parents.get("reward") or plan.parents["runs.0"]
 
 
 def dry_run(config: EvalRmConfig, plan: Plan) -> list[str]:
@@ -229,7 +250,7 @@ def dry_run(config: EvalRmConfig, plan: Plan) -> list[str]:
     if config.model:
         chat: Any = classifier.open_reader(config.model)
     else:
-        chat = opening.open_chat(opening.model_of(plan.parents["reward"]))
+        chat = opening.open_chat(opening.model_of(_first(plan)))
     groups, lengths = _tokenise(config, plan, chat)
     said = [f"{len(read_suite(config.suite))} edge cases."] if config.suite else []
     return [lengths.sentence("data"), f"{sum(len(group.judgements) for group in groups)} comparisons.", *said]
@@ -242,9 +263,9 @@ def _tokenise(config: EvalRmConfig, plan: Plan, chat: Any) -> tuple[list[Any], t
 
 
 def _records(config: EvalRmConfig, plan: Plan, key: str) -> Sequence[Any]:
-    """Comparisons; of a head that is examined those in its attribute."""
+    """Comparisons; of a head that is examined those in its attribute. Samples that nobody judged are of every head."""
     records = plan.data[key].records
-    if config.head is None:
+    if config.head is None or not any(record.judgements or record.attributes for record in records):
         return records
     kept = [record.only(config.head) for record in records if record.of(config.head)]
     if not kept:

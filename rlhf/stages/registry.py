@@ -93,12 +93,14 @@ def _ppo(config: configs.PpoConfig) -> Needs:
 def _eval_rm(config: configs.EvalRmConfig) -> Needs:
     if config.suite:
         suite.read(config.suite)  # its mistakes are said before any model is opened
-    read = sources.load_benchmark(config.benchmark) if config.benchmark else labels.load_noted
+    read = sources.load_benchmark(config.benchmark) if config.benchmark else labels.noted(sources.load_comparisons)
     inputs = [Input("data", config.data, read)]
     if config.drift:
-        inputs.append(Input("drift", config.drift, labels.load_noted))
+        inputs.append(Input("drift", config.drift, labels.noted(sources.load_responses)))
+    several = [(f"runs.{index}", run) for index, run in enumerate(config.runs or ())]
+    named = [("reward", config.reward)] if config.reward else several
     return Needs(
-        parents=(Parent("reward", config.reward, ("reward",)),) if config.reward else (),
+        parents=tuple(Parent(key, run, ("reward",)) for key, run in named),
         inputs=tuple(inputs),
         scorers=(("model", config.model),) if config.model else (),
         directories=(("suite", config.suite),) if config.suite else (),

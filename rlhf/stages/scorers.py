@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from rlhf import artifacts, examined, masking, runtime
-from rlhf.config.rewards import ClassifierSection, wrong_url
+from rlhf.config.rewards import ClassifierSection, RewardSource, wrong_url
 from rlhf.config.sections import RuntimeSection
 from rlhf.errors import Problem, RlhfError
 from rlhf.models import opening
