@@ -16,7 +16,7 @@ from rlhf.checkpoints import Checkpoints, Position
 from rlhf.config.stages import RewardConfig
 from rlhf.data import tokenised
 from rlhf.data.batches import collate, micro_batches
-from rlhf.data.records import Prompt, split_by_prompt
+from rlhf.data.records import Prompt, first_share, prompt_key, split_by_prompt
 from rlhf.data.tokenised import Group, PromptRow
 from rlhf.models import forward, opening
 from rlhf.models.base import Base
@@ -43,7 +43,8 @@ def run(config: RewardConfig, plan: Plan, run: Run) -> Manifest:
     base = opening.reopen_base(plan.parents["policy"], device)
     runtime.set_threads(config.runtime, base.model, device)
     train_records, held_out_records = split_by_prompt(plan.data["data"].records, config.holdout_fraction, config.seed)
-    train, report = _tokenise(config, train_records, base.chat)
+    used = first_share(train_records, config.train_fraction, config.seed)
+    train, report = _tokenise(config, used, base.chat)
     held_out, _ = _tokenise(config, held_out_records, base.chat)
     tokenised.require_batch(len(train), config.batch.batch_size, "data")
     sampled = _prompts_to_sample(config, train_records, base.chat)
@@ -73,7 +74,7 @@ def run(config: RewardConfig, plan: Plan, run: Run) -> Manifest:
             progress.advance(progress.task_ids[0])
     tracker.close()
 
-    metrics, of_members = outcome.held_out(config, roles, slots, held_out)
+    metrics, of_members = outcome.held_out(config, roles, slots, held_out, run)
     if taught and "eval/accuracy" in metrics:
         size = sum(parameter.numel() for parameter in base.model.parameters())
         of_members |= {"distilled": taught.report(held_out, metrics["eval/accuracy"], size)}
@@ -94,7 +95,7 @@ def run(config: RewardConfig, plan: Plan, run: Run) -> Manifest:
             parents=plan.parents_table(STAGES["train-rm"].needs(config)),
             details={
                 "rows": vars(report), "heads": ["score"], "steps": steps, "prompts_held_out": len(held_out),
-                **of_members,
+                **of_members, **_trained_on(config, train),
             },
         )
     )  # fmt: skip
@@ -104,7 +105,7 @@ def dry_run(config: RewardConfig, plan: Plan) -> list[str]:
     """Token counts and the number of steps, with the tokenizer but without weights."""
     chat = opening.open_chat(opening.model_of(plan.parents["policy"]))
     train, held_out = split_by_prompt(plan.data["data"].records, config.holdout_fraction, config.seed)
-    groups, report = _tokenise(config, train, chat)
+    groups, report = _tokenise(config, first_share(train, config.train_fraction, config.seed), chat)
     tokenised.require_batch(len(groups), config.batch.batch_size, "data")
     _prompts_to_sample(config, train, chat)
     judgements = sum(len(group.judgements) for group in groups)
@@ -128,6 +129,14 @@ def _prompts_to_sample(config: RewardConfig, records: Sequence[Any], chat: Any) 
     new_tokens = config.sampling.max_new_tokens
     rows = tokenised.prompts_with_room(prompts, chat, config.max_length, new_tokens, "sampling.max_new_tokens")
     return rows[: config.standardise_samples]
+
+
+def _trained_on(config: RewardConfig, groups: Sequence[Group]) -> dict[str, Any]:
+    """How much a share of the training data is."""
+    if config.train_fraction is None:
+        return {}
+    prompts = {prompt_key(group.record.prompt) for group in groups}
+    return {"trained": {"prompts": len(prompts), "comparisons": sum(len(group.judgements) for group in groups)}}
 
 
 def _num_steps(config: RewardConfig, num_groups: int) -> int:
