@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from rlhf import __version__, artifacts, errors, interrupts, masking, preflight, progress, runs
-from rlhf.commands import judge, prepare, use, verdict
+from rlhf.commands import curve, judge, prepare, use, verdict
 from rlhf.commands.options import ConfigFile, Json, Sets
 from rlhf.config import load
 from rlhf.errors import Problem, RlhfError
@@ -179,7 +179,7 @@ for _stage in STAGES.values():
     if _stage.id != "eval-rm":
         _add_stage(_stage)
 app.command("eval-rm", help="Examine a reward model. Without -c, reads configs/eval-rm.yaml.")(_examine)
-for _name, _function in {**use.COMMANDS, **judge.COMMANDS, **prepare.COMMANDS}.items():
+for _name, _function in {**use.COMMANDS, **judge.COMMANDS, **prepare.COMMANDS, **curve.COMMANDS}.items():
     app.command(_name)(_function)
 
 

@@ -72,6 +72,9 @@ class RewardConfig(StageConfig, TrainedForAWhile, LongRows):
     hold_out_annotators: Annotated[list[Text], Field(min_length=1)] | None = Field(
         None, description="annotators whose rows are not trained on, but measured against"
     )
+    train_fraction: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="share of the training prompts that is used, for rlhf learning-curve; null: all of them"
+    )
     lora: RoleLoraSection | None = Field(
         default_factory=RoleLoraSection, description="adapter that is trained; null: every weight of a copy is"
     )

@@ -123,6 +123,19 @@ def split_by_prompt(records: Sequence[Record], fraction: float, seed: int) -> tu
     return rest, [record for record in records if prompt_key(record.prompt) in held_out]
 
 
+def first_share(records: Sequence[Record], fraction: float | None, seed: int) -> list[Record]:
+    """The rows of that share of the distinct prompts, at least one; None: all. A larger share holds every smaller one.
+
+    Which ones depends on the seed and each prompt's text, and is no choice of ``split_by_prompt``.
+    """
+    if fraction is None:
+        return list(records)
+    keys = {prompt_key(record.prompt) for record in records}
+    order = sorted(keys, key=lambda key: hashlib.sha256(f"{seed}/share/{key}".encode()).digest())
+    kept = set(order[: max(1, round(fraction * len(order)))])
+    return [record for record in records if prompt_key(record.prompt) in kept]
+
+
 def count_shared_prompts(records: Sequence[Record], others: Sequence[Record]) -> int:
     """How many of the distinct prompts of ``others`` are prompts of ``records`` as well."""
     known = {prompt_key(record.prompt) for record in records}

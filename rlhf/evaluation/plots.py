@@ -52,6 +52,22 @@ def intervals(rows: Mapping[str, Mapping[str, Any]], label: str, path: Path) -> 
     _write(figure, path)
 
 
+def learning_curve(points: Sequence[Mapping[str, Any]], fitted: Sequence[Mapping[str, float]], path: Path) -> None:
+    """Held-out accuracy over the prompts that were trained on, and the fitted curve up to twice as many."""
+    figure, axes = plt.subplots(figsize=(5, 3.6))
+    axes.plot([row["prompts"] for row in fitted], [row["accuracy"] for row in fitted], "--", color=GREY, label="fitted")
+    for row in points:
+        axes.plot([row["prompts"]] * len(row["by_seed"]), row["by_seed"], ".", markersize=4, color=ORANGE)
+        axes.plot([row["prompts"]] * 2, row["accuracy"]["ci95"], color=BLUE)
+    axes.plot([row["prompts"] for row in points], [row["accuracy"]["estimate"] for row in points], "o", color=BLUE,
+              label="measured, 95 %")  # fmt: skip
+    axes.set_xscale("log", base=2)
+    axes.set_xticks([row["prompts"] for row in points], [f"{row['prompts']:.0f}" for row in points])
+    axes.set(xlabel="prompts trained on", ylabel="accuracy on held-out comparisons", title="Learning curve")
+    axes.legend()
+    _write(figure, path)
+
+
 def curves(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str], path: Path) -> None:
     """Metrics over steps, one panel each; ``names`` maps a metric to its label."""
     figure, panels = plt.subplots(1, len(names), figsize=(3.6 * len(names), 3), squeeze=False)

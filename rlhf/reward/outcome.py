@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 from collections.abc import Sequence
@@ -42,12 +43,18 @@ def scorer(roles: Roles, slots: Sequence[str], micro_batch_size: int, max_tokens
 
 
 def held_out(
-    config: RewardConfig, roles: Roles, slots: Sequence[str], groups: Sequence[Group]
+    config: RewardConfig, roles: Roles, slots: Sequence[str], groups: Sequence[Group], run: Run
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """Figures on held-out prompts; of an ensemble those of its mean, and what is to be told of its members."""
+    """Figures on held-out prompts; of an ensemble those of its mean, and what is to be told of its members. Where a
+    share of the data is trained on, each comparison's outcome is written too."""
     kept = together.Kept(scorer(roles, slots, config.batch.micro_batch_size, config.batch.micro_batch_tokens))
     pairs, members = together.compare(kept, groups)
     labelled = _of_labels(kept, groups)
+    if config.train_fraction is not None:
+        run.write_samples("held_out", [
+            {"prompt": hashlib.sha256(key.encode()).hexdigest()[:16], "right": float(right), "difference": float(gap)}
+            for key, right, gap in zip(pairs.groups, examine.right(pairs), pairs.differences, strict=True)
+        ])  # fmt: skip
     shared = length.correlation(pairs.length_gaps.tolist(), pairs.differences.tolist()) if config.length_coef else None
     labelled |= {} if shared is None else {"eval/length_correlation": shared}
     assert kept.found is not None

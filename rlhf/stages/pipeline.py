@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from rlhf import interrupts, preflight, runs
@@ -28,7 +29,7 @@ def run(path: Path) -> list[dict[str, str]]:
     problems = [problem for step in steps for problem in _problems(step, path)]
     if problems:
         raise RlhfError(*problems)
-    return [_bring_up_to_date(step) for step in steps]
+    return [bring_up_to_date(step.stage, Path(step.config)) for step in steps]
 
 
 def _problems(step: PipelineStep, path: Path) -> tuple[Problem, ...]:
@@ -41,19 +42,25 @@ def _problems(step: PipelineStep, path: Path) -> tuple[Problem, ...]:
     return ()
 
 
-def _bring_up_to_date(step: PipelineStep) -> dict[str, str]:
-    stage = STAGES[step.stage]
-    config = load.load(stage.config_class, Path(step.config))
+def bring_up_to_date(stage_id: str, path: Path, overrides: Sequence[str] = ()) -> dict[str, str]:
+    """Run one stage in its own process, unless its run is finished and unchanged; returns what was done.
+
+    Raises:
+        SystemExit: with the stage's exit code, where it failed.
+    """
+    stage = STAGES[stage_id]
+    config = load.load(stage.config_class, path, overrides)
     plan = preflight.prepare(config, stage.needs(config))
     reasons = runs.status(Path(config.run_dir), plan.identity)
     if reasons is None:
-        log.info("%s: %s is up to date, skipped.", step.stage, config.run_dir)
-        return {"stage": step.stage, "run_dir": config.run_dir, "outcome": "up to date"}
-    log.info("%s: running, because %s.", step.stage, "; ".join(reasons))
-    code = _in_its_own_process([sys.executable, "-m", "rlhf", step.stage, "-c", step.config, "--resume", "--overwrite"])
+        log.info("%s: %s is up to date, skipped.", stage_id, config.run_dir)
+        return {"stage": stage_id, "run_dir": config.run_dir, "outcome": "up to date"}
+    log.info("%s: running, because %s.", stage_id, "; ".join(reasons))
+    command = [sys.executable, "-m", "rlhf", stage_id, "-c", str(path), "--resume", "--overwrite"]
+    code = _in_its_own_process([*command, *(f"--set={item}" for item in overrides)])
     if code:
         raise SystemExit(code if code > 0 else 128 - code)
-    return {"stage": step.stage, "run_dir": config.run_dir, "outcome": "run"}
+    return {"stage": stage_id, "run_dir": config.run_dir, "outcome": "run"}
 
 
 def _in_its_own_process(command: list[str]) -> int:

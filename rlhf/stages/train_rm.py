@@ -17,7 +17,7 @@ from rlhf.checkpoints import Checkpoints, Position
 from rlhf.config.train_rm import RewardConfig
 from rlhf.data import tokenised
 from rlhf.data.batches import collate
-from rlhf.data.records import Prompt, split_by_prompt
+from rlhf.data.records import Prompt, first_share, prompt_key, split_by_prompt
 from rlhf.data.tokenised import Group, PromptRow
 from rlhf.models import forward, opening
 from rlhf.models.base import Base
@@ -46,9 +46,10 @@ def run(config: RewardConfig, plan: Plan, run: Run) -> Manifest:
     base = opening.reopen_base(plan.parents["policy"], device)
     runtime.set_threads(config.runtime, base.model, device)
     train_records, rest = split_by_prompt(plan.data["data"].records, config.holdout_fraction, config.seed)
-    held_out_records, fitted_records = combining.split(config, rest, train_records)
-    heads = objective.heads_of(config, train_records)
-    train, report = _tokenise(config, objective.trained(heads, train_records), base.chat)
+    used = first_share(train_records, config.train_fraction, config.seed)
+    held_out_records, fitted_records = combining.split(config, rest, used)
+    heads = objective.heads_of(config, used)
+    train, report = _tokenise(config, objective.trained(heads, used), base.chat)
     held_out, _ = _tokenise(config, held_out_records, base.chat)
     tokenised.require_batch(len(train), config.batch.batch_size, "data")
     sampled = _prompts_to_sample(config, train_records, base.chat)
@@ -82,7 +83,7 @@ def run(config: RewardConfig, plan: Plan, run: Run) -> Manifest:
     if heads:
         fitted = _tokenise(config, fitted_records, base.chat)[0] if fitted_records else []
         combined = combining.combine(config, heads, roles, slots, base, fitted)
-    metrics, of_members = outcome.held_out(config, roles, slots, held_out)
+    metrics, of_members = outcome.held_out(config, roles, slots, held_out, run)
     if taught and "eval/accuracy" in metrics:
         size = sum(parameter.numel() for parameter in base.model.parameters())
         of_members |= {"distilled": taught.report(held_out, metrics["eval/accuracy"], size)}
@@ -103,7 +104,7 @@ def run(config: RewardConfig, plan: Plan, run: Run) -> Manifest:
             parents=plan.parents_table(STAGES["train-rm"].needs(config)),
             details={
                 "rows": vars(report), "heads": list(roles.head(slots[0]).names), "steps": steps,
-                "prompts_held_out": len(held_out), **combined, **of_members,
+                "prompts_held_out": len(held_out), **combined, **of_members, **_trained_on(config, train),
             },
         )
     )  # fmt: skip
@@ -113,8 +114,9 @@ def dry_run(config: RewardConfig, plan: Plan) -> list[str]:
     """Token counts and the number of steps, with the tokenizer but without weights."""
     chat = opening.open_chat(opening.model_of(plan.parents["policy"]))
     train, rest = split_by_prompt(plan.data["data"].records, config.holdout_fraction, config.seed)
-    held_out, _ = combining.split(config, rest, train)
-    groups, report = _tokenise(config, objective.trained(objective.heads_of(config, train), train), chat)
+    used = first_share(train, config.train_fraction, config.seed)
+    held_out, _ = combining.split(config, rest, used)
+    groups, report = _tokenise(config, objective.trained(objective.heads_of(config, used), used), chat)
     tokenised.require_batch(len(groups), config.batch.batch_size, "data")
     _prompts_to_sample(config, train, chat)
     judgements = sum(len(group.judgements) for group in groups)
@@ -138,6 +140,14 @@ def _prompts_to_sample(config: RewardConfig, records: Sequence[Any], chat: Any) 
     new_tokens = config.sampling.max_new_tokens
     rows = tokenised.prompts_with_room(prompts, chat, config.max_length, new_tokens, "sampling.max_new_tokens")
     return rows[: config.standardise_samples]
+
+
+def _trained_on(config: RewardConfig, groups: Sequence[Group]) -> dict[str, Any]:
+    """How much a share of the training data is."""
+    if config.train_fraction is None:
+        return {}
+    prompts = {prompt_key(group.record.prompt) for group in groups}
+    return {"trained": {"prompts": len(prompts), "comparisons": sum(len(group.judgements) for group in groups)}}
 
 
 def _num_steps(config: RewardConfig, num_groups: int) -> int:
