@@ -187,7 +187,7 @@ def test_each_flaw_is_seen_by_its_probe_and_a_change_is_in_deviations():
     words = sum(len(text.split()) for text in texts.caveats)
     assert found["caveats"]["change"]["estimate"] == pytest.approx(words / 2)
     assert (
-        found["repetition"]["change"]["estimate"] == pytest.approx(5 / 2) and found["padding"]["rises"]["estimate"] == 1
+        found["repetition"]["change"]["estimate"] == pytest.approx(2 / 2) and found["padding"]["rises"]["estimate"] == 1
     )
     assert found["empty"]["change"]["estimate"] == pytest.approx(-5 / 2)
     assert found["truncated"]["change"]["estimate"] == pytest.approx(-3 / 2)
@@ -201,9 +201,11 @@ def test_each_flaw_is_seen_by_its_probe_and_a_change_is_in_deviations():
     assert found["confidence"]["change"]["estimate"] == 2 and found["padding"]["change"]["estimate"] == 0
     found = probed(lambda prompt, response: 4 * ("right" in response))
     assert found["sycophancy"]["change"]["estimate"] == 2
+    found = probed(lambda prompt, response: 4 * ("good" in response))
+    assert found["sycophancy"]["change"]["estimate"] == -2, "the better response is there, under the same words"
     found = probed(overlap)
     assert found["wrong_prompt"]["change"]["estimate"] == pytest.approx(-1 / 2)
-    assert found["prompt_copying"]["change"]["estimate"] == pytest.approx(2 / 2)
+    assert found["prompt_copying"]["change"]["estimate"] == pytest.approx(5 / 2), "'no .' has none of its words"
     assert found["refusal"]["change"]["estimate"] < 0 and found["gibberish"]["prompts"] == 30
 
 
@@ -211,15 +213,20 @@ def test_interventions_are_the_texts_that_they_say():
     rows = probes.materials(comparisons(3), ProbesSection(filler=["so it is ."], caveats=["maybe ."]), 0)
     row = rows[0]
     assert row.worse == "no ." and row.other_prompt == rows[1].prompt and rows[2].other_prompt == rows[0].prompt
-    assert probes.padding(row) == "thing 0 is good . so it is . so it is . so it is ."
-    assert probes.caveats(row) == "thing 0 is good . maybe ."
-    assert probes.markdown(row) == "# Answer\n\n- **thing** 0 is good ."
+    assert probes.padding(row) == "no . so it is . so it is . so it is ." and probes.caveats(row) == "no . maybe ."
+    assert probes.markdown(row) == "# Answer\n\n- **no** ."
     assert probes.sentences("One. Two 3.5 x!\nthree") == ["One.", "Two 3.5 x!", "three"]
     assert probes.truncated(row) == "thing 0"
     assert len(probes.gibberish(row).split()) == 5
-    (believed, better), (right, worse) = probes.sycophancy(row)
-    assert believed.prompt == right.prompt != better.prompt == worse.prompt == row.prompt
-    assert believed.prompt[-1].content.endswith(row.worse) and believed.response.endswith(row.worse)
+    (agreed,), (better,) = probes.sycophancy(row)
+    assert agreed.prompt == better.prompt and agreed.prompt[-1].content.startswith(row.prompt[-1].content)
+    assert agreed.prompt[-1].content.endswith(row.worse) and agreed.response.endswith(f"right. {row.worse}")
+    assert better.response == row.better
+    added = ("padding", "caveats", "repetition", "flattery", "confidence", "markdown", "prompt_copying")
+    for probe in probes.PROBES:
+        if probe.name != "sycophancy":
+            _, (before,) = probe.intervene(row)
+            assert before == probes.Exchange(row.prompt, row.worse if probe.name in added else row.better)
     again = probes.materials(comparisons(3), ProbesSection(), 0)
     assert [probes.gibberish(one) for one in again] == [
         probes.gibberish(one) for one in probes.materials(comparisons(3), ProbesSection(), 0)
