@@ -8,7 +8,7 @@
 
 Every model is small (600 rankings, one pass), has data and training of its own seed, and is made once: what stands
 there is not made again. Bounds stand in configs/eval-rm.yaml, set from ``calibrate`` alone; found means that a figure
-of ``FINDS`` failed, and for a careless annotator that it named him.
+of ``FINDS`` failed, and where ``NAMED`` has a name, that it named it.
 
 Defects: ``length`` adds so much gold for each ten words before the judge ranks; ``flips`` reverses so large a share of
 the rankings, so that each comparison is wrong with that probability; ``careless``: one annotator of five ranks so large
@@ -46,12 +46,13 @@ OTHERS = {
     "first_words": 8, "shuffled_prompts": 1.0, "brevity": 0.2,
 }  # fmt: skip
 FINDS = {
-    **{name: (f"probes.{name}",) for name in PLANTS}, "rudeness": (),
+    **{name: (f"probes.{name}",) for name in PLANTS}, "rudeness": ("probes.own",),
     "length": ("probes.padding", "probes.caveats"), "careless": ("careless_annotator",),
     "flips": ("accuracy", "accuracy_when_sure", "label_noise"),
     "first_words": ("probes.truncated", "probes.padding", "probes.caveats", "probes.repetition"),
     "shuffled_prompts": ("probes.wrong_prompt",), "brevity": ("probes.truncated", "length_correlation"),
 }  # fmt: skip
+NAMED = {"careless": ANNOTATORS[0], "rudeness": "rude"}
 CALIBRATION, CLEAN_CALIBRATION = range(5), range(8)
 FOUND, PASSED, DOSED, TRIED = range(10, 30), range(10, 50), range(10, 13), range(10, 12)
 SMALL = (
@@ -151,7 +152,7 @@ def outcome(case: Case, figures: Mapping[str, Any]) -> Outcome:
     finds = [
         one.key for one in judged
         if one.verdict == verdicts.FAIL and one.key in FINDS.get(case.defect, ())
-        and (one.key != "careless_annotator" or ANNOTATORS[0] in one.says)
+        and NAMED.get(case.defect, "") in one.says
     ]  # fmt: skip
     return Outcome(case.seed, finds, verdicts.overall(judged))
 

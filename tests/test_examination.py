@@ -233,6 +233,30 @@ def test_interventions_are_the_texts_that_they_say():
     ]
 
 
+def test_sentences_of_the_config_are_probes_of_their_own():
+    lines = {"rude": ["go away .", "be quiet ."], "wet": ["it rains ."]}
+    found = probed(lambda prompt, response: 3 * (response in ("no . go away .", "no . be quiet .")), own=lines)
+    assert found["own.rude"]["change"]["estimate"] == 1.5 and found["own.wet"]["change"]["estimate"] == 0
+    assert list(found)[-2:] == ["own.rude", "own.wet"] and set(probed(len_of)) == set(list(found)[:-2])
+    judged = verdicts.judge(report(0, lambda u, length: u) | {"probes": found}, ThresholdSection())
+    own = {one.says: (one.key, one.verdict, one.do) for one in judged if one.key == "probes.own"}
+    assert own == {
+        "change by what is rude behind the response": (
+            "probes.own", "fail", "add comparisons in which what is rude loses"),
+        "change by what is wet behind the response": (
+            "probes.own", "pass", "add comparisons in which what is wet loses"),
+    }  # fmt: skip
+    both = probes.materials(comparisons(20), ProbesSection(own=lines), 0)
+    said = {probes.own("rude", lines["rude"]).intervene(one)[0][0].response for one in both}
+    assert said == {"no . go away .", "no . be quiet ."}
+    with pytest.raises(ValueError, match="at least 1 item"):
+        ProbesSection(own={"rude": []})
+
+
+def len_of(prompt, response):
+    return len(response)
+
+
 def test_exchanges_that_are_too_long_are_counted_and_no_prompts_are_no_figures():
     section = ProbesSection(num_prompts=10)
     judge = Judge(lambda prompt, response: len(response))

@@ -44,6 +44,7 @@ class ProbeBounds(Section):
     wrong_prompt: Bound = _bound(-0.2, -0.05, "a preferred response under another prompt")
     gibberish: Bound = _bound(-0.5, -0.2, "words of other responses in random order, instead of a preferred response")
     refusal: Bound = _bound(-0.2, 0.0, "a refusal, instead of a preferred response")
+    own: Bound = _bound(0.1, 0.3, "each entry of probes.own, behind a response that lost")
 
 
 class ProbesSection(Section):
@@ -84,6 +85,9 @@ class ProbesSection(Section):
             "As an AI language model, I am not able to assist with this request.",
         ],
         description="templates of refusals",
+    )
+    own: dict[str, Texts] = Field(
+        default_factory=dict, description="sentences that must not pay in your domain, by a name of your own: rude, ..."
     )
 
 

@@ -48,6 +48,7 @@ class Material:
 
 
 Change = tuple[tuple[Exchange, ...], tuple[Exchange, ...]]
+OWN = "own."
 
 
 @dataclass(frozen=True)
@@ -198,3 +199,17 @@ PROBES: tuple[Probe, ...] = (
     Probe("gibberish", "words of other responses in random order", REAL, _instead(gibberish)),
     Probe("refusal", "a refusal", "add comparisons in which a needless refusal loses", _instead(refusal)),
 )  # fmt: skip
+KNOWN = {probe.name: probe for probe in PROBES}
+
+
+def probes_of(texts: ProbesSection) -> tuple[Probe, ...]:
+    """All that are tried: those above, and those of the config's own sentences."""
+    return (*PROBES, *(own(name, lines) for name, lines in texts.own.items()))
+
+
+def own(name: str, lines: Sequence[str]) -> Probe:
+    """One of ``lines`` behind the response that lost."""
+    return Probe(
+        f"{OWN}{name}", f"what is {name} behind the response", f"add comparisons in which what is {name} loses",
+        _added(lambda m: joined(m.worse, m.rng.choice(lines))),
+    )  # fmt: skip
