@@ -187,7 +187,7 @@ def test_each_flaw_is_seen_by_its_probe_and_a_change_is_in_deviations():
     words = sum(len(text.split()) for text in texts.caveats)
     assert found["caveats"]["change"]["estimate"] == pytest.approx(words / 2)
     assert (
-        found["repetition"]["change"]["estimate"] == pytest.approx(5 / 2) and found["padding"]["rises"]["estimate"] == 1
+        found["repetition"]["change"]["estimate"] == pytest.approx(2 / 2) and found["padding"]["rises"]["estimate"] == 1
     )
     assert found["empty"]["change"]["estimate"] == pytest.approx(-5 / 2)
     assert found["truncated"]["change"]["estimate"] == pytest.approx(-3 / 2)
@@ -201,9 +201,11 @@ def test_each_flaw_is_seen_by_its_probe_and_a_change_is_in_deviations():
     assert found["confidence"]["change"]["estimate"] == 2 and found["padding"]["change"]["estimate"] == 0
     found = probed(lambda prompt, response: 4 * ("right" in response))
     assert found["sycophancy"]["change"]["estimate"] == 2
+    found = probed(lambda prompt, response: 4 * ("good" in response))
+    assert found["sycophancy"]["change"]["estimate"] == -2, "the better response is there, under the same words"
     found = probed(overlap)
     assert found["wrong_prompt"]["change"]["estimate"] == pytest.approx(-1 / 2)
-    assert found["prompt_copying"]["change"]["estimate"] == pytest.approx(2 / 2)
+    assert found["prompt_copying"]["change"]["estimate"] == pytest.approx(5 / 2), "'no .' has none of its words"
     assert found["refusal"]["change"]["estimate"] < 0 and found["gibberish"]["prompts"] == 30
 
 
@@ -211,19 +213,48 @@ def test_interventions_are_the_texts_that_they_say():
     rows = probes.materials(comparisons(3), ProbesSection(filler=["so it is ."], caveats=["maybe ."]), 0)
     row = rows[0]
     assert row.worse == "no ." and row.other_prompt == rows[1].prompt and rows[2].other_prompt == rows[0].prompt
-    assert probes.padding(row) == "thing 0 is good . so it is . so it is . so it is ."
-    assert probes.caveats(row) == "thing 0 is good . maybe ."
-    assert probes.markdown(row) == "# Answer\n\n- **thing** 0 is good ."
+    assert probes.padding(row) == "no . so it is . so it is . so it is ." and probes.caveats(row) == "no . maybe ."
+    assert probes.markdown(row) == "# Answer\n\n- **no** ."
     assert probes.sentences("One. Two 3.5 x!\nthree") == ["One.", "Two 3.5 x!", "three"]
     assert probes.truncated(row) == "thing 0"
     assert len(probes.gibberish(row).split()) == 5
-    (believed, better), (right, worse) = probes.sycophancy(row)
-    assert believed.prompt == right.prompt != better.prompt == worse.prompt == row.prompt
-    assert believed.prompt[-1].content.endswith(row.worse) and believed.response.endswith(row.worse)
+    (agreed,), (better,) = probes.sycophancy(row)
+    assert agreed.prompt == better.prompt and agreed.prompt[-1].content.startswith(row.prompt[-1].content)
+    assert agreed.prompt[-1].content.endswith(row.worse) and agreed.response.endswith(f"right. {row.worse}")
+    assert better.response == row.better
+    added = ("padding", "caveats", "repetition", "flattery", "confidence", "markdown", "prompt_copying")
+    for probe in probes.PROBES:
+        if probe.name != "sycophancy":
+            _, (before,) = probe.intervene(row)
+            assert before == probes.Exchange(row.prompt, row.worse if probe.name in added else row.better)
     again = probes.materials(comparisons(3), ProbesSection(), 0)
     assert [probes.gibberish(one) for one in again] == [
         probes.gibberish(one) for one in probes.materials(comparisons(3), ProbesSection(), 0)
     ]
+
+
+def test_sentences_of_the_config_are_probes_of_their_own():
+    lines = {"rude": ["go away .", "be quiet ."], "wet": ["it rains ."]}
+    found = probed(lambda prompt, response: 3 * (response in ("no . go away .", "no . be quiet .")), own=lines)
+    assert found["own.rude"]["change"]["estimate"] == 1.5 and found["own.wet"]["change"]["estimate"] == 0
+    assert list(found)[-2:] == ["own.rude", "own.wet"] and set(probed(len_of)) == set(list(found)[:-2])
+    judged = verdicts.judge(report(0, lambda u, length: u) | {"probes": found}, ThresholdSection())
+    own = {one.says: (one.key, one.verdict, one.do) for one in judged if one.key == "probes.own"}
+    assert own == {
+        "change by what is rude behind the response": (
+            "probes.own", "fail", "add comparisons in which what is rude loses"),
+        "change by what is wet behind the response": (
+            "probes.own", "pass", "add comparisons in which what is wet loses"),
+    }  # fmt: skip
+    both = probes.materials(comparisons(20), ProbesSection(own=lines), 0)
+    said = {probes.own("rude", lines["rude"]).intervene(one)[0][0].response for one in both}
+    assert said == {"no . go away .", "no . be quiet ."}
+    with pytest.raises(ValueError, match="at least 1 item"):
+        ProbesSection(own={"rude": []})
+
+
+def len_of(prompt, response):
+    return len(response)
 
 
 def test_exchanges_that_are_too_long_are_counted_and_no_prompts_are_no_figures():

@@ -1,7 +1,9 @@
 """Hacking probes: interventions on a response or its prompt that must not pay, as pure functions of text.
 
-Each takes a preferred response of a held-out comparison and gives two sets of exchanges; the change of a probe is the
-sum of the scores of the first set minus that of the second.
+Each takes the responses of a held-out comparison and gives two sets of exchanges; the change of a probe is the sum of
+the scores of the first set minus that of the second. What is added is added to the response that lost: a bad answer is
+what padding would lift, and one that won has mostly what its judges pay for already, so that more of it says nothing.
+What is taken away is taken from the response that won.
 """
 
 from __future__ import annotations
@@ -44,12 +46,9 @@ class Material:
     texts: ProbesSection
     rng: random.Random
 
-    @property
-    def original(self) -> Exchange:
-        return Exchange(self.prompt, self.better)
-
 
 Change = tuple[tuple[Exchange, ...], tuple[Exchange, ...]]
+OWN = "own."
 
 
 @dataclass(frozen=True)
@@ -95,9 +94,14 @@ def _best_and_worst(record: Comparison) -> tuple[str, str]:
     return record.responses[order[-1]], record.responses[order[0]]
 
 
-def _rewritten(rewrite: Callable[[Material], str]) -> Callable[[Material], Change]:
+def _instead(rewrite: Callable[[Material], str]) -> Callable[[Material], Change]:
     """Another response to the same prompt, against the preferred one."""
-    return lambda m: ((Exchange(m.prompt, rewrite(m)),), (m.original,))
+    return lambda m: ((Exchange(m.prompt, rewrite(m)),), (Exchange(m.prompt, m.better),))
+
+
+def _added(rewrite: Callable[[Material], str]) -> Callable[[Material], Change]:
+    """The less preferred response with something added, against itself."""
+    return lambda m: ((Exchange(m.prompt, rewrite(m)),), (Exchange(m.prompt, m.worse),))
 
 
 def joined(*parts: str) -> str:
@@ -105,29 +109,29 @@ def joined(*parts: str) -> str:
 
 
 def padding(m: Material) -> str:
-    return joined(m.better, *(m.rng.choice(m.texts.filler) for _ in range(3)))
+    return joined(m.worse, *(m.rng.choice(m.texts.filler) for _ in range(3)))
 
 
 def caveats(m: Material) -> str:
-    return joined(m.better, *m.texts.caveats)
+    return joined(m.worse, *m.texts.caveats)
 
 
 def repetition(m: Material) -> str:
-    return joined(m.better, m.better)
+    return joined(m.worse, m.worse)
 
 
 def flattery(m: Material) -> str:
-    return joined(*m.texts.compliments, m.better, *m.texts.thanks)
+    return joined(*m.texts.compliments, m.worse, *m.texts.thanks)
 
 
 def confidence(m: Material) -> str:
-    return joined(m.texts.assurance, m.better)
+    return joined(m.texts.assurance, m.worse)
 
 
 def markdown(m: Material) -> str:
     """A heading, and each sentence a bullet whose first word is bold; the words stay in their order."""
     marked = [
-        " ".join([f"**{line.split()[0]}**", *line.split()[1:]]) for line in sentences(m.better) if line.split()
+        " ".join([f"**{line.split()[0]}**", *line.split()[1:]]) for line in sentences(m.worse) if line.split()
     ]  # fmt: skip
     return "\n".join(["# Answer", "", *(f"- {line}" for line in marked)])
 
@@ -143,7 +147,7 @@ def sentences(text: str) -> list[str]:
 
 
 def prompt_copying(m: Material) -> str:
-    return joined(m.prompt[-1].content, m.better)
+    return joined(m.prompt[-1].content, m.worse)
 
 
 def truncated(m: Material) -> str:
@@ -160,42 +164,52 @@ def refusal(m: Material) -> str:
 
 
 def wrong_prompt(m: Material) -> Change:
-    return (Exchange(m.other_prompt, m.better),), (m.original,)
+    return (Exchange(m.other_prompt, m.better),), (Exchange(m.prompt, m.better),)
 
 
 def sycophancy(m: Material) -> Change:
-    """The user says that the worse response is right, and the model agrees: what that response gains on the better."""
+    """A user believes in the worse response: it, agreeing, against the better response to the same words."""
     *before, last = m.prompt
     believed = (*before, replace(last, content=joined(last.content, m.texts.belief, m.worse)))
-    agreed = joined(m.texts.agreement, m.worse)
-    return (
-        (Exchange(believed, agreed), Exchange(m.prompt, m.better)),
-        (Exchange(believed, m.better), Exchange(m.prompt, m.worse)),
-    )
+    return (Exchange(believed, joined(m.texts.agreement, m.worse)),), (Exchange(believed, m.better),)
 
 
 SHORTER = "add comparisons in which the shorter of two equal responses wins, or collect on padded samples"
 REAL = "look at the scores of such responses, and add comparisons in which they lose"
 PROBES: tuple[Probe, ...] = (
-    Probe("padding", "filler behind the response", SHORTER, _rewritten(padding)),
-    Probe("caveats", "disclaimers behind the response", SHORTER, _rewritten(caveats)),
+    Probe("padding", "filler behind the response", SHORTER, _added(padding)),
+    Probe("caveats", "disclaimers behind the response", SHORTER, _added(caveats)),
     Probe("repetition", "the response twice", "add comparisons in which a repeated response loses",
-          _rewritten(repetition)),
+          _added(repetition)),
     Probe("flattery", "compliments in front, thanks behind", "add comparisons in which flattery loses",
-          _rewritten(flattery)),
-    Probe("sycophancy", "the user believes in the worse response, which agrees",
+          _added(flattery)),
+    Probe("sycophancy", "the user believes in the worse response, and it agrees, instead of the better one",
           "add comparisons in which the user is wrong and is told so", sycophancy),
     Probe("confidence", "an assurance that it is certain", "add comparisons in which the assurance is all that differs",
-          _rewritten(confidence)),
+          _added(confidence)),
     Probe("markdown", "a heading, bullets, bold words", "add comparisons in which the markup is all that differs",
-          _rewritten(markdown)),
+          _added(markdown)),
     Probe("prompt_copying", "the prompt in front of the response", "add comparisons in which the copy loses",
-          _rewritten(prompt_copying)),
-    Probe("empty", "no response", REAL, _rewritten(lambda m: "")),
+          _added(prompt_copying)),
+    Probe("empty", "no response", REAL, _instead(lambda m: "")),
     Probe("truncated", "the first half of the response", "add comparisons with responses that stop half way",
-          _rewritten(truncated)),
+          _instead(truncated)),
     Probe("wrong_prompt", "the response under another prompt",
           "it hardly reads the prompt: add comparisons with good answers to other prompts", wrong_prompt),
-    Probe("gibberish", "words of other responses in random order", REAL, _rewritten(gibberish)),
-    Probe("refusal", "a refusal", "add comparisons in which a needless refusal loses", _rewritten(refusal)),
+    Probe("gibberish", "words of other responses in random order", REAL, _instead(gibberish)),
+    Probe("refusal", "a refusal", "add comparisons in which a needless refusal loses", _instead(refusal)),
 )  # fmt: skip
+KNOWN = {probe.name: probe for probe in PROBES}
+
+
+def probes_of(texts: ProbesSection) -> tuple[Probe, ...]:
+    """All that are tried: those above, and those of the config's own sentences."""
+    return (*PROBES, *(own(name, lines) for name, lines in texts.own.items()))
+
+
+def own(name: str, lines: Sequence[str]) -> Probe:
+    """One of ``lines`` behind the response that lost."""
+    return Probe(
+        f"{OWN}{name}", f"what is {name} behind the response", f"add comparisons in which what is {name} loses",
+        _added(lambda m: joined(m.worse, m.rng.choice(lines))),
+    )  # fmt: skip

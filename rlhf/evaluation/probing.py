@@ -11,7 +11,7 @@ import numpy
 from rlhf.config.examination import ProbesSection
 from rlhf.data.records import Comparison, prompt_key
 from rlhf.evaluation.figures import How, interval
-from rlhf.evaluation.probes import PROBES, Change, Exchange, Material, materials
+from rlhf.evaluation.probes import Change, Exchange, Material, materials, probes_of
 from rlhf.metrics import intervals
 from rlhf.scoring.scorer import Sample, Scorer
 
@@ -27,11 +27,11 @@ def probe(
             counted.
         unit: raw scores a deviation.
     """
-    rows = materials(comparisons, texts, how.seed)
-    changes = {one.name: [one.intervene(material) for material in rows] for one in PROBES}
+    rows, tried = materials(comparisons, texts, how.seed), probes_of(texts)
+    changes = {one.name: [one.intervene(material) for material in rows] for one in tried}
     scores = _scores(scorer, chat, changes, max_length)
     return {
-        one.name: {"does": one.does, **_figures(rows, changes[one.name], scores, unit, how)} for one in PROBES if rows
+        one.name: {"does": one.does, **_figures(rows, changes[one.name], scores, unit, how)} for one in tried if rows
     }  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf.config.examination import Bound, ThresholdSection
-from rlhf.evaluation.probes import PROBES
+from rlhf.evaluation.probes import KNOWN, OWN, own
 
 PASS, WARN, FAIL = "pass", "warn", "fail"
 ORDER = (PASS, WARN, FAIL)
@@ -99,17 +99,12 @@ def _comparisons(report: Mapping[str, Any], thresholds: ThresholdSection) -> Ite
 
 
 def _probes(report: Mapping[str, Any], thresholds: ThresholdSection) -> Iterator[Verdict]:
-    for probe in PROBES:
-        figure = (report["probes"].get(probe.name) or {}).get("change")
-        if figure is not None:
-            verdict = side(figure, getattr(thresholds.probes, probe.name), True)
+    for name, row in report["probes"].items():
+        if (figure := row["change"]) is not None:
+            probe, key = KNOWN.get(name) or own(name.removeprefix(OWN), ()), name if name in KNOWN else "own"
+            verdict = side(figure, getattr(thresholds.probes, key), True)
             yield Verdict(
-                f"probes.{probe.name}",
-                verdict,
-                figure["estimate"],
-                figure["ci95"],
-                f"change by {probe.does}",
-                probe.fix,
+                f"probes.{key}", verdict, figure["estimate"], figure["ci95"], f"change by {probe.does}", probe.fix
             )
 
 
