@@ -13,7 +13,7 @@ import numpy
 
 from rlhf import artifacts, preflight, storage
 from rlhf.config import load
-from rlhf.config.stages import RewardConfig
+from rlhf.config.train_rm import RewardConfig
 from rlhf.data.records import first_share, prompt_key, split_by_prompt
 from rlhf.errors import Problem, RlhfError
 from rlhf.evaluation import plots
