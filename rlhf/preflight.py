@@ -18,6 +18,7 @@ from rlhf.data.settings import NOT_REACHED
 from rlhf.data.sources import Loaded
 from rlhf.demo import registry as demo
 from rlhf.errors import Problem, RlhfError
+from rlhf.planning.phases import Spec
 
 NOT_IDENTITY = ("run_dir", "runtime", "report_to", "save_every", "keep_checkpoints", "guards")
 DATA_FILES = (".jsonl", ".ndjson", ".json", ".gz", ".parquet", ".csv", ".tsv", ".txt", ".arrow", ".zst", ".zip")
@@ -59,14 +60,14 @@ class Needs:
 @dataclass(frozen=True)
 class Plan:
     """A checked start: parents' manifests, data rows, identity, what could not be checked, disk and memory figures, and
-    the predicted peak of memory in bytes, where it is known."""
+    what memory and time are predicted from, where that is known."""
 
     parents: dict[str, Manifest]
     data: dict[str, Loaded]
     identity: dict[str, Any]
     unchecked: tuple[str, ...]
     figures: tuple[str, ...] = ()
-    memory: int | None = None
+    spec: Spec | None = None
     warnings: tuple[str, ...] = ()
 
     def notes(self) -> list[str]:
@@ -107,13 +108,13 @@ def prepare(config: StageConfig, needs: Needs, parents_may_be_missing: bool = Fa
     warnings = examined.check(needs.rewards, parents, digests, problems, unchecked)
     identity = {} if problems else _identity(config, data, parents, digests)
     figures: list[str] = []
-    memory: int | None = None
+    spec: Spec | None = None
     if problems or not _is_current(config.run_dir, identity):
-        figures, memory = _resources(config, needs, data, parents, problems, unchecked)
+        figures, spec = _resources(config, needs, data, parents, problems, unchecked)
     if problems:
         raise RlhfError(*problems)
     unchecked.append("token lengths and model weights (a --dry-run counts tokens)")
-    return Plan(parents, data, identity, tuple(unchecked), tuple(figures), memory, tuple(warnings))
+    return Plan(parents, data, identity, tuple(unchecked), tuple(figures), spec, tuple(warnings))
 
 
 def _read_data(
@@ -181,9 +182,8 @@ def _resources(
     parents: Mapping[str, Manifest],
     problems: list[Problem],
     unchecked: list[str],
-) -> tuple[list[str], int | None]:
-    """Rights, disk and memory; what is found wrong goes to ``problems``, and the figures come back for the plan, with
-    the predicted peak of memory."""
+) -> room.Found:
+    """Rights, disk and memory; what is found wrong goes to ``problems``, and the figures come back for the plan."""
     unwritable = resources.run_dir_problem(config.run_dir)
     problems += [unwritable] if unwritable else []
     base = _base_of(needs, parents)

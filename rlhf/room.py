@@ -12,15 +12,16 @@ from rlhf.data.sources import Loaded
 from rlhf.demo import registry as demo
 from rlhf.errors import Problem, RlhfError
 from rlhf.planning import phases, specs
+from rlhf.planning.phases import Spec
 
-Found = tuple[list[str], int | None]
+Found = tuple[list[str], Spec | None]
 
 
 def check(
     config: StageConfig, source: str, where: str, named_by_run: bool, data: Mapping[str, Loaded],
     parents: Mapping[str, Manifest], writable: bool, problems: list[Problem], unchecked: list[str],
 ) -> Found:  # fmt: skip
-    """Figures for the plan and the predicted peak of memory in bytes, where the base is here to be counted.
+    """Figures for the plan and what its memory and time are predicted from, where the base is here to be counted.
 
     Args:
         named_by_run: the base's name comes from a finished run, and has not been looked at yet.
@@ -39,13 +40,13 @@ def check(
         return [], None
     num_rows = max((len(loaded.records) for loaded in data.values()), default=0)
     written = resources.written(config, tensors, parents, num_rows)
-    figures, peak = _memory(config, source, data, parents, problems, unchecked)
+    figures, spec = _memory(config, source, data, parents, problems, unchecked)
     if not writable:
-        return [], peak
+        return [], spec
     free = resources.free_disk(config.run_dir)
     if full := resources.disk_problem(config.run_dir, written, free):
         problems.append(full)
-    return [resources.disk_figure(written, free), *figures], peak
+    return [resources.disk_figure(written, free), *figures], spec
 
 
 def _memory(
@@ -64,4 +65,4 @@ def _memory(
         unchecked.append("memory: this system does not say how much is available")
     elif scarce := resources.memory_problem(source, least, available):
         problems.append(scarce)
-    return [resources.memory_figure(least, peak, available)], peak
+    return [resources.memory_figure(least, peak, available)], spec

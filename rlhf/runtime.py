@@ -113,27 +113,6 @@ def peak_rss_mb() -> float:
     return peak / (1 << 20) if sys.platform == "darwin" else peak / 1024
 
 
-class MemoryWatch:
-    """Says once, after the first step, what memory was measured beside what was predicted.
-
-    On a GPU what torch allocated; on a CPU how far the resident set has grown since the watch began, before the base
-    was loaded. The prediction is of the longest rows that the config allows.
-    """
-
-    def __init__(self, predicted: int | None) -> None:
-        self.predicted, self.before, self.said = predicted, peak_rss_mb(), False
-
-    def say(self) -> None:
-        if self.said:
-            return
-        self.said = True
-        on_gpu = peak_memory().get("memory/peak_cuda_mb")
-        what = "Memory on the GPU" if on_gpu is not None else "Memory (with the pages of libraries)"
-        measured = on_gpu if on_gpu is not None else peak_rss_mb() - self.before
-        predicted = "none for this base" if self.predicted is None else f"{self.predicted / (1 << 20):.0f} MB"
-        log.info("%s after the first step: %.0f MB; predicted, for longest rows: %s.", what, measured, predicted)
-
-
 def peak_memory() -> dict[str, float]:
     """Peak memory as metrics, on the host and, where there is one, on the GPU."""
     figures = {"memory/peak_rss_mb": peak_rss_mb()}

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from rlhf import resources
 from rlhf.data.batches import collate
 from rlhf.errors import RlhfError
-from rlhf.models import forward
+from rlhf.models import first_step, forward, speed
 from rlhf.models.base import load_base
 from rlhf.models.roles import SharedBase
 from rlhf.planning import advice, clock, memory, phases, shape, specs
@@ -228,3 +228,28 @@ def test_sizes_are_read_in_powers_of_1024_and_speeds_in_powers_of_1000():
 def test_the_figure_of_a_start_names_the_peak_and_the_plan_where_it_is_short():
     assert "available; " not in resources.memory_figure(10, 20, 30)
     assert resources.memory_figure(10, 40, 30).endswith("rlhf plan says which settings would fit")
+
+
+def test_the_first_step_is_said_once_beside_what_was_predicted(monkeypatch, caplog):
+    here, asked = Speed(1e9, 1e9), []
+    monkeypatch.setattr(first_step.speed, "measured", lambda *shape, **how: asked.append(shape) or here)
+    planned = spec("sft", QWEN, batch=8, length=100)
+    first = first_step.FirstStep(planned)
+    with caplog.at_level("INFO", "rlhf"):
+        first.say(2.5, 40)
+        first.say(9.0, 40)
+    assert asked == [(896, 4864, planned.held.e)]
+    memory_said, time_said = (record.getMessage() for record in caplog.records)
+    [work] = clock.step(planned, here)
+    assert f"predicted, for longest rows: {phases.peak(planned).total / 2**20:.0f} MB" in memory_said
+    assert f"took 2.5 s; predicted, for longest rows on this machine as measured: at least {work.seconds:.3g} s" in (
+        time_said
+    )
+    assert time_said.endswith("All 40 steps: about 100 s.")
+
+
+def test_the_speed_of_the_machine_is_measured_without_a_random_number_of_the_run():
+    before = torch.get_rng_state()
+    found = speed.measured(32, 64, 4, tokens=8, read_bytes=1 << 16, seconds=1e-3)
+    assert min(found.flops, found.bandwidth, found.thin, found.launch) > 0
+    assert torch.equal(torch.get_rng_state(), before)

@@ -14,26 +14,33 @@ TOKENS, READ_BYTES, SECONDS = 512, 1 << 28, 0.4
 THIN, LAYERS = 16, 32  # rows that sample together; weights that follow one another, so that none waits in a cache
 
 
-def measured(d: int, f: int, width: int, tokens: int = TOKENS, read_bytes: int = READ_BYTES) -> Speed:
-    """Of products as a model of hidden size ``d`` and inner size ``f`` makes them, in numbers of ``width`` bytes."""
+def measured(
+    d: int, f: int, width: int, tokens: int = TOKENS, read_bytes: int = READ_BYTES, seconds: float = SECONDS
+) -> Speed:
+    """Of products as a model of hidden size ``d`` and inner size ``f`` makes them, in numbers of ``width`` bytes.
+
+    Args:
+        seconds: spent on each of four figures. No random number is drawn from the global generators.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float32 if width == 4 else torch.bfloat16
-    x, weight = torch.randn(tokens, d, device=device).to(dtype), torch.randn(f, d, device=device).to(dtype)
+    own = torch.Generator(device).manual_seed(0)
+    x, weight = (torch.randn(n, d, device=device, generator=own).to(dtype) for n in (tokens, f))
     memory = torch.ones(read_bytes // 4, device=device)
-    flops = 2 * tokens * d * f / _seconds(lambda: linear(x, weight), device)
-    bandwidth = read_bytes / _seconds(lambda: memory.sum(), device)
+    flops = 2 * tokens * d * f / _seconds(lambda: linear(x, weight), device, seconds)
+    bandwidth = read_bytes / _seconds(lambda: memory.sum(), device, seconds)
     few, layers = x[:THIN].contiguous(), [weight.clone() for _ in range(LAYERS)]
-    thin = 2 * len(few) * d * f * LAYERS / _seconds(lambda: [linear(few, layer) for layer in layers], device)
-    launch = _seconds(lambda: [few[:1] + few[:1] for _ in range(LAYERS)], device) / LAYERS
+    thin = 2 * len(few) * d * f * LAYERS / _seconds(lambda: [linear(few, layer) for layer in layers], device, seconds)
+    launch = _seconds(lambda: [few[:1] + few[:1] for _ in range(LAYERS)], device, seconds) / LAYERS
     return Speed(flops, bandwidth, thin, launch)
 
 
-def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    """The mean of as many runs as fit into ``SECONDS``, after one to warm up."""
+def _seconds(work: Callable[[], object], device: torch.device, seconds: float) -> float:
+    """The mean of as many runs as fit into ``seconds``, after one to warm up."""
     work()
     _wait(device)
     count, started = 0, time.perf_counter()
-    while time.perf_counter() - started < SECONDS:
+    while time.perf_counter() - started < seconds:
         work()
         _wait(device)
         count += 1

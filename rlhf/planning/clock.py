@@ -91,3 +91,11 @@ def _rollout(spec: Spec, speed: Speed) -> Work:
     products = rows * operations(spec, S, True, FORWARD) / (speed.thin or speed.flops)
     token = max(products, read / speed.bandwidth) + spec.shape.L * LAUNCHES * speed.launch
     return Work("rollout", spec.batch * spec.response, waves * (prompts + spec.response * token))
+
+
+def duration(seconds: float) -> str:
+    """As a person says it: 90 s, 3 min, 5 h, 4 days."""
+    for limit, unit, scale in ((120, "s", 1), (7200, "min", 60), (172_800, "h", 3600)):
+        if seconds < limit:
+            return f"{seconds / scale:.3g} {unit}"
+    return f"{seconds / 86_400:.3g} days"

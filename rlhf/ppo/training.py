@@ -194,8 +194,8 @@ class Training:
             seed = runtime.derived_seed(config.seed, "value", number)
             fit_value(config, self.roles, self.value_optimizer, self.base, batch, seed, 0)
 
-    def step(self) -> None:
-        """One rollout, its update, and where it is time to an evaluation."""
+    def step(self) -> float:
+        """One rollout, its update, and where it is time to an evaluation; the seconds of the first two."""
         config, progress = self.config, self.progress
         clock, step = time.perf_counter(), progress.step + 1
         batch = self.roll_out()
@@ -212,11 +212,13 @@ class Training:
                 progress.kl_coef, batch.metrics["rollout/kl_nats"], config.kl.target, config.kl.horizon,
                 len(batch.samples),
             )  # fmt: skip
-        times = {"time/rollout_s": rolled_out - clock, "time/update_s": time.perf_counter() - rolled_out}
+        updated = time.perf_counter()
+        times = {"time/rollout_s": rolled_out - clock, "time/update_s": updated - rolled_out}
         self.record(step, {**batch.metrics, **figures, **times})
         self.guard.check(step, figures)
         if step % config.evaluation.every == 0 or step == config.steps:
             self.evaluate()
+        return updated - clock
 
 
 def save_roles(roles: Roles, directory: Path) -> None:

@@ -94,10 +94,12 @@ def _time_lines(outcome: dict[str, Any]) -> list[str]:
     shown = [f"At {outcome['flops']:.3g} operations and {outcome['bandwidth']:.3g} bytes a second, at least:"]
     for work in outcome["work"]:
         rate = work["tokens"] / work["seconds"]
-        shown.append(f"  {work['name']:17} {_duration(work['seconds']):>9} a step  ({rate:,.0f} tokens/s)")
+        shown.append(f"  {work['name']:17} {clock.duration(work['seconds']):>9} a step  ({rate:,.0f} tokens/s)")
     step = sum(work["seconds"] for work in outcome["work"])
     if outcome["steps"]:
-        shown.append(f"{outcome['steps']} steps of {_duration(step)}: at least {_duration(outcome['steps'] * step)}.")
+        shown.append(
+            f"{outcome['steps']} steps of {clock.duration(step)}: at least {clock.duration(outcome['steps'] * step)}."
+        )
     return shown
 
 
@@ -166,10 +168,3 @@ def _speed(spec: Spec, flops: str | None, bandwidth: str | None, measure: bool) 
 
 def _short(num_bytes: int) -> str:
     return size(num_bytes) if num_bytes else "-"
-
-
-def _duration(seconds: float) -> str:
-    for limit, unit, scale in ((120, "s", 1), (7200, "min", 60), (172_800, "h", 3600)):
-        if seconds < limit:
-            return f"{seconds / scale:.3g} {unit}"
-    return f"{seconds / 86_400:.3g} days"

@@ -16,6 +16,7 @@ from rlhf.data.tokenised import PromptRow
 from rlhf.evaluation import policy as measure
 from rlhf.models import adapters, merged, opening
 from rlhf.models.base import Base
+from rlhf.models.first_step import FirstStep
 from rlhf.models.heads import ScalarHead
 from rlhf.models.roles import Roles, SeparateModels, SharedBase
 from rlhf.optimizer import Optimizer
@@ -38,7 +39,7 @@ def run(config: PpoConfig, plan: Plan, run: Run) -> Manifest:
 
     A checkpoint may follow each of these; a resumed run goes on with the first one that is missing.
     """
-    watch = runtime.MemoryWatch(plan.memory)
+    first = FirstStep(plan.spec)
     training = _set_up(config, plan, run)
     progress, saved = training.progress, training.saved
     if saved.resume(config.steps) and config.kl.target is None:
@@ -54,8 +55,7 @@ def run(config: PpoConfig, plan: Plan, run: Run) -> Manifest:
             saved.end_of_step(0, training.needed())
         shown.advance(shown.task_ids[0], progress.step)
         while progress.step < config.steps:
-            training.step()
-            watch.say()
+            first.say(training.step(), config.steps)
             saved.end_of_step(progress.step, training.needed(), last=progress.step == config.steps)
             shown.advance(shown.task_ids[0])
     training.tracker.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import math
+import time
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from rlhf.evaluation import policy as measure
 from rlhf.evaluation import stopping
 from rlhf.models import adapters, fused_lora, opening, whole
 from rlhf.models.base import Base
+from rlhf.models.first_step import FirstStep
 from rlhf.models.roles import SharedBase
 from rlhf.preflight import Plan
 from rlhf.progress import bar
@@ -40,7 +42,7 @@ log = logging.getLogger("rlhf")
 
 def run(config: SftConfig, plan: Plan, run: Run) -> Manifest:
     """Train the adapter, measure what was written, and refuse a model that does not learn to stop."""
-    watch = runtime.MemoryWatch(plan.memory)
+    first = FirstStep(plan.spec)
     device = runtime.set_up(config.runtime, config.seed)
     base = opening.open_base(config.model, device)
     runtime.set_threads(config.runtime, base.model, device)
@@ -56,7 +58,7 @@ def run(config: SftConfig, plan: Plan, run: Run) -> Manifest:
     saved = Checkpoints(run, trainer.parts() if trainer else {}, config.save_every, config.keep_checkpoints)
     saved.resume(steps)
     if trainer:
-        _train(config, trainer, saved, run, watch)
+        _train(config, trainer, saved, run, first)
     else:
         log.info(
             "No steps: the model is taken as it is, with an adapter that adds nothing."
@@ -92,16 +94,14 @@ def run(config: SftConfig, plan: Plan, run: Run) -> Manifest:
     )  # fmt: skip
 
 
-def _train(
-    config: SftConfig, trainer: ResumableTrainer, saved: Checkpoints, run: Run, watch: runtime.MemoryWatch
-) -> None:
+def _train(config: SftConfig, trainer: ResumableTrainer, saved: Checkpoints, run: Run, first: FirstStep) -> None:
     """To the end, from the step that a resumed run goes on with."""
     trainer.save_step = saved.end_of_step
     tracker = Tracker(run.path, config.report_to)
     trainer.add_callback(_Record(run, tracker))
     with interrupts.deferred(), bar("SFT", trainer.args.max_steps) as progress:
         progress.advance(progress.task_ids[0], trainer.restored_step)
-        trainer.add_callback(_Advance(progress, watch))
+        trainer.add_callback(_Advance(progress, first))
         trainer.train_from_here()
     tracker.close()
 
@@ -223,12 +223,15 @@ class _Record(TrainerCallback):
 
 
 class _Advance(TrainerCallback):
-    def __init__(self, progress: Any, watch: runtime.MemoryWatch) -> None:
-        self.progress, self.watch = progress, watch
+    def __init__(self, progress: Any, first: FirstStep) -> None:
+        self.progress, self.first, self.started = progress, first, 0.0
 
-    def on_step_end(self, *_: Any, **__: Any) -> None:
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.started = time.perf_counter()
+
+    def on_step_end(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
         self.progress.advance(self.progress.task_ids[0])
-        self.watch.say()
+        self.first.say(time.perf_counter() - self.started, state.max_steps)
 
 
 def _held_out_loss(config: SftConfig, roles: SharedBase, slot: str, base: Base, held_out: Any) -> float:

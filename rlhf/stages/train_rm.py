@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from rlhf.data.records import Prompt, first_share, prompt_key, split_by_prompt
 from rlhf.data.tokenised import Group, PromptRow
 from rlhf.models import forward, opening
 from rlhf.models.base import Base
+from rlhf.models.first_step import FirstStep
 from rlhf.models.roles import Roles
 from rlhf.preflight import Plan
 from rlhf.progress import bar
@@ -38,7 +40,7 @@ log = logging.getLogger("rlhf")
 
 def run(config: RewardConfig, plan: Plan, run: Run) -> Manifest:
     """Train on groups, measure on held-out prompts, standardise on samples of the SFT policy, write."""
-    watch = runtime.MemoryWatch(plan.memory)
+    first = FirstStep(plan.spec)
     if config.rubric:
         storage.write_text(run.path / artifacts.RUBRIC, Path(config.rubric).read_text("utf-8"))
     device = runtime.set_up(config.runtime, config.seed)
@@ -66,13 +68,13 @@ def run(config: RewardConfig, plan: Plan, run: Run) -> Manifest:
     with interrupts.deferred(), bar("Reward model", steps) as progress:
         progress.advance(progress.task_ids[0], position.step)
         while position.step < steps:
-            position.step += 1
+            position.step, started = position.step + 1, time.perf_counter()
             index, member = turns.at(position.step)
             figures = _step(config, roles, member, base, member.next(train), position.step, taught, heads)
             figures |= member.length.end_of_step()
             figures |= {"train/member": index} if config.members > 1 else {}
             turns.end_of_step(position.step)
-            watch.say()
+            first.say(time.perf_counter() - started, steps)
             run.write_metrics(position.step, figures)
             tracker.write(position.step, figures)
             saved.end_of_step(position.step, last=position.step == steps)

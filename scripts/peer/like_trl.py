@@ -70,7 +70,7 @@ class LikeTrl(Measured):
         )  # fmt: skip
         return replace(batch, advantages=advantages.masked_fill(~batch.mask, 0.0))
 
-    def step(self) -> None:
+    def step(self) -> float:
         """The update's value steps learn from ``late``, its policy steps from the batch."""
         value_step = updates.value_step
 
@@ -78,7 +78,7 @@ class LikeTrl(Measured):
             return value_step(config, roles, optimizer, base, self.late, *rest)
 
         with mock.patch.object(updates, "value_step", on_late):
-            super().step()
+            return super().step()
 
 
 def with_state_behind_end(mask: Tensor) -> Tensor:
