@@ -216,6 +216,10 @@ def test_without_the_libraries_one_message_says_what_to_install(monkeypatch, tmp
     [
         ({"loss": "outcome", "consensus": "majority"}, "single responses"),
         ({"loss": "plackett_luce", "consensus": "dawid_skene"}, "whole rankings"),
+        (
+            {"data": {"mixture": [{"path": "a", "weight": 2}, {"path": "b", "weight": 1}]}, "consensus": "majority"},
+            "leave weights out",
+        ),
     ],
 )
 def test_a_consensus_that_the_loss_cannot_use_is_refused(changes, said):

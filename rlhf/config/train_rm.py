@@ -145,6 +145,8 @@ class RewardConfig(StageConfig, TrainedForAWhile, LongRows):
             raise ValueError("consensus and hold_out_annotators are of comparisons, loss: outcome of single responses")
         if self.loss == "plackett_luce" and self.consensus == "dawid_skene":
             raise ValueError("consensus: dawid_skene gives probabilities, and loss: plackett_luce takes whole rankings")
+        if self.consensus and any(source.weight is not None for source in self.data.mixture or ()):
+            raise ValueError("consensus makes one of rows that a weight of data.mixture draws twice: leave weights out")
         return self
 
     @model_validator(mode="after")
