@@ -124,19 +124,20 @@ def stage(name: str, run_dir: Path, config: Row) -> Path:
     return run_dir
 
 
-def causal(data: str, out: Path, model: Path) -> Path:
+def causal(data: str, out: Path, model: Path, sft_rate: float) -> Path:
     """Preferred responses, then comparisons, on a small causal model; returns the examination."""
     labelled = {"columns": {}, "form": "prompt-completion"} if data == "gsm8k" else {"form": "chosen"}
     dropped = {"max_dropped_fraction": 0.2}
     train = {"path": str(out / "train.jsonl"), "drop_equal": True, **dropped}
-    common = {"max_length": MAX_LENGTH, "optim": {"learning_rate": 1e-3}}
     sft = stage("sft", out / "sft", {
-        "model": {"path": str(model)}, "data": {**train, **labelled}, "epochs": 3, "min_end_token_rate": 0.0, **common,
+        "model": {"path": str(model)}, "data": {**train, **labelled}, "epochs": 3, "min_end_token_rate": 0.0,
+        "max_length": MAX_LENGTH, "optim": {"learning_rate": sft_rate},
         "batch": {"batch_size": 16, "micro_batch_size": 4}, "sampling": {"max_new_tokens": 224},
         "lora": {"train_tokens": [AutoTokenizer.from_pretrained(model).eos_token]},
     })  # fmt: skip
     reward = stage("train-rm", out / "train-rm", {
-        "policy": str(sft), "data": {**train, "max_dropped_fraction": 1.0}, "epochs": 3, **common,
+        "policy": str(sft), "data": {**train, "max_dropped_fraction": 1.0}, "epochs": 3,
+        "max_length": MAX_LENGTH, "optim": {"learning_rate": 1e-3},
         "loss": "outcome" if data == "gsm8k" else "bradley_terry", "sampling": {"max_new_tokens": 224},
         "batch": {"batch_size": 16, "micro_batch_size": 4}, "standardise_samples": 128,
     })  # fmt: skip
@@ -206,7 +207,7 @@ def report(chosen: argparse.Namespace) -> Row:
         counts = prepare(name, source, out, chosen.characters, chosen.limit)
         found[name] = {"counts": counts, "length": length_alone(out), "backbones": {}}
         if chosen.llama:
-            found[name]["backbones"]["llama"] = figures_of(causal(name, out, chosen.llama))
+            found[name]["backbones"]["llama"] = figures_of(causal(name, out, chosen.llama, chosen.sft_learning_rate))
         if chosen.encoder:
             found[name]["backbones"]["encoder"] = figures_of(encoder(out, chosen.encoder))
     return found
@@ -238,6 +239,7 @@ def main() -> None:
     parser.add_argument("--encoder", type=Path, help="directory of a BERT")
     parser.add_argument("--out", type=Path, default=Path("runs/real"))
     parser.add_argument("--characters", type=int, default=1000, help="of a prompt and its longest response")
+    parser.add_argument("--sft-learning-rate", type=float, default=1e-3, help="higher where no sample learns to end")
     parser.add_argument("--limit", type=int, help="prompts (or trees) of each data set")
     chosen = parser.parse_args()
     progress.log_to_console(quiet=True)

@@ -20,6 +20,7 @@ from rlhf.config.stages import EvalRmConfig, RewardConfig
 from rlhf.data.batches import collate
 from rlhf.evaluation.examination import figures_table
 from rlhf.models import forward
+from rlhf.models.base import load_base
 from rlhf.models.heads import ScalarHead
 from rlhf.models.part import Part
 from rlhf.models.roles import SharedBase
@@ -233,6 +234,19 @@ def test_a_part_that_the_model_does_not_have_is_refused(home, capsys, ensemble, 
     Path("parts.yaml").write_text(json.dumps({**REWARD, "run_dir": "runs/parts", "members": 2, "ensemble": ensemble}))
     rlhf("train-rm", "-c", "parts.yaml", code=4)
     assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_part_that_the_policy_does_not_adapt_is_refused(home, capsys):  # noqa: F811
+    opened = load_base("m")
+    roles = SharedBase(opened)
+    roles.add("policy", adapter=tiny.lora(opened, target_modules=["q_proj"]))
+    roles.save("policy", Path("runs/sft-q"))
+    identity = BaseIdentity("m", opened.digest, "float32")
+    artifacts.write(Path("runs/sft-q"), Manifest("policy", "sft", 0, {"q": 1}, {}, 1.0, base=identity))
+    config = {**REWARD, "policy": "runs/sft-q", "run_dir": "runs/q", "members": 2}
+    Path("q.yaml").write_text(json.dumps({**config, "ensemble": {"target_modules": [["q_proj", "v_proj"], None]}}))
+    rlhf("train-rm", "-c", "q.yaml", code=4)
+    assert "reward/0: the policy's adapter has nothing in v_proj." in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize("key", ["layers", "target_modules"])

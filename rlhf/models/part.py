@@ -31,6 +31,15 @@ class Part:
         in_layers = self.layers is None or (layer is not None and int(layer[1]) in self.layers)
         return in_layers and (self.modules is None or (module is not None and module[1] in self.modules))
 
+    def without(self, parameters: Sequence[str]) -> list[str]:
+        """The blocks and linear layers of which none of an adapter's parameters is."""
+        own = [name for name in parameters if self.has(name)]
+        layers = {int(found[1]) for name in own if (found := LAYER.search(name))}
+        modules = {found[1] for name in own if (found := MODULE.search(name))}
+        return [f"block {layer}" for layer in sorted((self.layers or frozenset()) - layers)] + sorted(
+            (self.modules or frozenset()) - modules
+        )
+
 
 def of_member(layers: Sequence[int] | None, modules: Sequence[str] | None, index: int, model: Any) -> Part | None:
     """What a config says of member ``index``; None for the whole adapter.

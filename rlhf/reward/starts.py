@@ -40,6 +40,7 @@ def roles(
             start = artifacts.adapter_of(run) if run else None
             start_of = start or adapters.start_of(config.policy, config.lora, base)
             shared.add(slot, adapter=start_of, head=head, trained=True, rank=rank, part=part)
+            _require_adapted(shared, slot, part)
     else:
         (run,) = _runs(config)
         head = ScalarHead(base.hidden_size, names or (COMBINED,)) if run is None else raw_head(run, names)
@@ -72,6 +73,14 @@ def _parts(config: RewardConfig, base: Base) -> list[Part | None]:
     whole: list[None] = [None] * config.members
     both = zip(config.ensemble.layers or whole, config.ensemble.target_modules or whole, strict=True)
     return [of_member(layers, modules, index, base.model) for index, (layers, modules) in enumerate(both)]
+
+
+def _require_adapted(roles: SharedBase, slot: str, part: Part | None) -> None:
+    """Raise MOD030 for a part of which the adapter, which is the policy's, has nothing: its head alone would learn."""
+    names = [name for name, _ in roles.peft(slot).named_parameters() if adapters.belongs(name, slot)]
+    if part and (missing := part.without(names)):
+        what = f"{slot}: the policy's adapter has nothing in {', '.join(missing)}."
+        raise RlhfError(Problem("MOD030", "ensemble", what, "blocks and linear layers that SFT adapted"))
 
 
 def _copy(config: RewardConfig, plan: Plan, base: Base) -> Base:
