@@ -272,7 +272,7 @@ def problems(heads, combine, *records):
 def test_attributes_without_a_head_heads_without_labels_and_nothing_to_fit_on_are_errors():
     safe, overall = record([Judgement(0, 1, attribute="safe")]), record([Judgement(0, 1)], where="x:2")
     (found,) = problems({}, "weights", overall, safe)
-    assert found[0] == "DAT056" and "1 rows, the first x:1, have labels of 'safe'" in found[1]
+    assert found[0] == "DAT061" and "1 rows, the first x:1, have labels of 'safe'" in found[1]
     assert found[2] == "heads: [safe]"
     assert [one[0] for one in problems({"kind": 1.0}, "weights", safe)] == ["DAT056"]
     assert problems({"safe": 1.0, "kind": 1.0}, "weights", safe)[0][:2] == (
