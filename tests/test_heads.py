@@ -274,7 +274,7 @@ def test_attributes_without_a_head_heads_without_labels_and_nothing_to_fit_on_ar
     (found,) = problems({}, "weights", overall, safe)
     assert found[0] == "DAT061" and "1 rows, the first x:1, have labels of 'safe'" in found[1]
     assert found[2] == "heads: [safe]"
-    assert [one[0] for one in problems({"kind": 1.0}, "weights", safe)] == ["DAT056"]
+    assert [one[0] for one in problems({"kind": 1.0}, "weights", safe)] == ["DAT061"]
     assert problems({"safe": 1.0, "kind": 1.0}, "weights", safe)[0][:2] == (
         "DAT057", "no row has a label of 'kind', which is a head.",
     )  # fmt: skip
