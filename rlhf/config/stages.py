@@ -330,6 +330,8 @@ class EvalRmConfig(StageConfig):
     def _one_model(self) -> EvalRmConfig:
         if sum(source is not None for source in (self.reward, self.runs, self.model)) != 1:
             raise ValueError("give exactly one of reward, runs and model")
+        if self.runs and len(set(self.runs)) < len(self.runs):
+            raise ValueError("runs names a run twice")
         if self.benchmark and self.drift:
             raise ValueError("drift is measured from comparisons, and a benchmark's rows are none: leave one out")
         return self
