@@ -169,8 +169,8 @@ def _overlaps(data: Mapping[str, Loaded], parents: Mapping[str, Manifest]) -> di
         count = count_shared_prompts(data["prompts"].records, data["evaluation.data"].records)
         if count:
             said["evaluation.data"] = f"{count} of its prompts are trained on"
-    reward = parents.get("reward")
-    if reward and "data" in data and reward.identity.get("data.rows") == data["data"].digest:
+    rewards = [manifest for key, manifest in parents.items() if key == "reward" or key.startswith("runs.")]
+    if "data" in data and any(one.identity.get("data.rows") == data["data"].digest for one in rewards):
         said["data"] = "the very rows that the reward model was trained on"
     return {key: replace(data[key], warnings=(*data[key].warnings, text)) for key, text in said.items()}
 

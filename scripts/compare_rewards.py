@@ -36,6 +36,10 @@ from rlhf.stages.scorers import open_scorer
 VARIANTS: dict[str, list[str]] = {
     "single": [],
     "ensemble of 5": ["members=5"],
+    "four heads": [
+        "data.path=demo:preferences?seed={seed}&size={rankings}&ratings=helpful,safe,friendly,concise",
+        "heads=[helpful, safe, friendly, concise]", "combine=fitted",
+    ],
 }  # fmt: skip
 GOLD = "rlhf.demo.gold:reward"
 COMPARED, PROMPTS, BEST_OF, MAX_LENGTH = 300, 100, 16, 160
@@ -52,7 +56,8 @@ def train(out: Path, seed: int, rankings: int, sets: list[str]) -> None:
     q.run_stage("sft", out / str(seed), seed)
     data = f"data.path=demo:preferences?seed={seed}&size={rankings}"
     for name, own in VARIANTS.items():
-        q.run_stage("train-rm", out / str(seed), seed, f"run_dir={directory(out, seed, name)}", data, *own, *sets)
+        changes = [text.format(seed=seed, rankings=rankings) for text in own]
+        q.run_stage("train-rm", out / str(seed), seed, f"run_dir={directory(out, seed, name)}", data, *changes, *sets)
 
 
 def measure(out: Path, seed: int, prompts: int = PROMPTS, compared: int = COMPARED) -> dict[str, Any]:

@@ -190,6 +190,7 @@ def test_samples_that_nobody_judged_drift_in_score_length_and_disagreement(exami
     verdicts = {one["key"] for one in report_of(config)["verdicts"]}
     assert "drift_outside" in verdicts and "drift_accuracy" not in verdicts
     log = Path("runs/examined-both/run.log").read_text()
+    assert "data: the very rows that the reward model was trained on" in log
     assert "8 samples that nobody has judged" in log and "1 rows dropped: a sample that was cut off" in log
     Path("strict.yaml").write_text(json.dumps({**config, "run_dir": "runs/strict", "drift": {"path": "later.jsonl"}}))
     rlhf("eval-rm", "-c", "strict.yaml", code=3)
@@ -197,8 +198,8 @@ def test_samples_that_nobody_judged_drift_in_score_length_and_disagreement(exami
 
 
 def test_one_thing_is_examined():
-    for named in ({"reward": "a", "runs": ["a", "b"]}, {"runs": ["a"]}):
-        with pytest.raises(ValueError, match=r"exactly one of reward, runs and model|at least 2"):
+    for named in ({"reward": "a", "runs": ["a", "b"]}, {"runs": ["a"]}, {"runs": ["a", "a"]}):
+        with pytest.raises(ValueError, match=r"exactly one of reward, runs and model|at least 2|names a run twice"):
             EvalRmConfig.model_validate({"data": {"path": "x"}, **named})
 
 

@@ -231,6 +231,8 @@ class EvalRmConfig(StageConfig):
             raise ValueError("give exactly one of reward, runs and model")
         if self.head is not None and (self.reward is None or self.benchmark):
             raise ValueError("head is of a reward run, on comparisons")
+        if self.runs and len(set(self.runs)) < len(self.runs):
+            raise ValueError("runs names a run twice")
         if self.benchmark and self.drift:
             raise ValueError("drift is measured from comparisons, and a benchmark's rows are none: leave one out")
         return self
