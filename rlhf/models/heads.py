@@ -96,6 +96,7 @@ class ScalarHead(nn.Module):
     @torch.no_grad()
     def set_(self, weight: Tensor, bias: Tensor) -> ScalarHead:
         """Make the standardised output w x + b, of ``weight`` [k, d] or [d] and ``bias`` [k] or of no dimension."""
+        weight, bias = (given.to(self.scale.device) for given in (weight, bias))
         self.linear.weight.copy_(weight * self.scale[:, None])
         self.linear.bias.copy_(bias * self.scale + self.shift)
         return self
