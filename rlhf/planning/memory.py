@@ -66,9 +66,9 @@ def weights(shape: Shape, held: Numbers) -> int:
     return linear + held.e * shape.other_parameters
 
 
-def adapter(shape: Shape, rank: int, targets: str | Sequence[str], num_tokens: int, head: bool) -> int:
-    """One role: a float32 adapter and, where it has one, its scalar head."""
-    return FLOAT32 * (shape.lora_parameters(rank, targets, num_tokens) + (shape.d + 1 if head else 0))
+def adapter(shape: Shape, rank: int, targets: str | Sequence[str], num_tokens: int, heads: int) -> int:
+    """One role: a float32 adapter and its head, of so many numbers."""
+    return FLOAT32 * (shape.lora_parameters(rank, targets, num_tokens) + heads * (shape.d + 1))
 
 
 def saved_per_token(shape: Shape, held: Numbers, rank: int) -> float:

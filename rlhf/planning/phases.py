@@ -24,6 +24,7 @@ class Spec:
         num_reward_runs, value_rank: PPO's reward roles on this base (every member of an ensemble is one), and the rank
             that they and the value role have.
         members: of an ensemble in reward modelling, trained one after the other.
+        heads: numbers that each of them has.
     """
 
     stage: str
@@ -47,6 +48,7 @@ class Spec:
     num_reward_runs: int = 1
     value_rank: int | None = None
     members: int = 1
+    heads: int = 1
     device: str = "cpu"
 
     def with_(self, **changes: object) -> Spec:
@@ -82,7 +84,7 @@ def least(spec: Spec) -> int:
 
 
 def _adapter(spec: Spec, head: bool = False, rank: int | None = None) -> int:
-    return memory.adapter(spec.shape, rank or spec.rank, spec.targets, spec.num_tokens, head)
+    return memory.adapter(spec.shape, rank or spec.rank, spec.targets, spec.num_tokens, spec.heads if head else 0)
 
 
 def _trained(spec: Spec) -> dict[str, int]:

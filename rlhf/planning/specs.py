@@ -12,7 +12,7 @@ from typing import Any
 
 from rlhf import artifacts
 from rlhf.artifacts import Manifest
-from rlhf.config import load
+from rlhf.config import load, rubric
 from rlhf.config.rewards import RewardSource
 from rlhf.config.sections import LoraSection
 from rlhf.config.stages import CollectConfig, EvalRmConfig, PpoConfig, SftConfig, StageConfig
@@ -145,6 +145,7 @@ def spec(config: StageConfig, origin: Origin, data: Mapping[str, Sequence[Any]],
             ), group=group,
             batch=group * config.batch.batch_size, length=config.max_length, response=config.sampling.max_new_tokens,
             concurrency=config.sampling.concurrency, members=config.members, steps=_num_steps(config, rows),
+            heads=len(rubric.heads_of(config)) or 1,
             value_rank=max((rank for rank in config.ranks if rank), default=_rank_of(config.init_from)),
         )  # fmt: skip
     if isinstance(config, PpoConfig):

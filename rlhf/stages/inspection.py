@@ -13,6 +13,7 @@ from rlhf import artifacts, preflight, storage
 from rlhf.artifacts import Manifest
 from rlhf.config import load, migrate, reference, rubric, yaml_reader
 from rlhf.config.migration import Migration
+from rlhf.config.rubric import RubricConfig
 from rlhf.config.sections import Section
 from rlhf.config.stages import PipelineConfig, StageConfig
 from rlhf.demo import registry as demo
@@ -21,6 +22,7 @@ from rlhf.preflight import Needs, Plan
 from rlhf.stages.registry import STAGES
 
 SHOWN = 5
+OTHERS: dict[str, type[Section]] = {"pipeline": PipelineConfig, "rubric": RubricConfig}
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,9 @@ def _check_file(
     if stage_id == "pipeline":
         steps = load.load(PipelineConfig, path, overrides).stages
         return {"config": str(path), "stage": stage_id, "steps": [step.model_dump() for step in steps]}, None
+    if stage_id == "rubric":
+        load.load(RubricConfig, path, overrides)
+        return {"config": str(path), "stage": stage_id}, None
     stage = STAGES[stage_id]
     config = load.load(stage.config_class, path, overrides)
     needs = stage.needs(config)
@@ -99,7 +104,7 @@ def _check_file(
 def reference_of(stage_id: str | None, schema: bool) -> str:
     """The reference of one stage's config or its JSON schema; of all as one document."""
     classes: dict[str, type[Section]] = {name: stage.config_class for name, stage in STAGES.items()}
-    classes["pipeline"] = PipelineConfig
+    classes |= OTHERS
     if stage_id is None and not schema:
         return reference.document(classes)
     _refuse_unknown(stage_id or "", "rlhf config", "one of")
@@ -129,12 +134,12 @@ def migrated(path: Path, stage_id: str | None) -> Migration:
 
 def _refuse_unknown(stage_id: str, where: str, fix: str) -> None:
     if not _known(stage_id):
-        known = ", ".join([*STAGES, "pipeline"])
+        known = ", ".join([*STAGES, *OTHERS])
         raise RlhfError(Problem("CFG008", where, f"no stage is called '{stage_id}'.", f"{fix} {known}"))
 
 
 def _known(stage_id: str) -> bool:
-    return stage_id in STAGES or stage_id == "pipeline"
+    return stage_id in STAGES or stage_id in OTHERS
 
 
 def check_lines(results: Sequence[dict[str, Any]], colour: bool = False) -> Iterator[str]:
