@@ -79,10 +79,15 @@ def test_resamples_draw_the_same_prompts_for_every_amount_and_seeds_too():
 
 @pytest.mark.parametrize(
     "low, high, said",
-    [(0.002, 0.03, "more labels help"), (-0.01, 0.004, "less than a point"), (-0.01, 0.03, "not told apart")],
-)
+    [
+        (0.002, 0.03, "more labels help"), (-0.01, 0.004, "less than a point"), (0.001, 0.004, "less than a point"),
+        (-0.01, 0.03, "not told apart"),
+    ],
+)  # fmt: skip
 def test_the_verdict_follows_the_interval(low, high, said):
-    found = learning_curve.verdict({"estimate": (low + high) / 2, "ci95": [low, high]}, 0.8)
+    gain = {"estimate": (low + high) / 2, "ci95": [low, high]}
+    found = learning_curve.verdict(gain, 0.8, 3)
+    assert "One seed" not in found and learning_curve.verdict(gain, 0.8, 1).startswith(f"{found} One seed")
     assert said in found and f"[{low:+.3f}, {high:+.3f}] to the accuracy of 0.800" in found
 
 

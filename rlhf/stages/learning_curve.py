@@ -80,15 +80,16 @@ def print_report(report: Mapping[str, Any]) -> None:
     log.info("%s", report["verdict"])
 
 
-def verdict(gain: Mapping[str, Any], accuracy: float) -> str:
+def verdict(gain: Mapping[str, Any], accuracy: float, num_seeds: int) -> str:
     """What the predicted gain of doubling says, in a sentence."""
     low, high = gain["ci95"]
+    once = " One seed: how much training scatters is not in the interval." if num_seeds == 1 else ""
     said = f"Doubling the labels is predicted to add {_shown(gain, '+')} to the accuracy of {accuracy:.3f}: "
-    if low > 0:
-        return said + "more labels help."
     if high < MATTERS:
-        return said + "less than a point, so better labels or a larger base come first."
-    return said + "not told apart from nothing; more held-out prompts or seeds would tell."
+        return f"{said}less than a point, so better labels or a larger base come first.{once}"
+    if low > 0:
+        return f"{said}more labels help.{once}"
+    return f"{said}not told apart from nothing; more held-out prompts or seeds would tell.{once}"
 
 
 def _refuse(config: RewardConfig, shares: Sequence[float]) -> None:
@@ -148,7 +149,7 @@ def _report(
         "gain_of_doubling": gain,
         "last_step": {"from": shares[-2], "to": shares[-1],
                       "gained": _interval(values[-1] - values[-2], draws[:, -1] - draws[:, -2])},
-        "verdict": verdict(gain, float(values[-1])),
+        "verdict": verdict(gain, float(values[-1]), len(seeds)),
     }  # fmt: skip
 
 
