@@ -120,7 +120,7 @@ def test_the_predicted_peaks_are_those_that_torch_allocates(tmp_path, dtype, che
     update()  # the gradients stand from here on, as in a second micro-batch
     at_the_head = memory.kept(found, held, 4, 2, 128, checkpointing)
     behind = memory.backward(found, held, 4, 2, 128, checkpointing)
-    wanted = at_the_head + max(behind, memory.logits_trained(found, 64, entropy=False))
+    wanted = at_the_head + max(behind, memory.logits_trained(found, held, 64, entropy=False))
     assert wanted == pytest.approx(allocated(update), rel=0.1)
     wanted = memory.logits_rescored(found, 64) + 2 * 64 * 576 * held.e
     wanted = max(wanted, memory.passing(found, held, 2, 128))

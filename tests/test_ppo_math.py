@@ -208,6 +208,33 @@ def test_the_adaptive_coefficient_moves_towards_the_target_by_a_bounded_step():
     assert objective.adapted_coef(0.1, kl=0.0, target=6.0, horizon=1000, num_responses=100) == pytest.approx(0.098)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_tempered_logprobs_and_their_gradient_are_those_of_the_definition(temperature):
+    """By autograd through log of softmax. What is used up is not used twice: a second pass back is refused."""
+    logits = torch.randn(5, 9, dtype=torch.float64, requires_grad=True)
+    ids, weight = torch.tensor([0, 8, 3, 3, 7]), torch.tensor([1.0, -2.0, 0.0, 0.5, 3.0]).double()
+    wanted = ((logits / temperature).softmax(-1).log()[torch.arange(5), ids] * weight).sum()
+    (gradient,) = torch.autograd.grad(wanted, logits)
+    found = tensors.TemperedLogprobs.apply(logits * 1.0, ids, temperature)
+    assert torch.allclose(found @ weight, wanted)
+    assert torch.allclose(torch.autograd.grad(found @ weight, logits, retain_graph=True)[0], gradient, atol=1e-12)
+    assert not gradient[2].any() and gradient[4].any()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(found @ weight, logits)
+
+
+def test_tempered_logprobs_of_half_precision_are_float32_and_bitwise_those_of_the_rescoring():
+    logits, ids = (10 * torch.randn(6, 300)).bfloat16(), torch.arange(6)
+    whole = logits.float().div_(0.7)
+    wanted = whole.sub_(whole.logsumexp(-1, keepdim=True)).gather(1, ids[:, None])[:, 0]
+    leaf = logits.clone().requires_grad_()
+    found = tensors.TemperedLogprobs.apply(leaf * 1.0, ids, 0.7)
+    assert found.dtype == torch.float32 and torch.equal(found, wanted)
+    found.sum().backward()
+    assert leaf.grad.dtype == torch.bfloat16 and float(leaf.grad.float().sum(1).abs().max()) < 0.02
+    assert torch.equal(logits, leaf), "a leaf is not used up"
+
+
 def test_entropy_and_logprobs_equal_their_definitions():
     logits = torch.randn(4, 7, dtype=torch.float64)
     p = logits.exp() / logits.exp().sum(-1, keepdim=True)

@@ -130,7 +130,7 @@ def chunk_size(model: Any) -> int:
 
 
 def _chunk_logprobs(head: Any, hidden: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor]:
-    return (tensors.token_logprobs(_float(head(hidden)) / temperature, ids),)
+    return (tensors.TemperedLogprobs.apply(head(hidden), ids, temperature),)  # type: ignore[no-untyped-call]
 
 
 def _chunk_logprobs_and_entropy(head: Any, hidden: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

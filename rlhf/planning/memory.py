@@ -144,9 +144,11 @@ def chunk_tokens(shape: Shape, num_tokens: int) -> int:
     return min(num_tokens, max(1, CHUNK_VALUES // shape.V))
 
 
-def logits_trained(shape: Shape, num_tokens: int, entropy: bool) -> int:
-    """Of a policy update: logits, two gradients and one temporary, all float32; with an entropy bonus four more."""
-    return (8 if entropy else 4) * FLOAT32 * shape.V * chunk_tokens(shape, num_tokens)
+def logits_trained(shape: Shape, held: Numbers, num_tokens: int, entropy: bool) -> int:
+    """Of a policy update: logits, which become their gradient, and one temporary, in float32, beside what the head gave
+    in another dtype; with an entropy bonus eight float32 copies."""
+    each = 8 * FLOAT32 if entropy else _tempered(held)
+    return each * shape.V * chunk_tokens(shape, num_tokens)
 
 
 def logits_rescored(shape: Shape, num_tokens: int) -> int:
@@ -154,9 +156,13 @@ def logits_rescored(shape: Shape, num_tokens: int) -> int:
     return 4 * FLOAT32 * shape.V * chunk_tokens(shape, num_tokens)
 
 
-def logits_measured(shape: Shape, num_tokens: int) -> int:
-    """Of logprobs without gradient: logits, tempered logits and one temporary, all float32."""
-    return 3 * FLOAT32 * shape.V * chunk_tokens(shape, num_tokens)
+def logits_measured(shape: Shape, held: Numbers, num_tokens: int) -> int:
+    """Of logprobs without gradient: the same but for the gradient, which takes no memory of its own."""
+    return _tempered(held) * shape.V * chunk_tokens(shape, num_tokens)
+
+
+def _tempered(held: Numbers) -> int:
+    return 2 * FLOAT32 + (held.e if held.e < FLOAT32 else 0)
 
 
 def logits_sampled(shape: Shape, held: Numbers, rows: int) -> int:

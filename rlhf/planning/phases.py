@@ -152,7 +152,7 @@ def _sampling(spec: Spec, name: str, rows: int, prompt: int) -> Phase:
 def _sft(spec: Spec) -> list[Phase]:
     n = spec.micro * spec.length
     logits = memory.logits_sft(spec.shape, spec.held, n, spec.device)
-    measured = memory.logits_measured(spec.shape, n)
+    measured = memory.logits_measured(spec.shape, spec.held, n)
     prompt = max(1, spec.length - spec.response)
     return [
         _training(spec, "training", "policy", spec.length, logits, spec.batch > spec.micro),
@@ -172,7 +172,7 @@ def _train_rm(spec: Spec) -> list[Phase]:
 def _ppo(spec: Spec) -> list[Phase]:
     S, targets = spec.prompt + spec.response, spec.micro * spec.response
     accumulates = spec.minibatch > spec.micro
-    trained = memory.logits_trained(spec.shape, targets, spec.entropy)
+    trained = memory.logits_trained(spec.shape, spec.held, targets, spec.entropy)
     return [
         _sampling(spec, "rollout", min(spec.concurrency, spec.batch), spec.prompt),
         _passing(spec, "rescoring", spec.micro, S, memory.logits_rescored(spec.shape, targets)),

@@ -5,6 +5,8 @@ Letters: B responses, T response tokens, V vocabulary. Masks are bool, True mean
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -50,6 +52,31 @@ def response_mask(lengths: Tensor, width: int) -> Tensor:
 def token_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
     """log softmax of ``logits`` [..., V] at ``ids`` [...], in nats; [...]."""
     return logits.gather(-1, ids[..., None]).squeeze(-1) - logits.logsumexp(-1)
+
+
+class TemperedLogprobs(torch.autograd.Function):
+    """log softmax(``logits`` / temperature) [N, V] at ``ids`` [N], in nats and at least float32; [N].
+
+    The logits are used up: tempered in place, and the backward pass makes of them their gradient, which is
+    (1[id] - softmax) / temperature. Autograd needs twice the memory and passes over the vocabulary for the same.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, ids: Tensor, temperature: float) -> Any:
+        tempered = logits if logits.dtype == torch.float64 else logits.float()
+        if temperature != 1.0:
+            tempered.div_(temperature)
+        total = tempered.logsumexp(-1)
+        ctx.save_for_backward(tempered, ids, total)
+        ctx.temperature, ctx.dtype = temperature, logits.dtype
+        return tempered.gather(-1, ids[:, None]).squeeze(-1) - total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        tempered, ids, total = ctx.saved_tensors
+        share = (grad / ctx.temperature)[:, None]
+        gradient = tempered.sub_(total[:, None]).exp_().mul_(-share).scatter_add_(1, ids[:, None], share)
+        return gradient.to(ctx.dtype), None, None
 
 
 def entropy(logits: Tensor) -> Tensor:
