@@ -90,7 +90,7 @@ def calibration_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
     for name, key in (
         ("accuracy", "accuracy"),
-        ("correlation with length", "length_correlation"),
+        ("length correlation", "length_correlation"),
         ("NLL", "negative_log_likelihood"),
     ):
         rows.append(
