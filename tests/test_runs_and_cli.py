@@ -25,7 +25,6 @@ LAYERS = [
         "data.sources", "data.files", "data.forms", "data.labelled", "data.rows", "data.benchmarks", "data.mixture",
         "data.jsonl", "data.hub", "data.settings", "data.labels", "data.lines", "data.duplicates", "data.selection",
         "data.deep", "data.rankings", "data.attributes", "interrupts", "runs", "progress", "config.suite",
-        "config.rubric",
     ],
     ["model_files"],
     ["planning.shape"],
