@@ -258,6 +258,11 @@ def test_an_examination_tells_each_head_and_carries_the_rubric(summed, capsys):
     own = json.loads((alone / "eval.json").read_text())
     assert own["accuracy"]["estimate"] == report["heads"]["helpful"]["accuracy"]["estimate"] and "heads" not in own
     rlhf("eval-rm", "-c", "eval-helpful.yaml", "--set", "head=kind", "--set", "run_dir=runs/none", code=2)
+    capsys.readouterr()
+    source = {"run": "runs/summed", "head": "safe", "examination": "runs/eval-helpful"}
+    Path("other.yaml").write_text(yaml.safe_dump({**rewards.PPO, "run_dir": "runs/none", "rewards": [source]}))
+    rlhf("ppo", "-c", "other.yaml", code=5)
+    assert "is of the head helpful, not of safe" in capsys.readouterr().err
 
 
 def test_a_changed_rubric_is_another_run(summed, capsys):
