@@ -10,7 +10,7 @@ export OMP_WAIT_POLICY := PASSIVE
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup sft train-rm ppo eval-rm pipeline quickstart seeds bench torture gpu-check test test-all lint types check clean
+.PHONY: help setup sft train-rm ppo eval-rm pipeline quickstart seeds defects bench torture gpu-check test test-all lint types check clean
 
 help: ## Show the verbs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -49,6 +49,11 @@ quickstart: $(READY) ## SFT, reward model and PPO on the embedded world, with a 
 
 seeds: $(READY) ## The quickstart over ten seeds with its comparisons (an hour; resumable)
 	$(BIN)/python scripts/quickstart_seeds.py
+
+defects: $(READY) ## Plant defects in labels, and count what the examination finds (two hours; resumable)
+	$(BIN)/python scripts/planted_defects.py train --out $(RUNS)/defects
+	$(BIN)/python scripts/planted_defects.py examine --out $(RUNS)/defects
+	$(BIN)/python scripts/planted_defects.py report --out $(RUNS)/defects
 
 bench: $(READY) ## CPU seconds and memory of a PPO step (beside a peer: scripts/benchmark_ppo.py --help)
 	$(BIN)/python scripts/benchmark_ppo.py

@@ -4,7 +4,8 @@
     python scripts/planted_defects.py examine ...      # eval-rm on held-out labels of the same making
     python scripts/planted_defects.py calibrate ...    # what clean models of the seeds for that show in each probe
     python scripts/planted_defects.py report ...       # found and passed by defect and dose, out/report.json
-    python scripts/planted_defects.py keep ...         # the figures of all into tests/golden, judged anew by the tests
+    python scripts/planted_defects.py keep ...         # the figures of all into tests/golden, judged anew by the tests,
+                                                       # and the rows of the table in docs/reward-models.md
 
 Every model is small (600 rankings, one pass), has data and training of its own seed, and is made once: what stands
 there is not made again. Bounds stand in configs/eval-rm.yaml, set from ``calibrate`` alone; found means that a figure
@@ -157,6 +158,30 @@ def outcome(case: Case, figures: Mapping[str, Any]) -> Outcome:
     return Outcome(case.seed, finds, verdicts.overall(judged))
 
 
+def response(found: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """By defect and dose, dose 0 being the clean models: how often it was found, and the mean of its first figure."""
+    rows = []
+    for defect in DOSES:
+        for dose in (0.0, *DOSES[defect]):
+            name = defect if dose else "clean"
+            figures = [found[one.name] for one in cases() if (one.defect, one.dose) == (name, dose)
+                       and one.name in found and one.seed >= FOUND[0]]  # fmt: skip
+            if figures:
+                values = [_first(defect, one) for one in figures]
+                hits = sum(bool(outcome(Case(defect, dose, 0), one).finds) for one in figures)
+                rows.append({"defect": defect, "dose": dose, "models": len(figures), "found": hits,
+                             "figure": FINDS[defect][0], "mean": sum(values) / len(values)})  # fmt: skip
+    return rows
+
+
+def _first(defect: str, figures: Mapping[str, Any]) -> float:
+    if defect == "careless":
+        return float(figures["accuracy_by_annotator"][ANNOTATORS[0]]["below_others"]["estimate"])
+    name = FINDS[defect][0]
+    figure = figures["probes"][name.removeprefix("probes.")]["change"] if "." in name else figures[name]
+    return float(figure["estimate"])
+
+
 def report(found: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """How often each defect was found by its own figure, and models passed; seeds that bounds were set on left out."""
     outcomes: dict[tuple[str, float], list[Outcome]] = {}
@@ -173,6 +198,15 @@ def report(found: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
             "not_passed": [row.seed for row in rows if row.verdict != verdicts.PASS],
         } for (defect, dose), rows in sorted(outcomes.items())
     ]  # fmt: skip
+
+
+def markdown(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The rows of the table in docs/reward-models.md: defect, dose, models, found and passed."""
+    return [
+        f"| {row['defect']} | {row['dose']:g} | {row['models']} | "
+        f"{row['found'] if row['by'] else '-'} | {row['passed']} |"
+        for row in report(found)
+    ]
 
 
 def kept() -> dict[str, dict[str, Any]]:
@@ -222,12 +256,15 @@ def main() -> None:
             {"train": train, "examine": examine}[args.what](case, args.out)
     elif args.what == "keep":
         KEPT.write_bytes(gzip.compress(json.dumps(examined(args.out, cases()), sort_keys=True).encode(), mtime=0))
+        print("\n".join(markdown(kept())))
     elif args.what == "calibrate":
         _show("Clean models", calibrate(examined(args.out, cases())))
     else:
-        rows = report(examined(args.out, cases()))
-        storage.write_json(args.out / "report.json", {"cases": rows})
+        found = examined(args.out, cases())
+        rows, doses = report(found), response(found)
+        storage.write_json(args.out / "report.json", {"cases": rows, "doses": doses})
         _show("Planted defects", rows)
+        _show("Dose and response", doses)
 
 
 if __name__ == "__main__":
