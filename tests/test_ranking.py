@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy
 import pytest
@@ -68,6 +69,14 @@ def test_lists_are_graded_by_ratings_or_levels_and_what_has_no_value_is_left_out
     assert found["ndcg"]["estimate"] == pytest.approx(numpy.mean(wanted)) and found["ndcg"]["lists"] == 3
     low, high = found["ndcg"]["ci95"]
     assert min(wanted) <= low < found["ndcg"]["estimate"] < high <= max(wanted)
+
+
+def test_a_ranking_in_an_attribute_is_no_overall_ranking():
+    both = group("a", [1, 2, 3])
+    other = tuple(replace(one, first=one.second, second=one.first, attribute="safe") for one in both.judgements)
+    mixed = replace(both, record=replace(both.record, judgements=(*both.judgements, *other)))
+    assert rankings.grades_of(mixed).tolist() == rankings.grades_of(both).tolist() == [2, 1, 0]
+    assert rankings.grades_of(replace(both, record=replace(both.record, judgements=other))) is None
 
 
 def test_pairs_alone_have_no_figure_and_it_is_said():

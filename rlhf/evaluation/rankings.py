@@ -48,10 +48,10 @@ def report(groups: Sequence[Group], scores: Scores, how: How) -> dict[str, Any] 
 
 
 def grades_of(group: Group) -> numpy.ndarray | None:
-    """[K] grades of a group's responses, higher is better; None where it ranks only some of them."""
+    """[K] overall grades of a group's responses, higher is better; None where it ranks only some of them."""
     if group.record.ratings is not None:
         return numpy.array(group.record.ratings, dtype=float)
-    ahead = levels(group.judgements, len(group.responses))
+    ahead = levels(group.record.of(None), len(group.responses))
     return None if ahead is None else len(ahead) - 1 - numpy.array(ahead, dtype=float)
 
 
