@@ -82,6 +82,16 @@ class Plan:
         }
 
 
+@dataclass(frozen=True)
+class Checked:
+    """A sound config of a stage, and what was read for it."""
+
+    stage: str
+    config: StageConfig
+    needs: Needs
+    plan: Plan
+
+
 def prepare(config: StageConfig, needs: Needs, parents_may_be_missing: bool = False) -> Plan:
     """Check everything that needs no weights; all problems of a phase are raised together.
 

@@ -15,8 +15,8 @@ from rlhf.data.deep import Finding
 from rlhf.data.records import Comparison, Demonstration
 from rlhf.errors import RlhfError
 from rlhf.models import opening
+from rlhf.preflight import Checked
 from rlhf.stages import showing
-from rlhf.stages.inspection import Checked
 
 # What measures -> the data sets that must share no prompt with it; others may, and it is said.
 MEASURED = {("eval-rm", "data"): {("train-rm", "data")}, ("ppo", "evaluation.data"): {("ppo", "prompts")}}

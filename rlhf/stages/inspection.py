@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +15,14 @@ from rlhf.config import load, migrate, reference, rubric, yaml_reader
 from rlhf.config.migration import Migration
 from rlhf.config.rubric import RubricConfig
 from rlhf.config.sections import Section
-from rlhf.config.stages import PipelineConfig, StageConfig
+from rlhf.config.stages import PipelineConfig
 from rlhf.demo import registry as demo
 from rlhf.errors import Problem, RlhfError
-from rlhf.preflight import Needs, Plan
+from rlhf.preflight import Checked
 from rlhf.stages.registry import STAGES
 
 SHOWN = 5
 OTHERS: dict[str, type[Section]] = {"pipeline": PipelineConfig, "rubric": RubricConfig}
-
-
-@dataclass(frozen=True)
-class Checked:
-    """A sound config of a stage, and what was read for it."""
-
-    stage: str
-    config: StageConfig
-    needs: Needs
-    plan: Plan
 
 
 def check(
