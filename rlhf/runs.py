@@ -37,7 +37,7 @@ def status(run_dir: Path, identity: Mapping[str, Any]) -> list[str] | None:
 
 def _is_nothing(name: str) -> bool:
     """What stands in a run directory before the first step, evaluation or sample: nothing would be lost."""
-    preliminary = (artifacts.LOCK, artifacts.CONFIG, artifacts.STARTED, artifacts.LOG)
+    preliminary = (artifacts.LOCK, artifacts.CONFIG, artifacts.STARTED, artifacts.LOG, artifacts.RUBRIC)
     return name in preliminary or (name.startswith(".") and ".tmp-" in name)
 
 

@@ -12,6 +12,7 @@ import yaml
 from scipy import optimize
 from sklearn.linear_model import LogisticRegression
 
+from rlhf import runs
 from rlhf.config import load, rubric
 from rlhf.config.sections import DataSection
 from rlhf.config.train_rm import RewardConfig
@@ -365,3 +366,11 @@ def test_the_embedded_world_labels_its_axes_and_is_the_same_without_them():
         assert row["ranks"] == [1 + sum(other > one for other in axis) for one in axis] and row["attribute"] == "safe"
     with pytest.raises(RlhfError, match="gold has no axis 'kind'"):
         list(registry.rows("demo:preferences?attribute=kind"))
+
+
+def test_a_run_of_which_only_the_rubric_was_copied_has_not_begun(tmp_path):
+    for name in ("run.json", "config.yaml", "run.log", ".lock", "rubric.yaml"):
+        (tmp_path / name).write_text("{}")
+    assert runs.status(tmp_path, {}) == ["no run yet"]
+    (tmp_path / "metrics.jsonl").write_text("{}")
+    assert runs.status(tmp_path, {}) == ["unfinished run"]
