@@ -6,7 +6,8 @@ Memory: one after the other, members are trained for two optimizer steps on one 
 adapter, as ``train-rm`` does it: every adapter and head stands, the moments of one member at a time. What is counted is
 what torch allocates (see ``measuring.py``), weights included. Batches are those of ``benchmark_memory.py``; matrix
 products give zeros, which changes no allocation. Scoring: ``--rows`` prompts and responses of 64 tokens each, by one
-member and by all in turn, with one thread and real products; ``ratio`` is of the medians. The last line is JSON.
+member and by all in turn, with one thread and real products; ``ratio`` is the median
+of those of neighbours. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -113,7 +114,10 @@ def main() -> None:
     if chosen.only != "memory":
         seconds = scoring_seconds(case, chosen.members, chosen.rows, chosen.rounds)
         medians = {name: statistics.median(own) for name, own in seconds.items()}
-        found |= {"seconds": seconds, "ratio": medians["ensemble"] / medians["single"]}
+        found |= {
+            "seconds": seconds,
+            "ratio": statistics.median(whole / one for one, whole in zip(*seconds.values(), strict=True)),
+        }
         print(", ".join(f"{name} {own:.2f} CPU s" for name, own in medians.items()))
     if chosen.json:
         chosen.json.write_text(json.dumps(found), "utf-8")
