@@ -16,7 +16,8 @@ from test_reward_training import REWARD, cut, fingerprint, home, rlhf, rows_of, 
 
 from rlhf import artifacts
 from rlhf.artifacts import BaseIdentity, Manifest
-from rlhf.config.stages import EvalRmConfig, RewardConfig
+from rlhf.config.stages import EvalRmConfig
+from rlhf.config.train_rm import RewardConfig
 from rlhf.data.batches import collate
 from rlhf.evaluation.examination import figures_table
 from rlhf.models import forward

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
 import pytest
 import torch
 from tiny import base, lora, shake
 
+from rlhf import runtime
 from rlhf.config.stages import PpoConfig
 from rlhf.data.records import Message
 from rlhf.data.tokenised import PromptRow
@@ -217,7 +219,7 @@ def test_the_batch_that_ends_the_pretraining_is_the_first_to_be_learnt_from(worl
     made, batch = [], collect(chosen)
 
     def counted(*arguments):
-        made.append(arguments[5:8])
+        made.append((*arguments[5:8], random.random()))
         return replace(batch)
 
     monkeypatch.setattr(trainings.experiences, "collect", counted)
@@ -234,10 +236,13 @@ def test_the_batch_that_ends_the_pretraining_is_the_first_to_be_learnt_from(worl
     assert optimizer.step_count == 2 * chosen.update.epochs, "the first batch takes no gradient"
     offset, responses, ready = training.order.offset, training.progress.num_responses, training.ready
     assert (offset, responses, len(made)) == (12, 12, 3) and ready is not None
-    assert training.roll_out() is ready and training.ready is None and len(made) == 3
-    assert training.roll_out() is not ready and training.progress.num_responses == 24 == training.order.offset
-    resumed = made[2]
+    generators = runtime.Generators().state_dict()
+    assert training.roll_out() is ready[0] and training.ready is None and len(made) == 3
+    after = random.random()
+    assert training.roll_out() is not ready[0] and training.progress.num_responses == 24 == training.order.offset
     training.order.load_state_dict({"epoch": 0, "offset": offset})
     training.progress.num_responses = responses
+    runtime.Generators().load_state_dict(generators)
     training.roll_out()
-    assert made[-1] == resumed, "what was killed makes the same rows again"
+    assert made[-1] == made[2], "what was killed makes the same rows again, with the same random numbers"
+    assert random.random() == after

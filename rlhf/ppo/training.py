@@ -78,7 +78,7 @@ class Training:
         self.policy_optimizer, self.value_optimizer = policy_optimizer, value_optimizer
         self.order = DataOrder(len(train), config.batch.batch_size // config.samples_per_prompt, config.seed)
         self.progress = Progress(config.kl.coef)
-        self.ready: experiences.Experience | None = None
+        self.ready: tuple[experiences.Experience, dict[str, Any]] | None = None
         self.guard = Guard(config.guards)
         self.saved = Checkpoints(run, self.state(), config.save_every, config.keep_checkpoints)
 
@@ -118,8 +118,10 @@ class Training:
         config, progress = self.config, self.progress
         rows = [self.train[index] for index in self.order.next()]
         seed = runtime.derived_seed(config.seed, "ppo", "rollouts")
-        batch, self.ready = self.ready, None
-        if batch is None:
+        if self.ready:
+            (batch, generators), self.ready = self.ready, None
+            runtime.Generators().load_state_dict(generators)
+        else:
             batch = experiences.collect(
                 config, self.roles, self.engine, self.scorer, self.base, rows, seed, progress.num_responses,
                 progress.kl_coef,
@@ -128,12 +130,19 @@ class Training:
         return batch
 
     def look_ahead(self) -> experiences.Experience:
-        """What ``roll_out`` will give next; not made again unless the run is killed in between."""
+        """What ``roll_out`` will give next; only a run that is killed in between makes it again.
+
+        Until then all is as before, also the random numbers, which a reward may draw.
+        """
         order, responses = self.order.state_dict(), self.progress.num_responses
-        self.ready = self.roll_out()
+        generators = runtime.Generators()
+        before = generators.state_dict()
+        batch = self.roll_out()
+        self.ready = batch, generators.state_dict()
         self.order.load_state_dict(order)
         self.progress.num_responses = responses
-        return self.ready
+        generators.load_state_dict(before)
+        return batch
 
     def evaluate(self) -> dict[str, float]:
         """Measure the policy on the held-out prompts; the best one so far is written beside the checkpoints."""
