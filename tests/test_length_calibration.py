@@ -189,7 +189,7 @@ def test_score_ppo_and_compare_take_the_same_off_and_only_for_the_reward_that_wa
     wanted = [outside.coef * (3 + n + 1 - outside.mean_length) for n in range(6)]
     assert (one - other).tolist() == pytest.approx(wanted, abs=1e-5) and outside.coef
     code, said = here("score", "runs/outside", "--in", "given.jsonl")
-    assert code == 5 and "not of one reward run" in said
+    assert code == 5 and "of no single one" in said
 
 
 @pytest.mark.parametrize("source", [{"function": "a:b"}, {"runs": ["a", "b"]}, {"url": "http://localhost:1"}])
