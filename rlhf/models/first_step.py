@@ -39,6 +39,6 @@ class FirstStep:
             time = f"at least {sum(work.seconds for work in clock.step(self.spec, here)):.3g} s"
         log.info("%s after the first step: %.0f MB; predicted, for longest rows: %s.", what, measured, memory)
         log.info(
-            "The first step took %.3g s; predicted, if all rows were as long as the config allows and this machine as fast "
-            "as just measured: %s. All %d steps: about %s.", seconds, time, steps, clock.duration(steps * seconds),
+            "The first step took %.3g s; predicted, if all rows were as long as the config allows and this machine as "
+            "fast as just measured: %s. All %d steps: about %s.", seconds, time, steps, clock.duration(steps * seconds),
         )  # fmt: skip
