@@ -75,7 +75,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "kl": {"coef": 0.05, "target": 1.0, "horizon": 50},
         "optim": {"learning_rate": 3e-3, "value_learning_rate": 3e-3, "schedule": "linear"},
         "evaluation": {"every": 1, "num_prompts": 4, "holdout_fraction": 0.3},
-        "seed": 7,  # the best step comes before the last, so that a forgotten best shows
+        "seed": 3,  # the best step comes before the last, so that a forgotten best shows
         "guards": {"entropy_nats": {"warn": 9.0}},
     },
 }  # fmt: skip
