@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,15 +48,9 @@ def run(config: RewardConfig, plan: Plan, run: Run) -> Manifest:
     taught = teacher.learn(config, plan, plan.data["data"].records, device)
     base = opening.reopen_base(plan.parents["policy"], device)
     runtime.set_threads(config.runtime, base.model, device)
-    train_records, rest = split_by_prompt(plan.data["data"].records, config.holdout_fraction, config.seed)
-    used = first_share(train_records, config.train_fraction, config.seed)
-    held_out_records, fitted_records = combining.split(config, rest, used)
-    heads = objective.heads_of(config, used)
-    train, report = _tokenise(config, objective.trained(heads, used), base.chat)
-    held_out, _ = _tokenise(config, held_out_records, base.chat)
-    tokenised.require_batch(len(train), config.batch.batch_size, "data")
-    sampled = _prompts_to_sample(config, train_records, base.chat)
-    log.info(report.sentence("Training data"))
+    rows = _rows(config, plan, base.chat)
+    train, held_out, heads = rows.train, rows.held_out, rows.heads
+    log.info(rows.report.sentence("Training data"))
 
     slots = slot_names("reward", config.members)
     roles = starts.roles(config, plan, base, slots, heads.names if heads else None)
@@ -81,10 +76,7 @@ def run(config: RewardConfig, plan: Plan, run: Run) -> Manifest:
             progress.advance(progress.task_ids[0])
     tracker.close()
 
-    combined: dict[str, Any] = {}
-    if heads:
-        fitted = _tokenise(config, fitted_records, base.chat)[0] if fitted_records else []
-        combined = combining.combine(config, heads, roles, slots, base, fitted)
+    combined = combining.combine(config, heads, roles, slots, base, rows.fitted) if heads else {}
     metrics, of_members = outcome.held_out(config, roles, slots, held_out, run)
     if taught and "eval/accuracy" in metrics:
         size = sum(parameter.numel() for parameter in base.model.parameters())
@@ -92,8 +84,8 @@ def run(config: RewardConfig, plan: Plan, run: Run) -> Manifest:
     if config.contradicted:
         metrics |= contradicted.write(config, roles, slots, train, held_out, run)
     if annotated := plan.data["data"].annotated:
-        metrics |= annotators.write(config, roles, slots, base.chat, annotated, train_records, run)
-    metrics |= outcome.standardise(config, roles, slots, base, sampled, run)
+        metrics |= annotators.write(config, roles, slots, base.chat, annotated, rows.records, run)
+    metrics |= outcome.standardise(config, roles, slots, base, rows.sampled, run)
     run.write_metrics(steps, metrics)
     for index, slot in enumerate(slots):
         roles.save(slot, artifacts.member_directory(run.path, index, len(slots)))
@@ -105,7 +97,7 @@ def run(config: RewardConfig, plan: Plan, run: Run) -> Manifest:
             base=opening.identity_of_result(run.path, plan.parents["policy"]),
             parents=plan.parents_table(STAGES["train-rm"].needs(config)),
             details={
-                "rows": vars(report), "heads": list(roles.head(slots[0]).names), "steps": steps,
+                "rows": vars(rows.report), "heads": list(roles.head(slots[0]).names), "steps": steps,
                 "prompts_held_out": len(held_out), **combined, **of_members, **_trained_on(config, train),
             },
         )
@@ -115,20 +107,46 @@ def run(config: RewardConfig, plan: Plan, run: Run) -> Manifest:
 def dry_run(config: RewardConfig, plan: Plan) -> list[str]:
     """Token counts and the number of steps, with the tokenizer but without weights."""
     chat = opening.open_chat(opening.model_of(plan.parents["policy"]))
-    train, rest = split_by_prompt(plan.data["data"].records, config.holdout_fraction, config.seed)
-    used = first_share(train, config.train_fraction, config.seed)
-    held_out, _ = combining.split(config, rest, used)
-    groups, report = _tokenise(config, objective.trained(objective.heads_of(config, used), used), chat)
-    tokenised.require_batch(len(groups), config.batch.batch_size, "data")
-    _prompts_to_sample(config, train, chat)
+    found = _rows(config, plan, chat)
+    groups, held_out = found.train, found.held_out
     judgements = sum(len(group.judgements) for group in groups)
     rows = [len(own) for own in training.rows_of(config, groups)]
     each = f", for each of {config.members} members on its own draw of the prompts" if config.members > 1 else ""
     return [
-        report.sentence("data"),
+        found.report.sentence("data"),
         f"{len(groups)} prompts with {judgements} comparisons to train on, {len(held_out)} prompts held out.",
         f"{_num_steps(config, max(rows))} steps of {config.batch.batch_size} prompts{each}.",
     ]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a reward model is made from.
+
+    Args:
+        records: of all training prompts, also of those that ``train_fraction`` leaves out.
+        fitted: what a combination of heads is fitted to; sampled: prompts that set the scores' scale.
+    """
+
+    records: Sequence[Any]
+    train: list[Group]
+    held_out: list[Group]
+    fitted: list[Group]
+    sampled: list[PromptRow]
+    heads: Heads | None
+    report: tokenised.LengthReport
+
+
+def _rows(config: RewardConfig, plan: Plan, chat: Any) -> Rows:
+    records, rest = split_by_prompt(plan.data["data"].records, config.holdout_fraction, config.seed)
+    used = first_share(records, config.train_fraction, config.seed)
+    measured, fitted = combining.split(config, rest, used)
+    heads = objective.heads_of(config, used)
+    train, report = _tokenise(config, objective.trained(heads, used), chat)
+    held_out, _ = _tokenise(config, measured, chat)
+    tokenised.require_batch(len(train), config.batch.batch_size, "data")
+    sampled = _prompts_to_sample(config, records, chat)
+    return Rows(records, train, held_out, _tokenise(config, fitted, chat)[0] if fitted else [], sampled, heads, report)
 
 
 def _tokenise(config: RewardConfig, records: Any, chat: Any) -> tuple[list[Group], tokenised.LengthReport]:
