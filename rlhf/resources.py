@@ -20,6 +20,7 @@ from rlhf.errors import Problem
 from rlhf.model_files import StoredTensor
 
 FLOAT32 = 4
+FEATURES = 1024  # of the critic by least squares: rlhf.ppo.least_squares
 WITH_MOMENTS = 3  # a trained parameter and its two Adam moments
 SPARE = 1.2  # the checkpoint that is being written stands beside those that are kept, and a margin
 BESIDES = 32 << 20  # tokenizer, log, metrics and samples
@@ -80,11 +81,13 @@ def written(
         rewards = [
             manifest for key, manifest in parents.items() if key.startswith("rewards.") and manifest.kind == "reward"
         ]
-        starts = rewards[0] if rewards and config.value.start == "reward" else parents["policy"]
-        value = _slot(tensors, starts, config.lora is None)
-        num_saved, slots = _num_checkpoints(config, num_rows), policy + value + head
+        critic, role, num_saved = FLOAT32 * FEATURES * hidden, 0, _num_checkpoints(config, num_rows)
+        if config.value.fit == "gradient":
+            starts = rewards[0] if rewards and config.value.start == "reward" else parents["policy"]
+            critic, role = 0, _slot(tensors, starts, config.lora is None) + head
+        largest, saved = WITH_MOMENTS * (policy + role) + critic, policy + role + critic
         # the result, best and last, and the best roles so far that belong to each checkpoint
-        return _with_checkpoints(slots, policy + (2 + num_saved) * slots, num_saved)
+        return Written(largest, policy + (2 + num_saved) * saved + num_saved * largest)
     return Written(0, 0)
 
 

@@ -4,10 +4,12 @@
                                     [--peer PYTHON --peer-script FILE [--peer-critic full|lora]]
 
 The work: N prompts of 16 to 64 tokens, 48 sampled tokens each, temperature 0.7 and no stop; old and reference logprobs,
-values, scores of a reward role; then 4 epochs of 4 minibatches for policy and value role. Float32, LoRA r 16 on every
-linear layer, one thread, each run in a fresh process. Size A is a Llama of 1.1 M parameters and N 32, B one of 30 M and
-N 16. With a peer both are run in turn, and the ratios are of medians of CPU seconds a step, peer / ours. The peer's
-script prints JSON with total_cpu_s and peak_rss_mb; ``--peer-critic lora`` gives its value model LoRA of the same rank.
+values, scores of a reward role; then 4 epochs of 4 minibatches for the policy, and what the critic learns. Float32,
+LoRA r 16 on every linear layer, one thread, each run in a fresh process. Size A is a Llama of 1.1 M parameters and N
+32, B one of 30 M and N 16. With a peer both are run in turn, and the ratios are of medians of CPU seconds a step, peer
+over ours. The peer's script prints JSON with total_cpu_s and peak_rss_mb. With ``--peer-critic lora`` both have the
+same critic: the peer's value model has LoRA of the same rank, and ours is a role trained by gradients (value.fit:
+gradient).
 """
 
 from __future__ import annotations
@@ -71,7 +73,9 @@ def ours(size: str, changes: list[str]) -> dict[str, Any]:
     from rlhf.models.roles import SharedBase
     from rlhf.optimizer import Optimizer
     from rlhf.ppo import experience as experiences
+    from rlhf.ppo.least_squares import LeastSquares
     from rlhf.ppo.update import update
+    from rlhf.ppo.value_role import ValueRole
     from rlhf.rollouts.hf import HfEngine
     from rlhf.scoring.shared import SharedScorer
 
@@ -94,10 +98,14 @@ def ours(size: str, changes: list[str]) -> dict[str, Any]:
     base = Base(model, tokenizer, chat, "random", "", device)
     roles = SharedBase(base)
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-    for name in ("policy", "reference", "reward/0", "value"):
+    trains_value = config.value.fit == "gradient"
+    for name in ("policy", "reference", "reward/0", *(("value",) if trains_value else ())):
         head = ScalarHead(base.hidden_size) if name in ("reward/0", "value") else None
         roles.add(name, adapter=lora, head=head, trained=name in ("policy", "value"))
-    optimizers = {name: Optimizer(roles.trained_parameters(name), 1e-5, 10_000) for name in ("policy", "value")}
+    optimizer = Optimizer(roles.trained_parameters("policy"), 1e-5, 10_000)
+    critic: experiences.Critic = LeastSquares(base.hidden_size, device)
+    if trains_value:
+        critic = ValueRole(config, roles, base, Optimizer(roles.trained_parameters("value"), 1e-5, 10_000))
     engine = HfEngine(roles, "policy", chat, config.sampling.concurrency)
     scorer = SharedScorer(roles, "reward/0", config.batch.micro_batch_size)
     chance = random.Random(0)
@@ -121,10 +129,11 @@ def ours(size: str, changes: list[str]) -> dict[str, Any]:
     for step in range(steps + 1):
         started = time.process_time()
         batch = experiences.collect(
-            config, roles, engine, scorer, base, [prompt() for _ in range(N)], 0, step * N, 0.05
+            config, roles, critic, engine, scorer, base, [prompt() for _ in range(N)], 0, step * N, 0.05
         )
         collected = time.process_time()
-        figures = update(config, roles, optimizers["policy"], optimizers["value"], base, batch, step, step, 0.05)
+        figures = update(config, roles, optimizer, base, batch, step, step, 0.05)
+        critic.learn(batch, step, step)
         ended = time.process_time()
         assert figures["update/optimizer_steps"] == EPOCHS * MINIBATCHES
         assert int(batch.mask.sum()) == N * NEW_TOKENS
@@ -181,11 +190,12 @@ def main() -> None:
     if arguments.here:
         print(json.dumps(ours(arguments.size[0], arguments.changes)))
         return
+    same = ["value.fit=gradient"] if arguments.peer and arguments.peer_critic == "lora" else []
     runs: dict[str, Any] = {size: {"ours": [], "peer": []} for size in arguments.size}
     print(f"{'':8} {'rollout':>8} {'score':>8} {'update':>8} {'total':>8} CPU s a step   {'peak':>6} (imports)")
     for _ in range(arguments.rounds):
         for size in arguments.size:
-            found = {"ours": in_fresh_process(size, arguments.changes)}
+            found = {"ours": in_fresh_process(size, [*same, *arguments.changes])}
             if arguments.peer:
                 found["peer"] = peer(arguments.peer, arguments.peer_script, size, arguments.peer_critic)
             for who, figures in found.items():

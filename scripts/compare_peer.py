@@ -48,6 +48,7 @@ from rlhf.stages import export, ppo
 from rlhf.stages.registry import STAGES
 from rlhf.tracking import Tracker
 
+PEER_VALUE_RATE = 1e-3  # the best that was found for a critic trained by gradients
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 
@@ -61,6 +62,7 @@ def config_of(args: argparse.Namespace, seed: int, out: Path) -> PpoConfig:
     if args.compatibility:
         penalty = -load.load(PpoConfig, args.config).missing_eos.score
         overrides += ["missing_eos.mode=subtract", f"missing_eos.penalty={penalty}"]
+        overrides += ["value.fit=gradient", f"optim.value_learning_rate={PEER_VALUE_RATE}"]
         overrides += ["value.pretrain_steps=0", "optim.max_grad_norm=1e9"]
     return load.load(PpoConfig, args.config, overrides)
 
@@ -147,7 +149,7 @@ def job_of(args: argparse.Namespace, config: PpoConfig, plan: preflight.Plan, ba
         "prompts": [row.ids for row in rows], "noise": str(out / "noise.safetensors"), "permutations": permutations,
         "held_out": [row.ids for row in q.test_prompts(base, q.NUM_PROMPTS, config.seed)],
         "evaluate_every": args.every, "out": str(out / "peer.jsonl"),
-        "value_learning_rate": config.optim.value_learning_rate,
+        "value_learning_rate": PEER_VALUE_RATE,
         "ppo": {
             "output_dir": str(out / "trl"), "seed": config.seed, "learning_rate": config.optim.learning_rate,
             "lr_scheduler_type": config.optim.schedule, "weight_decay": config.optim.weight_decay,

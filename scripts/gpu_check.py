@@ -4,10 +4,11 @@
 
 Models have the shapes and vocabularies of Qwen2.5-0.5B and 1.5B and of Llama-3.1-8B and random weights, made on the
 device in bfloat16 (nf4 a layer at a time), so that nothing is downloaded. A case is one PPO step with four roles on one
-base: rollout, rescoring, values and scores, policy and value update. Beside each phase stand its tokens a second, its
-share of what the chip reaches in large products or (rollout) in reading memory, and its peak beside the planner's.
-What the time or the memory does not allow is skipped, with the reason. Needs torch, transformers, peft, pydantic and
-pytest. Exit code 1 where a check fails, 0 otherwise. ``--tiny`` is a trial on whatever device there is.
+base: rollout, rescoring, values and scores, policy update, and both critics: the value role's update, and two fits by
+least squares. Beside each phase stand its tokens a second, its share of what the chip reaches in large products or
+(rollout) in reading memory, and its peak beside the planner's. What the time or the memory does not allow is skipped,
+with the reason. Needs torch, transformers, peft, pydantic and pytest. Exit code 1 where a check fails, 0 otherwise.
+``--tiny`` is a trial on whatever device there is.
 """
 
 from __future__ import annotations
@@ -19,13 +20,15 @@ import json
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import transformers
 from measuring import SHORT, Case, Peak, Ppo, four_roles, random_base
+from torch.nn.functional import pad
 
 from rlhf.data.batches import Sequences, collate
 from rlhf.models import forward, speed
@@ -33,6 +36,7 @@ from rlhf.planning import clock, phases
 from rlhf.planning.clock import Speed
 from rlhf.planning.shape import of_config
 from rlhf.ppo import objective, tensors
+from rlhf.ppo.least_squares import LeastSquares
 
 ROOT = Path(__file__).parents[1]
 QWEN_SMALL = (896, 24, 14, 2, 4864, 151936)
@@ -81,6 +85,7 @@ class Step:
         with Peak() as made:
             self.base = random_base(case.config, case.dtype, device, case.quantize)
             self.ppo = Ppo(four_roles([self.base]), self.base.chat, case)
+        self.critic = LeastSquares(self.base.hidden_size, device)
         self.warm_up()
         self.standing = made.left + self.ppo.moments
         self.ratios: list[float] = []
@@ -107,7 +112,8 @@ class Step:
         return sum(map(len, self.tokens))
 
     def rescoring(self) -> int:
-        self.both = [self.ppo.rescoring(sequences) for sequences in self.batches]
+        found = (self.ppo.rescoring(sequences) for sequences in self.batches)
+        self.both = [replace(both, ref_hidden=both.ref_hidden.cpu()) for both in found]
         return self.num_tokens
 
     def scoring(self) -> int:
@@ -147,6 +153,18 @@ class Step:
         self.norms.append(self.ppo.optimizers["value"].step("value"))
         return self.num_tokens
 
+    def value_fit(self) -> int:
+        """The critic by least squares on these rollouts; the second fit starts from the first."""
+        width, size, states, padded = self.case.response, self.case.micro, [], []
+        for index, both in enumerate(self.both):
+            states.append((list(range(index * size, index * size + len(both.logprobs))), both.ref_hidden))
+            columns = torch.stack([self.targets(index)[1], self.batches[index].mask.float()])
+            padded.append(pad(columns, (0, width - columns.shape[2])).cpu())
+        returns, mask = torch.cat(padded, 1)
+        batch: Any = SimpleNamespace(states=states, returns=returns, mask=mask.bool())
+        self.fits = [self.critic.learn(batch, 0, step)["update/value_loss"] for step in range(2)]
+        return 2 * int(mask.sum())
+
     def check(self, name: str, report: Report, weights: float) -> None:
         kl = max(float(both.exact_kl.max()) for both in self.both)
         report.check(f"{name}: fresh roles agree", kl == 0.0, f"largest exact KL {kl:.3g} nats")
@@ -156,12 +174,14 @@ class Step:
         report.check(f"{name}: gradients are there", min(self.norms) > 0, f"norms {norms}")  # not finite raises
         moved = float(self.ppo.rescoring(self.batches[0]).exact_kl.max())
         report.check(f"{name}: the policy has moved", 0 < moved < 10, f"largest exact KL {moved:.3g} nats")
+        first, second = self.fits
+        report.check(f"{name}: the critic learns", 0 <= second < first, f"half squared error {first:.3g}, {second:.3g}")
         report.check(f"{name}: the base has not", fingerprint(self.base.model) == weights, f"{weights:.9g}")
 
 
 PHASES = {
     "rollout": "rollout", "rescoring": "rescoring", "scoring": "values and scores", "policy_update": "policy update",
-    "value_update": "value update",
+    "value_update": "value update", "value_fit": "value fit",
 }  # fmt: skip
 
 
@@ -176,7 +196,8 @@ def run_case(case: Case, name: str, ceiling: Speed, report: Report, device: torc
     shape = of_config(case.config.to_dict(), "")
     spec = case.spec("ppo", shape, device.type).with_(minibatch=case.rows)
     predicted = {phase.name: phase.total for phase in phases.phases(spec)}
-    floor = {work.name: work for work in clock.step(spec, ceiling)}
+    ways = (spec, spec.with_(trains_value=False))  # both critics
+    floor = {work.name: work for way in ways for work in reversed(clock.step(way, ceiling))}
     step = Step(case, device)
     weights = fingerprint(step.base.model)
     for key, phase in PHASES.items():

@@ -36,7 +36,7 @@ def compare(out: Path, seed: int) -> None:
     found: dict[str, float] = {}
     q.run_stage(
         "ppo", out, seed, f"run_dir={out}/ppo-gold", 'rewards=[{function: "rlhf.demo.gold:reward"}]',
-        "evaluation.every=100", "value.start=zero",
+        "evaluation.every=100",
     )  # fmt: skip
     base, roles = q.open_roles(out)
     prompts = q.test_prompts(base, q.NUM_PROMPTS, seed)

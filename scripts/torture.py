@@ -73,7 +73,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "batch": {"batch_size": 8, "minibatch_size": 4, "micro_batch_size": 4}, "sampling": {"max_new_tokens": 8},
         "value": {"pretrain_steps": 2, "min_explained_variance": 0.99},
         "kl": {"coef": 0.05, "target": 1.0, "horizon": 50},
-        "optim": {"learning_rate": 3e-3, "value_learning_rate": 3e-3, "schedule": "linear"},
+        "optim": {"learning_rate": 3e-3, "schedule": "linear"},
         "evaluation": {"every": 1, "num_prompts": 4, "holdout_fraction": 0.3},
         "seed": 3,  # the best step comes before the last, so that a forgotten best shows
         "guards": {"entropy_nats": {"warn": 9.0}},
@@ -615,6 +615,7 @@ def torture(home: Path, stage: str, args: argparse.Namespace) -> list[Line]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", default=",".join(STAGES))
+    parser.add_argument("--critic", default="least_squares", choices=("least_squares", "gradient"), help="PPO's")
     for name, number in (("kills", 200), ("signals", 100), ("flips", 500), ("truncations", 100), ("cold", 10)):
         parser.add_argument(f"--{name}", type=int, default=number)
     parser.add_argument("--writes", type=int, default=0, help="so many at random; 0: N = 1, 2, 3 ... until success")
@@ -630,6 +631,7 @@ def main() -> None:
     home.mkdir(parents=True, exist_ok=True)
     home = home.resolve()
     started = time.perf_counter()
+    CONFIGS["ppo"]["value"]["fit"] = args.critic
     build_home(home)
     results = run_stages(home, args)
     lines = [line for stage in args.stages.split(",") for line in results[stage]]

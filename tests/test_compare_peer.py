@@ -27,6 +27,8 @@ from rlhf.optimizer import Optimizer  # noqa: E402
 from rlhf.ppo import experience as experiences  # noqa: E402
 from rlhf.ppo import training as trainings  # noqa: E402
 from rlhf.ppo import update as updates  # noqa: E402
+from rlhf.ppo import value_role  # noqa: E402
+from rlhf.ppo.value_role import ValueRole  # noqa: E402
 from rlhf.rollouts.engine import Rollout  # noqa: E402
 from rlhf.scoring.function import FunctionScorer  # noqa: E402
 
@@ -101,10 +103,13 @@ def training(tmp_path, monkeypatch):
     written = Rollout(tokens, [row[-1] == end for row in tokens], 0)
     engine = SimpleNamespace(generate=lambda *_: written)
     scorer = FunctionScorer(f"{__name__}:lengths_reward")
-    batch = experiences.collect(config, roles, engine, scorer, opened, prompts, 3, 0, 0.1)
+    optimizer = Optimizer(roles.trained_parameters("value"), 1e-3, 9)
+    critic = ValueRole(config, roles, opened, optimizer)
+    batch = experiences.collect(config, roles, critic, engine, scorer, opened, prompts, 3, 0, 0.1)
     monkeypatch.setattr(trainings.Training, "roll_out", lambda self: batch)
     found = object.__new__(like_trl.LikeTrl)
-    vars(found).update(config=config, roles=roles, base=opened, progress=SimpleNamespace(kl_coef=0.1), before=batch)
+    progress = SimpleNamespace(kl_coef=0.1)
+    vars(found).update(config=config, roles=roles, base=opened, progress=progress, before=batch, critic=critic)
     return found
 
 
@@ -133,23 +138,25 @@ def test_scores_and_values_stand_one_state_later_and_nothing_else_moves(training
 
 def test_the_value_role_learns_from_the_late_states_and_the_policy_from_the_tokens(training, monkeypatch):
     seen = []
-    value_step = updates.value_step
-
-    def watched(config, roles, optimizer, base, experience, rows, step):
-        seen.append(int(experience.sequences(rows, 0, base.device).mask.sum()))
-        return value_step(config, roles, optimizer, base, experience, rows, step)
 
     def step(self):
         batch = self.roll_out()
-        optimizers = [Optimizer(self.roles.trained_parameters(name), 1e-3, 9) for name in ("policy", "value")]
-        updates.update(self.config, self.roles, *optimizers, self.base, batch, 5, 1, 0.1)
+        optimizer = Optimizer(self.roles.trained_parameters("policy"), 1e-3, 9)
+        updates.update(self.config, self.roles, optimizer, self.base, batch, 5, 1, 0.1)
+        self.critic.learn(batch, 5, 1)
+
+    def watched(config, base, experience, rows):
+        for part, sequences, mask in updates.micro_batches_of(config, base, experience, rows):
+            seen.append(int(mask.sum()))
+            yield part, sequences, mask
 
     monkeypatch.setattr(trainings.Training, "step", step)
-    monkeypatch.setattr(updates, "value_step", watched)
+    monkeypatch.setattr(value_role, "micro_batches_of", watched)
+    learn = training.critic.learn
     training.step()
     assert sum(seen) == training.config.update.epochs * int(training.late.mask.sum())
     assert int(training.late.mask.sum()) > int(training.before.mask.sum())
-    assert updates.value_step is watched
+    assert training.critic.learn == learn
 
 
 def test_the_weight_of_the_value_loss_is_an_epsilon(training):
@@ -165,7 +172,7 @@ def test_the_weight_of_the_value_loss_is_an_epsilon(training):
         ways.append(x.tolist())
     assert ways[0] == pytest.approx(ways[1], rel=1e-9)
     optimizers = [Optimizer([torch.nn.Parameter(torch.zeros(1))], 1e-3, 9) for _ in range(2)]
-    vars(training).update(policy_optimizer=optimizers[0], value_optimizer=optimizers[1])
+    training.optimizer, training.critic.optimizer = optimizers
     training.set_epsilons()
     found = [optimizer.adamw.param_groups[0]["eps"] for optimizer in optimizers]
     assert found == [1e-8, pytest.approx(1e-7)]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
-PHASES = ["rollout", "rescoring", "values and scores", "policy update", "value update"]
+PHASES = ["rollout", "rescoring", "values and scores", "policy update", "value update", "value fit"]
 
 
 @pytest.fixture
@@ -37,7 +37,8 @@ def test_a_step_is_timed_measured_and_checked_a_phase_at_a_time(script, monkeypa
     prompts = case.rows * case.prompt - 3  # one prompt is three tokens shorter
     sampled = rows["rollout"]["tokens"]
     assert case.rows <= sampled <= case.rows * case.response
-    assert all(rows[name]["tokens"] == prompts + sampled for name in PHASES[1:])
+    assert all(rows[name]["tokens"] == prompts + sampled for name in PHASES[1:-1])
+    assert rows["value fit"]["tokens"] == 2 * sampled
     for name in ("rollout", "rescoring", "policy update", "value update"):
         assert rows[name]["predicted_bytes"] == pytest.approx(rows[name]["measured_bytes"], rel=0.1), name
     assert "tokens/s" in capsys.readouterr().out

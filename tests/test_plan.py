@@ -3,11 +3,14 @@ fits."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,6 +29,7 @@ from rlhf.planning import advice, clock, memory, phases, shape, specs
 from rlhf.planning.clock import Speed
 from rlhf.planning.memory import Numbers
 from rlhf.planning.phases import Spec
+from rlhf.ppo import least_squares
 from rlhf.stages import plan
 
 ROOT = Path(__file__).parents[1]
@@ -251,3 +255,20 @@ def test_the_speed_of_the_machine_is_measured_without_a_random_number_of_the_run
     found = speed.measured(32, 64, 4, tokens=8, read_bytes=1 << 16, seconds=1e-3)
     assert min(found.flops, found.bandwidth, found.thin, found.launch) > 0
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_fit_of_the_critic_takes_what_is_predicted(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "scripts"))
+    peak_of = importlib.import_module("measuring").Peak
+    assert (memory.FEATURES, memory.ROWS) == (least_squares.FEATURES, least_squares.ROWS)
+    for hidden, count in ((64, 3000), (1024, 200)):
+        wide = replace(shape.of_config(QWEN, ""), d=hidden)
+        critic = least_squares.LeastSquares(hidden, torch.device("cpu"))
+        states = [(list(range(count // 10)), torch.randn(count, hidden))]
+        returns = torch.randn(count // 10, 10)
+        batch = SimpleNamespace(states=states, returns=returns, mask=torch.ones_like(returns, dtype=torch.bool))
+        critic.learn(batch, 0, 0)
+        with peak_of() as peak:
+            critic.learn(batch, 0, 1)
+        assert memory.critic_fit(wide, count, "cpu") == pytest.approx(peak.high, rel=0.1)
+        assert memory.critic(wide) == sum(tensor.nbytes for tensor in critic._tensors().values())

@@ -19,9 +19,11 @@ from rlhf.models.heads import ScalarHead
 from rlhf.models.roles import SharedBase
 from rlhf.optimizer import Optimizer
 from rlhf.ppo import experience as experiences
-from rlhf.ppo import tensors, value_head
+from rlhf.ppo import least_squares, tensors, value_role
 from rlhf.ppo import training as trainings
 from rlhf.ppo import update as updates
+from rlhf.ppo.least_squares import LeastSquares
+from rlhf.ppo.value_role import ValueRole
 from rlhf.rollouts.hf import HfEngine
 from rlhf.scoring.function import FunctionScorer
 
@@ -39,6 +41,10 @@ def config(**changes):
     return PpoConfig.model_validate({**values, **changes})
 
 
+def critic_of(chosen, roles, opened, rate=1e-3):
+    return ValueRole(chosen, roles, opened, Optimizer(roles.trained_parameters("value"), rate, 100))
+
+
 @pytest.fixture
 def world(tmp_path):
     opened = base(tmp_path / "m", double=True)
@@ -50,10 +56,11 @@ def world(tmp_path):
     roles.peft("policy")
     prompts = [PromptRow((Message("user", "p" * n),), [70 + n] * (n + 1)) for n in range(6)]
 
-    def collect(chosen, coef=0.1):
+    def collect(chosen, coef=0.1, critic=None):
+        critic = critic or critic_of(chosen, roles, opened)
         engine = HfEngine(roles, "policy", opened.chat, chosen.sampling.concurrency)
         scorer = FunctionScorer(f"{__name__}:lengths")
-        return experiences.collect(chosen, roles, engine, scorer, opened, prompts, 3, 0, coef)
+        return experiences.collect(chosen, roles, critic, engine, scorer, opened, prompts, 3, 0, coef)
 
     return opened, roles, collect
 
@@ -112,11 +119,12 @@ def test_micro_batches_packing_and_checkpointing_change_no_gradient(world, place
 def test_an_update_takes_epochs_times_minibatches_steps_whatever_the_accumulation(world, micro):
     opened, roles, collect = world
     chosen = config(batch={"batch_size": 6, "minibatch_size": 2, "micro_batch_size": micro}, update={"epochs": 3})
-    policy = Optimizer(roles.trained_parameters("policy"), 1e-3, 100)
-    value = Optimizer(roles.trained_parameters("value"), 1e-3, 100)
+    policy, critic = Optimizer(roles.trained_parameters("policy"), 1e-3, 100), critic_of(chosen, roles, opened)
     checksum, reference = weights_checksum(opened.model), roles.state("reference").state_dict()["adapter"]
-    figures = updates.update(chosen, roles, policy, value, opened, collect(chosen), 5, 1, 0.1)
-    assert policy.step_count == value.step_count == 9 == figures["update/optimizer_steps"]
+    batch = collect(chosen)
+    figures = updates.update(chosen, roles, policy, opened, batch, 5, 1, 0.1)
+    critic.learn(batch, 5, 1)
+    assert policy.step_count == critic.optimizer.step_count == 9 == figures["update/optimizer_steps"]
     assert weights_checksum(opened.model) == checksum
     after = roles.state("reference").state_dict()["adapter"]
     assert all(torch.equal(reference[key], after[key]) for key in reference)
@@ -126,8 +134,7 @@ def test_a_target_for_the_update_kl_ends_the_epochs_before_the_step(world):
     opened, roles, collect = world
     chosen = config(update={"epochs": 5, "target_kl": 1e-6})
     policy = Optimizer(roles.trained_parameters("policy"), 1e-2, 100)
-    value = Optimizer(roles.trained_parameters("value"), 1e-3, 100)
-    figures = updates.update(chosen, roles, policy, value, opened, collect(chosen), 5, 1, 0.1)
+    figures = updates.update(chosen, roles, policy, opened, collect(chosen), 5, 1, 0.1)
     assert policy.step_count == 1 == figures["update/optimizer_steps"]
     assert all(parameter.grad is None for parameter in roles.trained_parameters("policy"))
 
@@ -137,17 +144,15 @@ def test_the_update_raises_what_is_rewarded_and_lowers_the_value_loss(world):
     opened, roles, collect = world
     chosen = config(update={"epochs": 4}, kl={"coef": 0.0})
     batch = collect(chosen, 0.0)
-    policy = Optimizer(roles.trained_parameters("policy"), 3e-3, 100)
-    value = Optimizer(roles.trained_parameters("value"), 3e-3, 100)
+    policy, critic = Optimizer(roles.trained_parameters("policy"), 3e-3, 100), critic_of(chosen, roles, opened, 3e-3)
     sequences = batch.sequences(range(6), opened.chat.pad_id, opened.device)
-    before = float(updates.fit_value(chosen, roles, value, opened, batch, 1, 0)["update/value_loss"])
-    updates.update(chosen, roles, policy, value, opened, batch, 5, 1, 0.0)
-    after = float(updates.fit_value(chosen, roles, value, opened, batch, 1, 0)["update/value_loss"])
+    losses = [float(critic.learn(batch, 1, 0)["update/value_loss"]) for _ in range(3)]
+    updates.update(chosen, roles, policy, opened, batch, 5, 1, 0.0)
     with torch.no_grad(), roles.acting_as("policy") as (model, _):
         new = forward.response_logprobs(model, sequences, 1.0)
     advantages = updates.prepare_advantages(chosen, batch)
     assert float(tensors.masked_sum((new - batch.old_logprobs) * advantages, batch.mask)) > 0
-    assert after < before
+    assert losses[2] < losses[0]
 
 
 def test_the_exact_kl_can_stand_in_the_reward(world):
@@ -171,19 +176,19 @@ def test_ridge_is_least_squares_with_rows_for_the_penalty():
     x = torch.randn(40, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + 2
     y = x @ torch.tensor([1.0, -2.0, 0.5, 0.0, 3.0]).double() + 0.3 * x[:, 0] ** 2
     rows = torch.cat([x, y[:, None], torch.ones(40, 1)], 1)
-    weight, bias = value_head.ridge(rows.t() @ rows, 0.7)
+    weight, bias = least_squares.ridge(rows.t() @ rows, 0.7)
     penalty = 0.7 * float((x - x.mean(0)).square().sum(0).mean())
     more = torch.cat([penalty**0.5 * torch.eye(5), torch.zeros(5, 1)], 1).double()
     stacked = torch.cat([torch.cat([x, torch.ones(40, 1)], 1), more])
     wanted = torch.linalg.lstsq(stacked, torch.cat([y, torch.zeros(5)])[:, None]).solution[:, 0]
     assert torch.allclose(torch.cat([weight, bias[None]]), wanted, atol=1e-10)
     alike = torch.cat([torch.full((40, 5), 2.0), y[:, None], torch.ones(40, 1)], 1).double()
-    weight, bias = value_head.ridge(alike.t() @ alike, 0.7)
+    weight, bias = least_squares.ridge(alike.t() @ alike, 0.7)
     assert not weight.any() and float(bias) == pytest.approx(float(y.mean()))
 
 
 @pytest.mark.parametrize("size", [1, 4])
-def test_the_value_head_by_least_squares_is_that_of_every_state_alone(world, size):
+def test_the_start_of_a_trained_value_head_is_that_of_every_state_alone(world, size):
     opened, roles, collect = world
     chosen = config(batch={"batch_size": 6, "minibatch_size": 6, "micro_batch_size": size})
     batch = collect(chosen)
@@ -198,12 +203,12 @@ def test_the_value_head_by_least_squares_is_that_of_every_state_alone(world, siz
             states.append([*hidden[len(sample.prompt_ids) + t - 1].tolist(), 1.0])
             returns.append(float(batch.returns[row, t]))
     x, y = torch.tensor(states, dtype=torch.float64), torch.tensor(returns, dtype=torch.float64)
-    penalty = value_head.RIDGE * (x - x.mean(0)).square().sum(0)[:-1].mean()
+    penalty = value_role.RIDGE * (x - x.mean(0)).square().sum(0)[:-1].mean()
     gram = x.t() @ x + penalty * torch.eye(33).double().index_fill(1, torch.tensor([32]), 0.0)
     wanted = x @ torch.linalg.solve(gram, x.t() @ y)
     with roles.acting_as("value") as (_, head):
         head.shift.fill_(0.4), head.scale.fill_(2.0)
-    value_head.fit(chosen, roles, opened, batch)
+    critic_of(chosen, roles, opened).start(batch)
     with roles.acting_as("value") as (_, head):
         found = head(x[:, :-1])[:, 0]
     assert torch.allclose(found, wanted, atol=1e-6)
@@ -216,24 +221,23 @@ def test_the_value_head_by_least_squares_is_that_of_every_state_alone(world, siz
 def test_the_batch_that_ends_the_pretraining_is_the_first_to_be_learnt_from(world, monkeypatch):
     opened, roles, collect = world
     chosen = config(value={"pretrain_steps": 2, "min_explained_variance": 1.0})
-    made, batch = [], collect(chosen)
+    made, batch, critic = [], collect(chosen), critic_of(chosen, roles, opened)
 
     def counted(*arguments):
-        made.append((*arguments[5:8], random.random()))
+        made.append((*arguments[6:9], random.random()))
         return replace(batch)
 
     monkeypatch.setattr(trainings.experiences, "collect", counted)
     training = object.__new__(trainings.Training)
-    optimizer = Optimizer(roles.trained_parameters("value"), 1e-3, 9)
     vars(training).update(
         config=chosen, roles=roles, base=opened, train=list(range(60)), ready=None, engine=None, scorer=None,
-        order=trainings.DataOrder(60, 6, 0), progress=trainings.Progress(0.1), value_optimizer=optimizer,
+        order=trainings.DataOrder(60, 6, 0), progress=trainings.Progress(0.1), critic=critic,
         record=lambda step, values: None,
     )  # fmt: skip
     while training.progress.pretraining is None:
         training.pretrain_value()
     assert training.progress.pretraining["batches"] == 2 and not training.progress.pretraining["reached"]
-    assert optimizer.step_count == 2 * chosen.update.epochs, "the first batch takes no gradient"
+    assert critic.optimizer.step_count == 2 * chosen.update.epochs, "the first batch takes no gradient"
     offset, responses, ready = training.order.offset, training.progress.num_responses, training.ready
     assert (offset, responses, len(made)) == (12, 12, 3) and ready is not None
     generators = runtime.Generators().state_dict()
@@ -246,3 +250,68 @@ def test_the_batch_that_ends_the_pretraining_is_the_first_to_be_learnt_from(worl
     training.roll_out()
     assert made[-1] == made[2], "what was killed makes the same rows again, with the same random numbers"
     assert random.random() == after
+
+
+def test_the_critic_by_least_squares_is_at_the_minimum_of_its_cost(world):
+    """Each fit against a solver of its own, on the reference's hidden states of every sequence alone."""
+    opened, roles, collect = world
+    critic, chosen = LeastSquares(32, opened.device), config()
+    weight, bias, mean, scale = torch.zeros(32 + least_squares.FEATURES).double(), 0.0, None, None
+    for number in range(2):
+        batch = collect(chosen, 0.1 + number, critic)
+        states, returns, values = [], [], []
+        for row, sample in enumerate(batch.samples):
+            ids = torch.tensor([[*sample.prompt_ids, *sample.response_ids]])
+            with torch.no_grad(), roles.acting_as("reference") as (model, _):
+                inner = getattr(model, model.base_model_prefix)
+                hidden = inner(input_ids=ids, use_cache=False).last_hidden_state[0]
+            for t in range(len(sample.response_ids)):
+                states.append(hidden[len(sample.prompt_ids) + t - 1].double())
+                returns.append(float(batch.returns[row, t]))
+                values.append(float(batch.old_values[row, t]))
+        x, y = torch.stack(states), torch.tensor(returns).double()
+        if mean is None:
+            spread = x.var(0, correction=0).sqrt()
+            mean, scale = x.mean(0), spread + 1e-3 * spread.mean()
+            assert not any(values), "before the first fit every value is 0"
+        z = (x - mean) / scale
+        f = torch.cat([z, (z @ critic.projection.double()).clamp(min=0)], 1)
+        found = f @ weight + bias
+        if number:
+            assert torch.allclose(found, torch.tensor(values).double(), atol=1e-4), "the batch has the critic's values"
+        wrong = y - found
+        penalty = least_squares.PULL * (f - f.mean(0)).square().sum(0).mean()
+        centred = f - f.mean(0)
+        # the dual: as many unknowns as states instead of features
+        dual = torch.linalg.solve(centred @ centred.t() + penalty * torch.eye(len(f)).double(), wrong - wrong.mean())
+        change = centred.t() @ dual
+        weight, bias = weight + change, bias + wrong.mean() - f.mean(0) @ change
+        loss = critic.learn(batch, 0, number)["update/value_loss"]
+        assert torch.allclose(critic.weight, weight, atol=1e-4 * float(weight.abs().max()))
+        assert loss == pytest.approx(0.5 * float((y - f @ weight - bias).square().mean()), rel=1e-3)
+        assert loss < 0.5 * float(wrong.square().mean())
+
+
+def test_the_critic_by_least_squares_comes_back_from_its_state(world):
+    opened, _, collect = world
+    critic, chosen = LeastSquares(32, opened.device), config()
+    critic.start(collect(chosen, 0.1, critic))
+    again = LeastSquares(32, opened.device)
+    again.load_state_dict(critic.state_dict())
+    for own in (critic, again):
+        own.learn(collect(chosen, 0.3, own), 0, 1)
+    first, second = critic.state_dict(), again.state_dict()
+    assert first.pop("fits") == second.pop("fits") == 2
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_dimension_that_hardly_varied_at_first_does_not_rule_the_critic(world):
+    critic = LeastSquares(4, torch.device("cpu"))
+    first = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+    first[:, 3] = 5.0
+    critic._standardise([first[:32], first[32:]])
+    assert float(critic.scale[3]) == pytest.approx(1e-3 * float(first.double().std(0, correction=0).mean()), rel=1e-3)
+    assert torch.allclose(critic.scale[:3].double(), first.double().std(0, correction=0)[:3], rtol=2e-3)
+    alike = torch.full((8, 4), 2.0)
+    critic._standardise([alike])
+    assert torch.isfinite(torch.cat(list(critic._features(alike)))).all()

@@ -40,9 +40,9 @@ LAYERS = [
     ["rollouts", "scoring"],
     ["evaluation", "serving"],
     [
-        "ppo.experience", "ppo.value_head", "ppo.update", "ppo.training", "reward.training", "reward.outcome",
-        "reward.objective", "reward.combining", "reward.contradicted", "reward.annotators", "reward.starts",
-        "reward.length", "reward.teacher",
+        "ppo.experience", "ppo.least_squares", "ppo.update", "ppo.value_role", "ppo.training", "reward.training",
+        "reward.outcome", "reward.objective", "reward.combining", "reward.contradicted", "reward.annotators",
+        "reward.starts", "reward.length", "reward.teacher",
     ],
     ["start"],
     ["stages"],

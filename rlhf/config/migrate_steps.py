@@ -185,7 +185,7 @@ def ppo(found: Migration) -> None:
     """One optimizer there is two here; without a penalty a cut-off response kept its score."""
     if found.stage != "ppo":
         return
-    found.config["optim.value_learning_rate"] = found.old["learning_rate"]
+    found.config |= {"value.fit": "gradient", "optim.value_learning_rate": found.old["learning_rate"]}
     penalty = found.take("missing_eos_penalty")
     found.config |= {"missing_eos.mode": "subtract", "missing_eos.penalty": 0.0 if penalty is None else penalty}
     found.written += ["missing_eos"] if penalty is None else []

@@ -94,7 +94,7 @@ GONE: dict[str, str] = {
     "dataset_streaming": "data are read whole, so that every row is checked first",
     "load_best_model_at_end": "PPO keeps the best step (use: best); SFT and train-rm the last",
     "neftune_noise_alpha": "not offered", "label_smoothing_factor": "not offered",
-    "value_model_path": "the value role starts from the reward run (value.start)",
+    "value_model_path": "with value.fit: gradient the value role starts from the reward run (value.start)",
     "ref_model": "the reference is the SFT run",
     "data_seed": "everything random comes from seed", "dataset_dir": "a path names each file",
     "interleave_probs": "weights of the mixture", "mix_strategy": "weights of the mixture",

@@ -73,7 +73,9 @@ class UpdateSection(Section):
 
     epochs: Count = Field(2, description="passes over a batch")
     clip_range: Annotated[float, Field(gt=0, lt=1)] = Field(0.2, description="of the probability ratio")
-    value_clip_range: Positive | None = Field(0.2, description="of the value's change; null: unclipped")
+    value_clip_range: Positive | None = Field(
+        0.2, description="of the value's change, with value.fit: gradient; null: unclipped"
+    )
     gamma: Fraction = Field(1.0, description="discount a token")
     lam: Fraction = Field(0.95, description="lambda of the policy's advantages")
     value_lam: Fraction | None = Field(None, description="lambda of the value's targets; null: lam")
@@ -84,15 +86,21 @@ class UpdateSection(Section):
 
 class PpoOptimSection(OptimSection):
     learning_rate: LearningRate = Field(1e-5, description="of the policy")
-    value_learning_rate: LearningRate = Field(1e-5, description="of the value role")
+    value_learning_rate: LearningRate = Field(1e-5, description="of the value role, with value.fit: gradient")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after the warm-up, over steps")
 
 
 class ValueSection(Section):
-    """How the value role starts."""
+    """The critic, whose values the advantages are measured against."""
 
+    fit: Literal["least_squares", "gradient"] = Field(
+        "least_squares",
+        description="a head on the frozen reference's hidden states, fitted to every batch at once; or a role of its "
+        "own, trained by the value loss",
+    )
     start: Literal["reward", "zero"] = Field(
-        "reward", description="a copy of the reward adapter and head, or the SFT adapter with a head of zeros"
+        "reward",
+        description="with fit: gradient: a copy of the reward adapter and head, or the SFT adapter and a head of zeros",
     )
     pretrain_steps: Annotated[int, Field(ge=0)] = Field(
         10, description="at most so many batches before the policy moves; the first sets the head by least squares"

@@ -191,6 +191,18 @@ class PpoConfig(StageConfig):
             raise ValueError("kl.place: loss needs update.normalise_advantages: false, or it misses its optimum")
         return self
 
+    def set_for_gradients(self) -> list[str]:
+        """Keys away from their defaults that only a critic trained by gradients has a use for."""
+        places: list[tuple[str, Section, str]] = [
+            ("update", self.update, "value_clip_range"), ("optim", self.optim, "value_learning_rate"),
+            ("value", self.value, "start"),
+        ]  # fmt: skip
+        return [
+            f"{section}.{name}"
+            for section, values, name in places
+            if getattr(values, name) != type(values).model_fields[name].default
+        ]
+
 
 class EvalRmConfig(StageConfig):
     """Examination of a reward model."""

@@ -22,12 +22,17 @@ CHUNK_VALUES = 1 << 25
 
 @dataclass(frozen=True)
 class PolicyAndReference:
-    """All [B, T], without gradient, of the tempered policies; 0 where there is no token."""
+    """Without gradient; [B, T] of the tempered policies, 0 where there is no token.
+
+    Args:
+        ref_hidden: [N, d] last hidden states of the reference before each response token is written.
+    """
 
     logprobs: Tensor
     ref_logprobs: Tensor
     entropy: Tensor
     exact_kl: Tensor
+    ref_hidden: Tensor
 
 
 def response_logprobs(model: Any, sequences: Sequences, temperature: float) -> Tensor:
@@ -87,7 +92,8 @@ def policy_and_reference(roles: Roles, sequences: Sequences, temperature: float)
         found = chosen, ref_chosen, -p.mul(policy).sum(-1), -p.mul_(less).sum(-1)
         for column, values in zip(columns, found, strict=True):
             column.append(values)
-    return PolicyAndReference(*(scatter(torch.cat(column), sequences) for column in columns))
+    logprobs, ref_logprobs, entropy, kl = (scatter(torch.cat(column), sequences) for column in columns)
+    return PolicyAndReference(logprobs, ref_logprobs, entropy, kl, hidden["reference"])
 
 
 def state_values(model: Any, head: Any, sequences: Sequences) -> Tensor:

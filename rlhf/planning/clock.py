@@ -72,12 +72,18 @@ def step(spec: Spec, speed: Speed) -> list[Work]:
     body = operations(spec, S, False, 1)
     head = spec.shape.V * spec.shape.d * share
     again = train * spec.epochs
+    passes, states = spec.num_reward_runs + spec.trains_value, spec.batch * spec.response
+    critic = Work("value update", tokens * spec.epochs, tokens * again * body / speed.flops)
+    if not spec.trains_value:
+        d, k = spec.shape.d, memory.FEATURES
+        each = FORWARD * (d * k + (d + k) ** 2)
+        critic = Work("value fit", states, states * each / speed.flops)
     return [
         _rollout(spec, speed),
         Work("rescoring", tokens, tokens * FORWARD * (2 * body + 2 * head) / speed.flops),
-        Work("values and scores", tokens, tokens * FORWARD * (1 + spec.num_reward_runs) * body / speed.flops),
+        Work("values and scores", tokens, tokens * FORWARD * passes * body / speed.flops),
         Work("policy update", tokens * spec.epochs, tokens * again * (body + 1.5 * head) / speed.flops),
-        Work("value update", tokens * spec.epochs, tokens * again * body / speed.flops),
+        critic,
     ]
 
 

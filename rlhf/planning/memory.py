@@ -39,6 +39,7 @@ NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a code, a scale every 64, the scale
 DRAWN_VALUES = 1 << 19  # of which the choice of tokens holds float64 copies at once: rlhf.rollouts.engine
 CHUNK_VALUES = 1 << 25  # logits of ours that exist at once: rlhf.models.forward
 SFT_TILE = (4096, 32768)  # tokens and vocabulary of TRL's fused head
+FEATURES, ROWS = 1024, 1024  # of the critic by least squares, and states whose features exist at once
 SUMMED_BYTES = 1 << 28  # up to here sampling keeps W + s B A: rlhf.models.fused_lora
 
 
@@ -184,3 +185,20 @@ def logits_sft(shape: Shape, held: Numbers, num_tokens: int, device: str = "cpu"
 def kv_cache(shape: Shape, held: Numbers, rows: int, S: int) -> int:
     """Keys and values of ``rows`` sequences with room for S tokens."""
     return held.e * rows * S * 2 * shape.L * shape.k
+
+
+def critic(shape: Shape) -> int:
+    """What the critic by least squares holds: the projection to its features, mean and scale, and a weight for each."""
+    return FLOAT32 * (FEATURES + 2) * shape.d + 8 * (FEATURES + shape.d + 1)
+
+
+def critic_fit(shape: Shape, num_states: int, device: str) -> int:
+    """The peak of its fit: four copies of the float64 moments on the CPU, which solves for the weights; on a GPU the
+    moments, and the products of some features, which then exist four times."""
+    size, rows = shape.d + FEATURES + 2, min(ROWS, num_states)
+    return 32 * size**2 if device == "cpu" else (8 + FLOAT32) * size**2 + 4 * FLOAT32 * size * rows
+
+
+def states(shape: Shape, held: Numbers, num_states: int, device: str) -> int:
+    """The hidden states of a batch, which are kept for the critic in the memory of the CPU."""
+    return held.e * shape.d * num_states if device == "cpu" else 0

@@ -22,7 +22,7 @@ class Spec:
         steps: optimizer steps, or PPO's rollouts; None where they are not known.
         group: sequences that cannot be parted, a prompt's responses in reward modelling.
         num_reward_runs, value_rank: PPO's reward roles on this base (every member of an ensemble is one), and the rank
-            that they and the value role have.
+            that they and a trained value role have; trains_value: whether PPO has one, or a critic by least squares.
         members: of an ensemble in reward modelling, trained one after the other.
         heads: numbers that each of them has.
     """
@@ -47,6 +47,7 @@ class Spec:
     group: int = 1
     num_reward_runs: int = 1
     value_rank: int | None = None
+    trains_value: bool = True
     members: int = 1
     heads: int = 1
     device: str = "cpu"
@@ -92,17 +93,18 @@ def _trained(spec: Spec) -> dict[str, int]:
     other = _adapter(spec, head=True, rank=spec.value_rank)
     return {
         "sft": {"policy": _adapter(spec)}, "train-rm": {"reward": other},
-        "ppo": {"policy": _adapter(spec), "value": other},
+        "ppo": {"policy": _adapter(spec), **({"value": other} if spec.trains_value else {})},
     }.get(spec.stage, {})  # fmt: skip
 
 
 def _standing(spec: Spec, trained: dict[str, int]) -> dict[str, int]:
     """Weights, every role's adapter and head, and Adam's two moments of the trained ones."""
+    critic = 0 if spec.trains_value else memory.critic(spec.shape)
     frozen = {
         "sft": 0, "train-rm": _adapter(spec) + (spec.members - 1) * _adapter(spec, head=True, rank=spec.value_rank),
         "collect": _adapter(spec) * (1 + spec.num_reward_runs),
         "eval-rm": spec.members * _adapter(spec, head=True),
-        "ppo": _adapter(spec) + spec.num_reward_runs * _adapter(spec, head=True, rank=spec.value_rank),
+        "ppo": _adapter(spec) + spec.num_reward_runs * _adapter(spec, head=True, rank=spec.value_rank) + critic,
     }[spec.stage]  # fmt: skip
     return {
         "weights": memory.weights(spec.shape, spec.held), "adapters": frozen + sum(trained.values()),
@@ -173,12 +175,22 @@ def _ppo(spec: Spec) -> list[Phase]:
     S, targets = spec.prompt + spec.response, spec.micro * spec.response
     accumulates = spec.minibatch > spec.micro
     trained = memory.logits_trained(spec.shape, spec.held, targets, spec.entropy)
-    return [
+    found = [
         _sampling(spec, "rollout", min(spec.concurrency, spec.batch), spec.prompt),
         _passing(spec, "rescoring", spec.micro, S, memory.logits_rescored(spec.shape, targets)),
         _training(spec, "policy update", "policy", S, trained, accumulates),
-        _training(spec, "value update", "value", S, 0, accumulates),
     ]
+    if spec.trains_value:
+        found.append(_training(spec, "value update", "value", S, 0, accumulates))
+    else:
+        fit = memory.critic_fit(spec.shape, targets, spec.device)
+        found.append(Phase("value fit", {**_standing(spec, _trained(spec)), "activations": fit}))
+    states = memory.states(spec.shape, spec.held, spec.batch * spec.response, spec.device)
+    return [found[0], *(_with_states(phase, states) for phase in found[1:])]
+
+
+def _with_states(phase: Phase, states: int) -> Phase:
+    return Phase(phase.name, {**phase.parts, "activations": phase.parts["activations"] + states})
 
 
 def _collect(spec: Spec) -> list[Phase]:

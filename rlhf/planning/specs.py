@@ -157,6 +157,7 @@ def spec(config: StageConfig, origin: Origin, data: Mapping[str, Sequence[Any]],
             minibatch=batch.minibatch_size, prompt=config.prompts.max_tokens, response=config.sampling.max_new_tokens,
             concurrency=config.sampling.concurrency, entropy=update.entropy_coef > 0, steps=config.steps,
             num_reward_runs=sum(map(_num_roles, config.rewards)), value_rank=_value_rank(config),
+            trains_value=config.value.fit == "gradient",
         )  # fmt: skip
     if isinstance(config, CollectConfig):
         return common.with_(

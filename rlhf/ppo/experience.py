@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +22,7 @@ from rlhf.models.roles import Roles
 from rlhf.ppo import objective, tensors
 from rlhf.rollouts.engine import RolloutEngine
 from rlhf.scoring.scorer import Sample, Scorer
+from rlhf.snapshots import Stateful
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Experience:
         mask: [B, T] bool, True on response tokens up to and including the end token.
         old_logprobs, ref_logprobs, exact_kl, entropy: [B, T] of the tempered policies.
         old_values: [B, T]; rewards: [B, T]; advantages: [B, T] not yet normalised; returns: [B, T].
+        states: what the critic read: rows of a micro-batch, and the hidden states [n, d] before their response tokens.
         disagreement: [B] of an ensemble's members that are compared in differences.
     """
 
@@ -45,6 +49,7 @@ class Experience:
     rewards: Tensor
     advantages: Tensor
     returns: Tensor
+    states: Sequence[tuple[list[int], Tensor]] = ()
     disagreement: Tensor | None = None
 
     def sequences(self, rows: Sequence[int], pad_id: int, device: torch.device) -> Sequences:
@@ -77,6 +82,16 @@ class Experience:
         }
 
 
+class Critic(Protocol):
+    """What gives the values of the states that responses go through, and learns from what came of them."""
+
+    def read(self, sequences: Sequences, reference: Tensor) -> tuple[Tensor, Tensor]: ...
+    def start(self, batch: Experience) -> dict[str, float]: ...
+    def learn(self, batch: Experience, seed: int, step: int) -> dict[str, float]: ...
+    def state(self) -> dict[str, Stateful]: ...
+    def save(self, directory: Path) -> None: ...
+
+
 def settle(section: MissingEosSection) -> measure.ScoreRule:
     """The rule for responses without an end token, as a function of scores [B] and finished [B]."""
     if section.mode == "replace":
@@ -85,8 +100,8 @@ def settle(section: MissingEosSection) -> measure.ScoreRule:
 
 
 def collect(
-    config: PpoConfig, roles: Roles, engine: RolloutEngine, scorer: Scorer, base: Base, prompts: Sequence[PromptRow],
-    seed: int, first_row: int, kl_coef: float,
+    config: PpoConfig, roles: Roles, critic: Critic, engine: RolloutEngine, scorer: Scorer, base: Base,
+    prompts: Sequence[PromptRow], seed: int, first_row: int, kl_coef: float,
 ) -> Experience:  # fmt: skip
     """Answer each prompt ``samples_per_prompt`` times and work out everything the update needs.
 
@@ -105,15 +120,16 @@ def collect(
         raise RlhfError(Problem("GRD006", f"response {first_row} and on", what, "look at the reward run or function"))
     mask = tensors.response_mask(torch.tensor([len(sample.response_ids) for sample in samples]), _width(samples))
     logprobs, ref_logprobs, exact_kl, entropy, values = (torch.zeros(mask.shape) for _ in range(5))
+    states: list[tuple[list[int], Tensor]] = []
     size, tokens = config.batch.micro_batch_size, config.batch.micro_batch_tokens
     for rows, sequences in measure.batched(samples, base.chat.pad_id, base.device, size, tokens):
         both = forward.policy_and_reference(roles, sequences, config.sampling.temperature)
-        with torch.no_grad(), roles.acting_as("value") as (model, head):
-            state_values = forward.state_values(model, head, sequences)
+        read, hidden = critic.read(sequences, both.ref_hidden)
+        states.append((rows, hidden.cpu()))
         width = sequences.mask.shape[1]
         pairs = (
             (logprobs, both.logprobs), (ref_logprobs, both.ref_logprobs), (exact_kl, both.exact_kl),
-            (entropy, both.entropy), (values, state_values),
+            (entropy, both.entropy), (values, forward.scatter(read, sequences)),
         )  # fmt: skip
         for whole, part in pairs:
             whole[rows, :width] = part.float().cpu()
@@ -122,7 +138,7 @@ def collect(
     advantages, returns = estimate(config, rewards, values, mask)
     return Experience(
         samples, scores, mask, logprobs, ref_logprobs, exact_kl, entropy, values, rewards, advantages, returns,
-        found.disagreement,
+        states, found.disagreement,
     )  # fmt: skip
 
 

@@ -20,8 +20,8 @@ from rlhf.models.base import Base
 from rlhf.models.roles import Roles
 from rlhf.optimizer import Optimizer
 from rlhf.ppo import experience as experiences
-from rlhf.ppo import objective, value_head
-from rlhf.ppo.update import fit_value, update
+from rlhf.ppo import objective
+from rlhf.ppo.update import update
 from rlhf.rollouts.engine import RolloutEngine
 from rlhf.runs import Run, plain
 from rlhf.scoring.ensemble import references_of
@@ -60,7 +60,7 @@ class Progress:
 
 
 class Training:
-    """The roles, optimizers and data of a run, and what is done with them in one step.
+    """The roles, critic, optimizer and data of a run, and what is done with them in one step.
 
     Args:
         train, held_out: prompts that are answered, and those that the policy is measured on.
@@ -69,13 +69,13 @@ class Training:
     tracker: Tracker
 
     def __init__(
-        self, config: PpoConfig, run: Run, base: Base, roles: Roles, engine: RolloutEngine, scorer: Scorer,
-        standardised: Sequence[StandardisedScorer], policy_optimizer: Optimizer, value_optimizer: Optimizer,
-        train: list[PromptRow], held_out: list[PromptRow],
+        self, config: PpoConfig, run: Run, base: Base, roles: Roles, critic: experiences.Critic, engine: RolloutEngine,
+        scorer: Scorer, standardised: Sequence[StandardisedScorer], optimizer: Optimizer, train: list[PromptRow],
+        held_out: list[PromptRow],
     ) -> None:  # fmt: skip
-        self.config, self.run, self.base, self.roles, self.standardised = config, run, base, roles, standardised
-        self.engine, self.scorer, self.train, self.held_out = engine, scorer, train, held_out
-        self.policy_optimizer, self.value_optimizer = policy_optimizer, value_optimizer
+        self.config, self.run, self.base, self.roles, self.critic = config, run, base, roles, critic
+        self.engine, self.scorer, self.standardised, self.optimizer = engine, scorer, standardised, optimizer
+        self.train, self.held_out = train, held_out
         self.order = DataOrder(len(train), config.batch.batch_size // config.samples_per_prompt, config.seed)
         self.progress = Progress(config.kl.coef)
         self.ready: tuple[experiences.Experience, dict[str, Any]] | None = None
@@ -85,9 +85,8 @@ class Training:
     def state(self) -> dict[str, Stateful]:
         """Everything that changes during the run."""
         return {
-            "policy": self.roles.state("policy"), "value": self.roles.state("value"),
-            "policy_optimizer": self.policy_optimizer, "value_optimizer": self.value_optimizer, "order": self.order,
-            "progress": self.progress, "guard": self.guard, "generators": runtime.Generators(),
+            "policy": self.roles.state("policy"), "policy_optimizer": self.optimizer, **self.critic.state(),
+            "order": self.order, "progress": self.progress, "guard": self.guard, "generators": runtime.Generators(),
             **{f"standards.{index}": scorer for index, scorer in enumerate(self.standardised)},
             **{f"references.{index}": known for index, known in enumerate(references_of(self.scorer))},
         }  # fmt: skip
@@ -123,8 +122,8 @@ class Training:
             runtime.Generators().load_state_dict(generators)
         else:
             batch = experiences.collect(
-                config, self.roles, self.engine, self.scorer, self.base, rows, seed, progress.num_responses,
-                progress.kl_coef,
+                config, self.roles, self.critic, self.engine, self.scorer, self.base, rows, seed,
+                progress.num_responses, progress.kl_coef,
             )  # fmt: skip
         progress.num_responses += len(batch.samples)
         return batch
@@ -160,7 +159,7 @@ class Training:
         if figures["eval/objective"] > progress.best_objective:
             progress.best_step, progress.best_objective = progress.step, figures["eval/objective"]
             progress.best_figures = dict(figures)
-            save_roles(self.roles, self.saved.directory / f"{BEST}-{progress.best_step}")
+            save_roles(self.roles, self.critic, self.saved.directory / f"{BEST}-{progress.best_step}")
             self.saved.retire(self.needed())
         progress.last = figures
         return figures
@@ -170,11 +169,10 @@ class Training:
         return (f"{BEST}-{self.progress.best_step}",) if self.progress.best_figures else ()
 
     def pretrain_value(self) -> None:
-        """Fit the value role to one batch of the unmoved policy, or find that it explains enough of the returns.
+        """Fit the critic to one batch of the unmoved policy, or find that it explains enough of the returns.
 
         The explained variance is of a fresh batch, before it is learnt from; the batch that ends the pretraining is the
-        first that the policy learns from. The first batch sets the head by least squares, later ones move all of the
-        role by the value loss.
+        first that the policy learns from.
         """
         config, progress = self.config, self.progress
         limit, number = config.value.pretrain_steps, progress.num_pretrained
@@ -198,10 +196,9 @@ class Training:
         self.roll_out()
         progress.num_pretrained += 1
         if number == 0:
-            value_head.fit(config, self.roles, self.base, batch)
+            self.critic.start(batch)
         else:
-            seed = runtime.derived_seed(config.seed, "value", number)
-            fit_value(config, self.roles, self.value_optimizer, self.base, batch, seed, 0)
+            self.critic.learn(batch, runtime.derived_seed(config.seed, "value", number), 0)
 
     def step(self) -> float:
         """One rollout, its update, and where it is time to an evaluation; the seconds of the first two."""
@@ -211,10 +208,8 @@ class Training:
         rolled_out = time.perf_counter()
         self.guard.check(step, batch.metrics)
         seed = runtime.derived_seed(config.seed, "ppo", "minibatches", step)
-        figures = update(
-            config, self.roles, self.policy_optimizer, self.value_optimizer, self.base, batch, seed, step,
-            progress.kl_coef,
-        )  # fmt: skip
+        figures = update(config, self.roles, self.optimizer, self.base, batch, seed, step, progress.kl_coef)
+        figures |= self.critic.learn(batch, seed, step)
         progress.step = step
         if config.kl.target is not None:
             progress.kl_coef = objective.adapted_coef(
@@ -230,11 +225,11 @@ class Training:
         return updated - clock
 
 
-def save_roles(roles: Roles, directory: Path) -> None:
-    """Policy and value role under ``directory``, whole or not at all."""
+def save_roles(roles: Roles, critic: experiences.Critic, directory: Path) -> None:
+    """Policy and critic under ``directory``, whole or not at all."""
     with storage.staged_directory(directory) as staging:
-        for slot in ("policy", "value"):
-            roles.save(slot, staging / slot)
+        roles.save("policy", staging / "policy")
+        critic.save(staging / "value")
 
 
 def _say(step: int, figures: dict[str, float]) -> None:

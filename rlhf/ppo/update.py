@@ -1,4 +1,4 @@
-"""The update on one batch: epochs of minibatches, micro-batches that add up exactly, one role at a time."""
+"""The policy's update on one batch: epochs of minibatches, micro-batches that add up exactly."""
 
 from __future__ import annotations
 
@@ -44,78 +44,38 @@ def minibatches(num_rows: int, size: int, seed: int, epoch: int) -> Iterator[lis
 
 
 def update(
-    config: PpoConfig, roles: Roles, policy_optimizer: Optimizer, value_optimizer: Optimizer, base: Base,
-    experience: Experience, seed: int, step: int, kl_coef: float,
+    config: PpoConfig, roles: Roles, optimizer: Optimizer, base: Base, experience: Experience, seed: int, step: int,
+    kl_coef: float,
 ) -> dict[str, float]:  # fmt: skip
-    """``update.epochs`` passes over the batch for policy and value; returns the means over the minibatches.
+    """``update.epochs`` passes of the policy over the batch; returns the means over the minibatches.
 
     Ends a pass and all later ones before a step whose minibatch has a mean update KL above ``update.target_kl``.
     """
     advantages = prepare_advantages(config, experience)
-    policy_totals, value_totals, stopped = Totals(), Totals(), False
+    totals, stopped = Totals(), False
     for epoch in range(config.update.epochs):
         for rows in minibatches(len(experience.samples), config.batch.minibatch_size, seed, epoch):
             chosen = [int(row) for row in rows]
             figures = _policy_gradient(config, roles, base, experience, advantages, chosen, kl_coef)
             if config.update.target_kl is not None and figures["approx_kl"] > config.update.target_kl:
-                _clear(policy_optimizer)
+                _clear(optimizer)
                 log.info("Step %d: update KL %.4f, epochs ended early.", step, figures["approx_kl"])
                 stopped = True
                 break
-            figures["grad_norm"] = policy_optimizer.step(_place("policy", step, chosen))
-            policy_totals.add(figures)
-            value_totals.add(value_step(config, roles, value_optimizer, base, experience, chosen, step))
+            figures["grad_norm"] = optimizer.step(place("policy", step, chosen))
+            totals.add(figures)
         if stopped:
             break
     return {
-        **policy_totals.means("update/policy_"), **value_totals.means("update/value_"),
-        "update/optimizer_steps": policy_totals.count, "update/learning_rate": policy_optimizer.learning_rate,
-        "update/kl_coef": kl_coef,
+        **totals.means("update/policy_"), "update/optimizer_steps": totals.count,
+        "update/learning_rate": optimizer.learning_rate, "update/kl_coef": kl_coef,
     }  # fmt: skip
-
-
-def fit_value(
-    config: PpoConfig, roles: Roles, optimizer: Optimizer, base: Base, experience: Experience, seed: int, step: int
-) -> dict[str, float]:
-    """The same passes for the value role alone."""
-    totals = Totals()
-    for epoch in range(config.update.epochs):
-        for rows in minibatches(len(experience.samples), config.batch.minibatch_size, seed, epoch):
-            totals.add(value_step(config, roles, optimizer, base, experience, [int(row) for row in rows], step))
-    return totals.means("update/value_")
 
 
 def prepare_advantages(config: PpoConfig, experience: Experience) -> Tensor:
     """[B, T] normalised over the whole batch, or only centred."""
     shape = tensors.normalize if config.update.normalise_advantages else tensors.center
     return shape(experience.advantages, experience.mask)
-
-
-def value_step(
-    config: PpoConfig,
-    roles: Roles,
-    optimizer: Optimizer,
-    base: Base,
-    experience: Experience,
-    rows: list[int],
-    step: int,
-) -> dict[str, float]:
-    """One optimizer step of the value role on the minibatch ``rows``."""
-    num_tokens = int(experience.mask[rows].sum())
-    totals: dict[str, float] = {"loss": 0.0, "clip_fraction": 0.0}
-    for part, sequences, mask in _parts(config, base, experience, rows):
-        cut = _cutter(part, mask)
-        with roles.acting_as("value") as (model, head):
-            values = forward.state_values(model, head, sequences)
-            outcome = objective.value_loss(
-                values, cut(experience.old_values), cut(experience.returns), mask, config.update.value_clip_range,
-                num_tokens,
-            )  # fmt: skip
-            outcome.loss.backward()
-        totals["loss"] += float(outcome.loss.detach())
-        totals["clip_fraction"] += float(outcome.clip_fraction)
-    totals["grad_norm"] = optimizer.step(_place("value", step, rows))
-    return totals
 
 
 def _policy_gradient(
@@ -125,8 +85,8 @@ def _policy_gradient(
     """Accumulate the policy's gradient on the minibatch ``rows``; nothing is applied."""
     num_tokens = int(experience.mask[rows].sum())
     totals = {"loss": 0.0, "clip_fraction": 0.0, "approx_kl": 0.0, "ratio": 0.0}
-    for part, sequences, mask in _parts(config, base, experience, rows):
-        cut = _cutter(part, mask)
+    for part, sequences, mask in micro_batches_of(config, base, experience, rows):
+        cut = cutter(part, mask)
         old, ref = cut(experience.old_logprobs), cut(experience.ref_logprobs)
         with roles.acting_as("policy") as (model, _):
             if config.update.entropy_coef:
@@ -146,7 +106,7 @@ def _policy_gradient(
     return totals
 
 
-def _parts(
+def micro_batches_of(
     config: PpoConfig, base: Base, experience: Experience, rows: Sequence[int]
 ) -> Iterator[tuple[list[int], Sequences, Tensor]]:
     """Micro-batches of the minibatch: rows of the batch, their sequences, their mask on the device."""
@@ -157,12 +117,12 @@ def _parts(
         yield part, sequences, sequences.mask
 
 
-def _cutter(rows: list[int], mask: Tensor):  # type: ignore[no-untyped-def]
+def cutter(rows: list[int], mask: Tensor):  # type: ignore[no-untyped-def]
     """A function that takes these rows of a [B, T] tensor, as narrow as ``mask``, onto its device."""
     return lambda whole: whole[rows, : mask.shape[1]].to(mask.device)
 
 
-def _place(role: str, step: int, rows: Sequence[int]) -> str:
+def place(role: str, step: int, rows: Sequence[int]) -> str:
     return f"{role}, step {step}, responses {', '.join(map(str, rows))} of the batch"
 
 

@@ -1,4 +1,4 @@
-"""PPO: four roles on one frozen base, a per-token KL penalty, and the best step kept beside the last."""
+"""PPO: its roles on one frozen base, a per-token KL penalty, and the best step kept beside the last."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ from rlhf.models.first_step import FirstStep
 from rlhf.models.heads import ScalarHead
 from rlhf.models.roles import Roles, SeparateModels, SharedBase
 from rlhf.optimizer import Optimizer
+from rlhf.ppo.experience import Critic
+from rlhf.ppo.least_squares import LeastSquares
 from rlhf.ppo.training import Training, save_roles
+from rlhf.ppo.value_role import ValueRole
 from rlhf.preflight import Plan
 from rlhf.progress import bar
 from rlhf.rollouts.hf import HfEngine
@@ -83,13 +86,9 @@ def _set_up(config: PpoConfig, plan: Plan, run: Run) -> Training:
     log.info(report.sentence("Prompts"))
     roles, scorer, standardised = _roles(config, plan, base)
     engine = open_engine(roles, "policy", base.chat, config.sampling)
-    updates = config.update.epochs * (config.batch.batch_size // config.batch.minibatch_size)
-    policy_steps, value_steps = config.steps * updates, (config.steps + config.value.pretrain_steps) * updates
-    return Training(
-        config, run, base, roles, engine, scorer, standardised,
-        _optimizer(config, roles, "policy", config.optim.learning_rate, policy_steps),
-        _optimizer(config, roles, "value", config.optim.value_learning_rate, value_steps), train, held_out,
-    )  # fmt: skip
+    optimizer = _optimizer(config, roles, "policy", config.optim.learning_rate, config.steps)
+    critic = _critic(config, roles, base)
+    return Training(config, run, base, roles, critic, engine, scorer, standardised, optimizer, train, held_out)
 
 
 def _prompts(config: PpoConfig, plan: Plan, chat: Any) -> tuple[list[PromptRow], list[PromptRow], Any]:
@@ -110,10 +109,10 @@ def _prompts(config: PpoConfig, plan: Plan, chat: Any) -> tuple[list[PromptRow],
 
 
 def _roles(config: PpoConfig, plan: Plan, base: Base) -> tuple[Roles, Scorer, list[StandardisedScorer]]:
-    """policy, reference, one slot for each reward run on this base, and the value role; and what scores.
+    """policy, reference, one slot for each reward run on this base, a value role if one is trained; and what scores.
 
-    With adapters all of them share the base. With ``lora: null`` policy and value role are models of their own, and
-    the frozen roles share the base.
+    With adapters all of them share the base. With ``lora: null`` what is trained are models of their own, and the
+    frozen roles share the base.
     """
     shared = SharedBase(base)
     if config.lora:
@@ -141,6 +140,8 @@ def _roles(config: PpoConfig, plan: Plan, base: Base) -> tuple[Roles, Scorer, li
 
 def _with_value(config: PpoConfig, plan: Plan, base: Base, shared: SharedBase) -> Roles:
     """The value role as one more adapter: a copy of a reward role's (of an ensemble's first), or a start of zeros."""
+    if config.value.fit == "least_squares":
+        return shared
     assert config.lora
     here = [(run, head) for run, manifest, head in _reward_runs(config, plan) if is_on(manifest, base)]
     run, name = here[0] if here and config.value.start == "reward" else (None, None)
@@ -168,10 +169,12 @@ def _reward_runs(config: PpoConfig, plan: Plan) -> list[tuple[str, Manifest, str
 
 
 def _whole(config: PpoConfig, plan: Plan, base: Base, shared: SharedBase) -> Roles:
-    """Policy and value role as models of their own, each starting as a copy of its run's model."""
+    """What is trained as models of their own, each starting as a copy of its run's model."""
     roles = SeparateModels(base.device)
     roles.adopt(shared)
     roles.add("policy", merged.copy_of(config.policy, plan.parents["policy"], base.device), trained=True)
+    if config.value.fit == "least_squares":
+        return roles
     for run, manifest, name in _reward_runs(config, plan) if config.value.start == "reward" else []:
         copy = merged.copy_of(run, manifest, base.device)
         if copy.chat.same_tokens(base.chat):
@@ -184,9 +187,22 @@ def _whole(config: PpoConfig, plan: Plan, base: Base, shared: SharedBase) -> Rol
     return roles
 
 
-def _optimizer(config: PpoConfig, roles: Roles, slot: str, learning_rate: float, total_steps: int) -> Optimizer:
+def _critic(config: PpoConfig, roles: Roles, base: Base) -> Critic:
+    if config.value.fit == "gradient":
+        steps = config.steps + config.value.pretrain_steps
+        optimizer = _optimizer(config, roles, "value", config.optim.value_learning_rate, steps)
+        return ValueRole(config, roles, base, optimizer)
+    unused = config.set_for_gradients()
+    if unused:
+        log.info("value.fit: least_squares has no use for %s.", " and ".join(unused))
+    return LeastSquares(base.hidden_size, base.device)
+
+
+def _optimizer(config: PpoConfig, roles: Roles, slot: str, learning_rate: float, steps: int) -> Optimizer:
+    """For so many batches."""
+    total = steps * config.update.epochs * (config.batch.batch_size // config.batch.minibatch_size)
     return Optimizer(
-        roles.trained_parameters(slot), learning_rate, total_steps, weight_decay=config.optim.weight_decay,
+        roles.trained_parameters(slot), learning_rate, total, weight_decay=config.optim.weight_decay,
         warmup_ratio=config.optim.warmup_ratio, schedule=config.optim.schedule,
         max_grad_norm=config.optim.max_grad_norm,
     )  # fmt: skip
@@ -197,7 +213,7 @@ def _finish(config: PpoConfig, plan: Plan, run: Run, training: Training) -> Mani
     progress, saved = training.progress, training.saved
     best, last = saved.directory / BEST, saved.directory / "last"
     storage.copy_directory(saved.directory / f"{BEST}-{progress.best_step}", best)
-    save_roles(training.roles, last)
+    save_roles(training.roles, training.critic, last)
     chosen = progress.best_step if config.use == BEST else progress.step
     result = artifacts.ADAPTER if config.lora else artifacts.MODEL
     storage.copy_directory((best if config.use == BEST else last) / "policy" / result, run.path / result)

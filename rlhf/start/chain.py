@@ -182,7 +182,6 @@ def ppo(basis: Basis) -> Tree:
         "kl": {"coef": Choice(0.05, "score units a nat (N+ details); raise it where samples become strange")},
         "optim": {
             "learning_rate": Choice(size.policy, choose.rate_source(size, "policy")),
-            "value_learning_rate": Choice(size.value, choose.rate_source(size, "value")),
             "schedule": "linear",
         },
         "evaluation": {"every": max(1, steps // 5), "holdout_fraction": share},

@@ -28,7 +28,6 @@ class Size:
     sft: float
     reward: float
     policy: float
-    value: float
     batch: int
     tokens: int
     steps: int
@@ -43,17 +42,16 @@ class Size:
 
 LORA = "LoRA wants ten times the rate of full fine-tuning (Schulman et al. 2025, LoRA Without Regret)"
 SIZES = (
-    Size(1e7, 3e-3, 2e-3, 1.5e-3, 1e-3, 64, 8192, 300, 30, "measured on the embedded world's base of 1.4 M parameters"),
-    Size(1e8, 1e-3, 5e-4, 2e-4, 3e-4, 64, 8192, 100, 10, "between the embedded world's and those for 0.1 B and more"),
-    Size(3e9, 2e-4, 1e-4, 3e-5, 1e-4, 128, 8192, 60, 10, ""),
-    Size(13.5e9, 2e-4, 1e-4, 3e-5, 1e-4, 128, 4096, 60, 10, ""),
-    Size(math.inf, 1e-4, 5e-5, 1e-5, 3e-5, 128, 2048, 60, 10, ""),
+    Size(1e7, 3e-3, 2e-3, 1.5e-3, 64, 8192, 300, 30, "measured on the embedded world's base of 1.4 M parameters"),
+    Size(1e8, 1e-3, 5e-4, 2e-4, 64, 8192, 100, 10, "between the embedded world's and those for 0.1 B and more"),
+    Size(3e9, 2e-4, 1e-4, 3e-5, 128, 8192, 60, 10, ""),
+    Size(13.5e9, 2e-4, 1e-4, 3e-5, 128, 4096, 60, 10, ""),
+    Size(math.inf, 1e-4, 5e-5, 1e-5, 128, 2048, 60, 10, ""),
 )  # fmt: skip
 SOURCES = {
     "sft": "QLoRA's: 2e-4 up to 13 B, 1e-4 above (Dettmers et al. 2023, table 9)",
     "reward": f"1e-5 in full is TRL's default for reward models; {LORA}",
     "policy": f"3e-6 in full (Huang et al. 2024, N+ details); {LORA}",
-    "value": f"9e-6 in full for the critic (OpenRLHF); {LORA}",
 }
 
 

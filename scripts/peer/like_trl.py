@@ -13,8 +13,8 @@ from rlhf.evaluation import policy as measure
 from rlhf.models import forward
 from rlhf.ppo import experience as experiences
 from rlhf.ppo import objective
-from rlhf.ppo import update as updates
 from rlhf.ppo.training import Training
+from rlhf.ppo.value_role import ValueRole
 
 EPS, VALUE_COEF = 1e-8, 0.1  # of transformers' AdamW and of TRL's PPOConfig
 
@@ -44,7 +44,8 @@ class LikeTrl(Measured):
         self.set_epsilons()
 
     def set_epsilons(self) -> None:
-        for optimizer, eps in ((self.policy_optimizer, EPS), (self.value_optimizer, EPS / VALUE_COEF)):
+        assert isinstance(self.critic, ValueRole)
+        for optimizer, eps in ((self.optimizer, EPS), (self.critic.optimizer, EPS / VALUE_COEF)):
             for group in optimizer.adamw.param_groups:
                 group["eps"] = eps
 
@@ -71,13 +72,13 @@ class LikeTrl(Measured):
         return replace(batch, advantages=advantages.masked_fill(~batch.mask, 0.0))
 
     def step(self) -> float:
-        """The update's value steps learn from ``late``, its policy steps from the batch."""
-        value_step = updates.value_step
+        """The critic learns from ``late``, the policy from the batch."""
+        learn = self.critic.learn
 
-        def on_late(config: Any, roles: Any, optimizer: Any, base: Any, _: Any, *rest: Any) -> dict[str, float]:
-            return value_step(config, roles, optimizer, base, self.late, *rest)
+        def from_late(_: Any, seed: int, step: int) -> dict[str, float]:
+            return learn(self.late, seed, step)
 
-        with mock.patch.object(updates, "value_step", on_late):
+        with mock.patch.object(self.critic, "learn", from_late):
             return super().step()
 
 
