@@ -2,6 +2,7 @@
 
     python scripts/compare_peer.py --runs runs/seeds --peer /path/to/python-of-trl-1.12 [--seeds 0-4]
     python scripts/compare_peer.py --runs runs/seeds --peer ... --compatibility
+    python scripts/compare_peer.py --runs runs/seeds --critics [--steps 28]
 
 Needs finished chains RUNS/<seed>/{sft,train-rm} (`make seeds`). The peer, trl 1.12.0, has an environment of its own
 (scripts/peer/trl_ppo_world.py); without --peer only ours is measured. Both have the same base, SFT policy, reward
@@ -10,8 +11,9 @@ model, prompts, batch, rates and ranges, one thread, and are judged by the same 
 As users run them: ours with configs/ppo.yaml, value pretraining counted; the peer with a fresh adapter on the merged
 SFT model, and on a copy of the reward model as its critic. --compatibility: ours is set up as the peer is
 (scripts/peer/like_trl.py), the peer continues the SFT and the reward adapter as ours does, and both share the order of
-prompts and minibatches and the sampling noise, so that the curves should coincide. Resumable; ends with tables and one
-line of JSON.
+prompts and minibatches and the sampling noise, so that the curves should coincide. --critics: the peer is our own PPO
+with a value role trained by gradients, ours has its critic by least squares. Resumable; ends with tables and one line
+of JSON.
 """
 
 from __future__ import annotations
@@ -48,21 +50,23 @@ from rlhf.stages import export, ppo
 from rlhf.stages.registry import STAGES
 from rlhf.tracking import Tracker
 
-PEER_VALUE_RATE = 1e-3  # the best that was found for a critic trained by gradients
+VALUE_RATE = 1e-3  # the best that was found for a critic trained by gradients
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def config_of(args: argparse.Namespace, seed: int, out: Path) -> PpoConfig:
-    """The config, moved to this seed's chain; with --compatibility what the peer's settings are in its keys."""
+    """The config, moved to this seed's chain; with --compatibility what the peer's settings are in its keys, and for
+    the other side of --critics a critic that gradients train."""
     chain = args.runs / str(seed)
     overrides = [
-        f"run_dir={out}/run", f"seed={seed}", f"policy={chain}/sft", f"rewards.0.run={chain}/train-rm",
+        f"run_dir={out}/{args.side}", f"seed={seed}", f"policy={chain}/sft", f"rewards.0.run={chain}/train-rm",
         f"prompts.path=demo:prompts?seed={seed}", f"steps={args.steps}", "save_every=null", "report_to=none",
     ]  # fmt: skip
+    if args.compatibility or (args.critics and args.side == PEER):
+        overrides += ["value.fit=gradient", f"optim.value_learning_rate={VALUE_RATE}"]
     if args.compatibility:
         penalty = -load.load(PpoConfig, args.config).missing_eos.score
         overrides += ["missing_eos.mode=subtract", f"missing_eos.penalty={penalty}"]
-        overrides += ["value.fit=gradient", f"optim.value_learning_rate={PEER_VALUE_RATE}"]
         overrides += ["value.pretrain_steps=0", "optim.max_grad_norm=1e9"]
     return load.load(PpoConfig, args.config, overrides)
 
@@ -72,7 +76,7 @@ def evaluation_sampling(config: PpoConfig) -> Sampling:
 
 
 def measure_ours(args: argparse.Namespace, seed: int, out: Path) -> None:
-    """Train step by step in this process; writes ``out/ours.json``."""
+    """Train step by step in this process; writes ``out/SIDE.json``."""
     config = config_of(args, seed, out)
     plan = preflight.prepare(config, STAGES["ppo"].needs(config))
     lines: list[dict[str, Any]] = []
@@ -99,7 +103,7 @@ def measure_ours(args: argparse.Namespace, seed: int, out: Path) -> None:
                 while training.progress.pretraining is None:
                     training.pretrain_value()
             training.step()
-    write_judged(training.base, seed, lines, out / f"{OURS}.json")
+    write_judged(training.base, seed, lines, out / f"{args.side}.json")
 
 
 def measure_peer(args: argparse.Namespace, seed: int, out: Path) -> None:
@@ -149,7 +153,7 @@ def job_of(args: argparse.Namespace, config: PpoConfig, plan: preflight.Plan, ba
         "prompts": [row.ids for row in rows], "noise": str(out / "noise.safetensors"), "permutations": permutations,
         "held_out": [row.ids for row in q.test_prompts(base, q.NUM_PROMPTS, config.seed)],
         "evaluate_every": args.every, "out": str(out / "peer.jsonl"),
-        "value_learning_rate": PEER_VALUE_RATE,
+        "value_learning_rate": VALUE_RATE,
         "ppo": {
             "output_dir": str(out / "trl"), "seed": config.seed, "learning_rate": config.optim.learning_rate,
             "lr_scheduler_type": config.optim.schedule, "weight_decay": config.optim.weight_decay,
@@ -191,10 +195,14 @@ def curve_of(args: argparse.Namespace, path: Path) -> list[dict[str, Any]]:
     return curve if [row["step"] for row in curve] == steps else []
 
 
+def sides_of(args: argparse.Namespace) -> tuple[str, ...]:
+    return (PEER, OURS) if args.peer or args.critics else (OURS,)
+
+
 def run_all(args: argparse.Namespace, seeds: Sequence[int], mode: Path) -> None:
     """Every measurement that is missing, each in a process of its own, the peer and ours in turn."""
     for seed in seeds:
-        for side in (PEER, OURS) if args.peer else (OURS,):
+        for side in sides_of(args):
             if curve_of(args, mode / str(seed) / f"{side}.json"):
                 continue
             command = [sys.executable, *sys.argv, "--one", str(seed), "--side", side]
@@ -211,23 +219,29 @@ def main() -> None:
     parser.add_argument("--peer", help="python of an environment with trl==1.12.0; without it only ours is measured")
     parser.add_argument("--compatibility", action="store_true", help="ours set up as the peer, shared randomness")
     parser.add_argument("--critic", choices=("lora", "full"), default="lora", help="what the peer trains of its critic")
+    parser.add_argument("--critics", action="store_true", help="ours beside itself with value.fit: gradient")
     parser.add_argument("--steps", type=int, default=14)
     parser.add_argument("--every", type=int, default=2, help="steps between evaluations")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--side", choices=(OURS, PEER), help=argparse.SUPPRESS)
     args = parser.parse_args()
     progress.log_to_console()
+    if args.critics and (args.peer or args.compatibility):
+        parser.error("--critics compares ours with itself")
     if args.steps % args.every or args.steps < 2 * args.every:
         parser.error("--steps takes a multiple of --every, twice it at least")
-    mode = args.out / "-".join(["compatibility" if args.compatibility else "as-run", args.critic])
+    kind = "compatibility" if args.compatibility else "as-run"
+    mode = args.out / ("critics" if args.critics else f"{kind}-{args.critic}")
     if args.one is not None:
-        (measure_ours if args.side == OURS else measure_peer)(args, args.one, mode / str(args.one))
+        (measure_ours if args.side == OURS or args.critics else measure_peer)(args, args.one, mode / str(args.one))
         return
     first, _, last = args.seeds.partition("-")
     seeds = range(int(first), int(last or first) + 1)
     run_all(args, seeds, mode)
-    sides = (OURS, PEER) if args.peer else (OURS,)
-    found = {seed: {side: curve_of(args, mode / str(seed) / f"{side}.json") for side in sides} for seed in seeds}
+    found = {
+        seed: {side: curve_of(args, mode / str(seed) / f"{side}.json") for side in reversed(sides_of(args))}
+        for seed in seeds
+    }
     print(json.dumps(curves.report(found)))
 
 

@@ -75,7 +75,7 @@ def test_the_pipeline_runs_every_stage_and_then_skips_them(chain):
         ("train-rm", ["adapter/adapter_model.safetensors", "head/head.safetensors", "head/head.json"]),
         ("ppo", ["adapter/adapter_model.safetensors", "checkpoints/step-2/tensors.safetensors",
                  "checkpoints/best/policy/adapter/adapter_model.safetensors",
-                 "checkpoints/last/value/head/head.safetensors", "samples/step-0.jsonl", "samples/step-3.jsonl"]),
+                 "checkpoints/last/value/critic.safetensors", "samples/step-0.jsonl", "samples/step-3.jsonl"]),
         ("eval-rm", ["eval.json", "plots/reliability.png", "plots/length_gap.png"]),
     ],
 )  # fmt: skip
@@ -92,7 +92,7 @@ def test_the_rounds_of_ppo_say_what_matters(chain):
     assert [row["step"] for row in steps] == [1, 2, 3]
     assert all(row["update/optimizer_steps"] == 4 for row in steps)
     for name in ("rollout/score", "rollout/exact_kl_nats", "rollout/entropy_nats", "update/policy_grad_norm",
-                 "update/value_grad_norm", "update/policy_clip_fraction", "rollout/explained_variance"):  # fmt: skip
+                 "update/value_loss", "update/policy_clip_fraction", "rollout/explained_variance"):  # fmt: skip
         assert all(isinstance(row[name], float) for row in steps), name
     assert abs(steps[0]["rollout/exact_kl_nats"]) < 1e-4 and steps[0]["rollout/kl_nats"] == pytest.approx(0, abs=1e-4)
     assert [row["step"] for row in rows if "eval/score" in row] == [0, 2, 3]
@@ -204,14 +204,17 @@ def test_every_other_way_of_ppo_runs_too(chain):
         "rewards=[{run: runs/train-rm, weight: 0.5}, {function: 'my_reward:short', weight: 2.0}]",
         "missing_eos.mode=subtract", "update.value_lam=1.0", "runtime.gradient_checkpointing=true", "use=last",
         "evaluation.data={path: 'demo:prompts?split=validation&size=8'}", "report_to=none", "update.entropy_coef=0.01",
-        cwd=chain,
+        "value.fit=gradient", cwd=chain,
     )  # fmt: skip
     details = manifest(chain, "other-ppo")["details"]
     assert details["used_step"] == 2 and details["kl_coef_at_the_end"] != 0.1
+    assert (chain / "runs/other-ppo/checkpoints/best/value/head/head.safetensors").is_file()
+    rows = [json.loads(line) for line in (chain / "runs/other-ppo/metrics.jsonl").read_text().splitlines()]
+    assert all(row["update/value_grad_norm"] > 0 for row in rows if "update/policy_loss" in row)
     assert not (chain / "runs/other-ppo/tensorboard").exists() and (chain / "runs/ppo/tensorboard").is_dir()
     rlhf(
         "ppo", "run_dir=runs/loss-ppo", "steps=2", "kl.place=loss", "update.normalise_advantages=false",
-        "rewards=[{function: 'my_reward:short'}]", "value.start=reward", cwd=chain,
+        "rewards=[{function: 'my_reward:short'}]", "value.fit=gradient", cwd=chain,
     )  # fmt: skip
     assert "head of zeros" in (chain / "runs/loss-ppo/run.log").read_text()
 
@@ -343,11 +346,13 @@ def test_a_reward_model_from_elsewhere_scores_examines_and_ranks(chain, exported
 
 def test_ppo_learns_from_a_reward_model_from_elsewhere_and_from_a_run_on_another_base(chain, exported, tmp_path):
     term = json.dumps({"model": {"path": exported}, "standardise_samples": 16})
-    rlhf("ppo", "run_dir=runs/ppo-elsewhere", f"rewards=[{term}]", "steps=1", cwd=chain)
+    rlhf(
+        "ppo", "run_dir=runs/ppo-elsewhere", f"rewards=[{term}]", "steps=1", "optim.value_learning_rate=1e-3", cwd=chain
+    )
     made = manifest(chain, "ppo-elsewhere")
     assert made["identity"]["rewards.0.model.files"] and made["details"]["standards"][0]["scale"] > 0
     log = (chain / "runs/ppo-elsewhere/run.log").read_text()
-    assert "elsewhere standardised on" in log and "the value role starts from the SFT adapter" in log
+    assert "elsewhere standardised on" in log and "has no use for optim.value_learning_rate." in log
 
     tiny.build(tmp_path / "model")
     rows = [{"prompt": f"hi {n % 20}", "completion": f"ok {n % 3}"} for n in range(40)]

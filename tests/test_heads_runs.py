@@ -220,7 +220,11 @@ def test_a_head_of_a_run_is_a_reward_of_its_own(summed, gated, capsys):
     assert scores_of(head="safe") == pytest.approx(wanted, abs=1e-5)
     source = {"run": "runs/summed", "head": "safe", "weight": 2.0}
     short = {"steps": 1, "evaluation": {"every": 1, "num_prompts": 3, "holdout_fraction": 0.3}}
-    run = train("ppo", "ppo-safe", {**rewards.PPO, "rewards": [source], **short})
+    run = train(
+        "ppo",
+        "ppo-safe",
+        {**rewards.PPO, "rewards": [source], **short, "value": {"fit": "gradient", "pretrain_steps": 0}},
+    )
     head, value = ScalarHead.load(summed / "head"), ScalarHead.load(run / "checkpoints/best/value/head")
     assert value.names == ("safe",)
     hidden = torch.randn(5, 32)

@@ -160,7 +160,7 @@ class PpoConfig(StageConfig):
     )
     lora: RoleLoraSection | None = Field(
         default_factory=RoleLoraSection,
-        description="adapters of policy and value role; null: every weight of a model for each",
+        description="adapters of what is trained; null: every weight of a model for each",
     )
     prompts: PromptsSection = Field(description="prompts to answer")
     samples_per_prompt: Count = Field(1, description="responses a prompt in each batch; divides batch.batch_size")

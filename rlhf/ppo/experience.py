@@ -148,7 +148,7 @@ def kl_penalty(section: KlSection, logprobs: Tensor, ref_logprobs: Tensor, exact
 
 
 def estimate(config: PpoConfig, rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Advantages of the policy and returns of the value role, which may have a lambda of its own."""
+    """Advantages of the policy and returns for the critic, which may have a lambda of its own."""
     update = config.update
     advantages = objective.gae_advantages(rewards, values, mask, update.gamma, update.lam)
     value_lam = update.lam if update.value_lam is None else update.value_lam

@@ -104,7 +104,8 @@ class LeastSquares:
 
     def save(self, directory: Path) -> None:
         """Write ``directory/critic.safetensors``."""
-        storage.write_bytes(directory / WEIGHTS, save(self._tensors()))
+        with storage.staged_directory(directory) as staging:
+            storage.write_bytes(staging / WEIGHTS, save(self._tensors()))
 
     def state_dict(self) -> dict[str, Any]:
         return {"fits": self.fits, **self._tensors()}

@@ -37,7 +37,7 @@ class Progress:
     """What a run carries from step to step beside roles and optimizers. Stateful.
 
     Args:
-        num_pretrained: batches that the value role was fitted to before step 1; ``pretraining`` is the outcome.
+        num_pretrained: batches that the critic learnt from before step 1; ``pretraining`` is the outcome.
         first, last, best_figures: the evaluations at the start, at the latest and at the best step.
     """
 

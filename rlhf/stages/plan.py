@@ -142,7 +142,8 @@ def _spec(config: StageConfig, stage_id: str, path: Path, device: str) -> tuple[
     if unmade:
         assumed.append(f"one member in {', '.join(unmade)}, which {'is' if len(unmade) == 1 else 'are'} not there yet")
     if stage_id == "ppo" and found.value_rank is None:
-        assumed.append(f"reward and value roles of the policy's rank, {origin.rank}")
+        who = "reward and value roles" if found.trains_value else "reward roles"
+        assumed.append(f"{who} of the policy's rank, {origin.rank}")
     return found, origin.said_by, assumed
 
 

@@ -38,7 +38,7 @@ log = logging.getLogger("rlhf")
 
 
 def run(config: PpoConfig, plan: Plan, run: Run) -> Manifest:
-    """Measure the start, teach the value role, then roll out and update; write the chosen step.
+    """Measure the start, teach the critic, then roll out and update; write the chosen step.
 
     A checkpoint may follow each of these; a resumed run goes on with the first one that is missing.
     """
