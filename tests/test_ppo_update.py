@@ -54,13 +54,13 @@ def world(tmp_path):
         roles.add(name, adapter=lora(opened), head=head, trained=name != "reference")
         shake(roles, name, seed, size=0.1)
     roles.peft("policy")
-    prompts = [PromptRow((Message("user", "p" * n),), [70 + n] * (n + 1)) for n in range(6)]
+    prompts = [PromptRow((Message("user", "p" * n),), [70 + n] * (n + 1)) for n in (3, 0, 5, 1, 4, 2)]
 
-    def collect(chosen, coef=0.1, critic=None):
+    def collect(chosen, coef=0.1, critic=None, seed=3):
         critic = critic or critic_of(chosen, roles, opened)
         engine = HfEngine(roles, "policy", opened.chat, chosen.sampling.concurrency)
         scorer = FunctionScorer(f"{__name__}:lengths")
-        return experiences.collect(chosen, roles, critic, engine, scorer, opened, prompts, 3, 0, coef)
+        return experiences.collect(chosen, roles, critic, engine, scorer, opened, prompts, seed, 0, coef)
 
     return opened, roles, collect
 
@@ -258,7 +258,7 @@ def test_the_critic_by_least_squares_is_at_the_minimum_of_its_cost(world):
     critic, chosen = LeastSquares(32, opened.device), config()
     weight, bias, mean, scale = torch.zeros(32 + least_squares.FEATURES).double(), 0.0, None, None
     for number in range(2):
-        batch = collect(chosen, 0.1 + number, critic)
+        batch = collect(chosen, 0.1 + number, critic, number)
         states, returns, values = [], [], []
         for row, sample in enumerate(batch.samples):
             ids = torch.tensor([[*sample.prompt_ids, *sample.response_ids]])
@@ -299,7 +299,7 @@ def test_the_critic_by_least_squares_comes_back_from_its_state(world):
     again = LeastSquares(32, opened.device)
     again.load_state_dict(critic.state_dict())
     for own in (critic, again):
-        own.learn(collect(chosen, 0.3, own), 0, 1)
+        own.learn(collect(chosen, 0.3, own, 5), 0, 1)
     first, second = critic.state_dict(), again.state_dict()
     assert first.pop("fits") == second.pop("fits") == 2
     assert all(torch.equal(first[name], second[name]) for name in first)

@@ -61,8 +61,8 @@ class LeastSquares:
             self._standardise([hidden for _, hidden in batch.states])
         moments = self._moments(batch).cpu()
         weight, bias = ridge(moments, PULL)
-        self.weight += weight.to(self.exact)
-        self.bias += bias.to(self.exact)
+        self.weight = self.weight + weight.to(self.exact)
+        self.bias = self.bias + bias.to(self.exact)
         self.fits += 1
         change = torch.cat([-weight, torch.ones(1).double(), -bias[None]])
         return {"update/value_loss": 0.5 * float(change @ moments @ change / moments[-1, -1])}
