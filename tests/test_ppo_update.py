@@ -288,6 +288,7 @@ def test_the_critic_by_least_squares_is_at_the_minimum_of_its_cost(world):
         weight, bias = weight + change, bias + wrong.mean() - f.mean(0) @ change
         loss = critic.learn(batch, 0, number)["update/value_loss"]
         assert torch.allclose(critic.weight, weight, atol=1e-4 * float(weight.abs().max()))
+        assert float(critic.bias) == pytest.approx(float(bias), rel=1e-4)
         assert loss == pytest.approx(0.5 * float((y - f @ weight - bias).square().mean()), rel=1e-3)
         assert loss < 0.5 * float(wrong.square().mean())
 
