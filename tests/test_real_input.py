@@ -65,8 +65,8 @@ sampling: {{max_new_tokens: 200}}
 missing_eos: {{mode: replace, score: -2.0}}
 batch: {{batch_size: 32, minibatch_size: 16, micro_batch_size: 8}}
 kl: {{coef: 0.05}}
-optim: {{learning_rate: 3e-4, value_learning_rate: 1e-3}}
-value: {{start: zero, pretrain_steps: 3}}
+optim: {{learning_rate: 3e-4}}
+value: {{pretrain_steps: 3}}
 evaluation: {{every: 4, num_prompts: 48}}
 steps: 8
 """

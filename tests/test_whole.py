@@ -221,7 +221,7 @@ CONFIGS = {
     "ppo": {
         "policy": "runs/sft", "rewards": [{"run": "runs/train-rm"}], "lora": None,
         "prompts": {"path": "rows.jsonl", "max_tokens": 32}, "steps": 4, "save_every": 2,
-        "report_to": "none", "value": {"pretrain_steps": 1},
+        "report_to": "none", "value": {"fit": "gradient", "pretrain_steps": 1},
         "batch": {"batch_size": 8, "minibatch_size": 4, "micro_batch_size": 4}, "sampling": {"max_new_tokens": 8},
         "optim": {"learning_rate": 1e-3, "value_learning_rate": 1e-3},
         "evaluation": {"every": 2, "num_prompts": 4, "holdout_fraction": 0.3},
@@ -279,6 +279,15 @@ def goes_on(home, stage, run, *settings):
     shutil.rmtree(cut / "model")
     assert "Resumed from" in run_stage(home, stage, f"run_dir=runs/{run}-cut", *settings, "--resume")
     return fingerprint(cut) == fingerprint(finished)
+
+
+def test_without_a_value_role_the_policy_alone_is_a_model_of_its_own(whole_chain):
+    run_stage(whole_chain, "ppo", "run_dir=runs/solved", "value.fit=least_squares")
+    last = whole_chain / "runs/solved/checkpoints/last"
+    assert sorted(path.name for path in (last / "value").iterdir()) == ["critic.safetensors"]
+    assert (last / "policy/model").is_dir()
+    assert (whole_chain / "runs/ppo/checkpoints/last/value/model").is_dir()
+    assert goes_on(whole_chain, "ppo", "solved", "value.fit=least_squares")
 
 
 def test_batches_of_like_length_go_on_in_the_same_order(whole_chain):
