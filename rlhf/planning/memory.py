@@ -22,9 +22,11 @@ tensors, and ``scripts/measure_memory.py`` compares every phase with what torch'
     300 M  bfloat16                 -1.1    +0.5    +0.4    +0.4   +0.1       +0.9
     71 M   nf4                      -1.9    +1.0    +0.6    +0.9   +0.2       +2.3
     71 M   nf4, on                  -1.9    +0.9    +0.1    +0.8   +0.2       +2.3
+    71 M   int8                     +2.5    +7.2    +8.0    +6.4   +0.3       -0.2
+    71 M   int8, on                 -1.7    -1.9    +0.3    -1.4   +0.3       -0.2
 
 Measured with zeros for matrix products (``--without-products``), which changes no allocation. Not measured: GPUs, eager
-attention, padded rows, TRL's packing, int8 in its present form.
+attention, padded rows, TRL's packing.
 """
 
 from __future__ import annotations
