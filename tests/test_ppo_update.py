@@ -187,22 +187,29 @@ def test_ridge_is_least_squares_with_rows_for_the_penalty():
     assert not weight.any() and float(bias) == pytest.approx(float(y.mean()))
 
 
+def states_alone(opened, roles, role, batch):
+    """Hidden state [N, d] before each response token, of every sequence alone; its return and its value, float64."""
+    states, figures = [], []
+    for row, sample in enumerate(batch.samples):
+        ids = torch.tensor([[*sample.prompt_ids, *sample.response_ids]])
+        with torch.no_grad(), roles.acting_as(role) as (model, _):
+            inner = getattr(model, model.base_model_prefix)
+            hidden = inner(input_ids=ids, use_cache=False).last_hidden_state[0]
+        for t in range(len(sample.response_ids)):
+            states.append(hidden[len(sample.prompt_ids) + t - 1].double())
+            figures.append([float(batch.returns[row, t]), float(batch.old_values[row, t])])
+    returns, values = torch.tensor(figures, dtype=torch.float64).unbind(1)
+    return torch.stack(states), returns, values
+
+
 @pytest.mark.parametrize("size", [1, 4])
 def test_the_start_of_a_trained_value_head_is_that_of_every_state_alone(world, size):
     opened, roles, collect = world
     chosen = config(batch={"batch_size": 6, "minibatch_size": 6, "micro_batch_size": size})
     batch = collect(chosen)
     before = roles.state("value").state_dict()["adapter"]
-    states, returns = [], []
-    for row, sample in enumerate(batch.samples):
-        ids = torch.tensor([[*sample.prompt_ids, *sample.response_ids]])
-        with torch.no_grad(), roles.acting_as("value") as (model, head):
-            inner = getattr(model, model.base_model_prefix)
-            hidden = inner(input_ids=ids, use_cache=False).last_hidden_state[0]
-        for t in range(len(sample.response_ids)):
-            states.append([*hidden[len(sample.prompt_ids) + t - 1].tolist(), 1.0])
-            returns.append(float(batch.returns[row, t]))
-    x, y = torch.tensor(states, dtype=torch.float64), torch.tensor(returns, dtype=torch.float64)
+    x, y, _ = states_alone(opened, roles, "value", batch)
+    x = torch.cat([x, torch.ones(len(x), 1).double()], 1)
     penalty = value_role.RIDGE * (x - x.mean(0)).square().sum(0)[:-1].mean()
     gram = x.t() @ x + penalty * torch.eye(33).double().index_fill(1, torch.tensor([32]), 0.0)
     wanted = x @ torch.linalg.solve(gram, x.t() @ y)
@@ -259,26 +266,16 @@ def test_the_critic_by_least_squares_is_at_the_minimum_of_its_cost(world):
     weight, bias, mean, scale = torch.zeros(32 + least_squares.FEATURES).double(), 0.0, None, None
     for number in range(2):
         batch = collect(chosen, 0.1 + number, critic, number)
-        states, returns, values = [], [], []
-        for row, sample in enumerate(batch.samples):
-            ids = torch.tensor([[*sample.prompt_ids, *sample.response_ids]])
-            with torch.no_grad(), roles.acting_as("reference") as (model, _):
-                inner = getattr(model, model.base_model_prefix)
-                hidden = inner(input_ids=ids, use_cache=False).last_hidden_state[0]
-            for t in range(len(sample.response_ids)):
-                states.append(hidden[len(sample.prompt_ids) + t - 1].double())
-                returns.append(float(batch.returns[row, t]))
-                values.append(float(batch.old_values[row, t]))
-        x, y = torch.stack(states), torch.tensor(returns).double()
+        x, y, values = states_alone(opened, roles, "reference", batch)
         if mean is None:
             spread = x.var(0, correction=0).sqrt()
             mean, scale = x.mean(0), spread + 1e-3 * spread.mean()
-            assert not any(values), "before the first fit every value is 0"
+            assert not values.any(), "before the first fit every value is 0"
         z = (x - mean) / scale
         f = torch.cat([z, (z @ critic.projection.double()).clamp(min=0)], 1)
         found = f @ weight + bias
         if number:
-            assert torch.allclose(found, torch.tensor(values).double(), atol=1e-4), "the batch has the critic's values"
+            assert torch.allclose(found, values, atol=1e-4), "the batch has the critic's values"
         wrong = y - found
         penalty = least_squares.PULL * (f - f.mean(0)).square().sum(0).mean()
         centred = f - f.mean(0)

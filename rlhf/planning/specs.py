@@ -137,28 +137,9 @@ def spec(config: StageConfig, origin: Origin, data: Mapping[str, Sequence[Any]],
             steps=_num_steps(config, rows),
         )  # fmt: skip
     if isinstance(config, RewardConfig):
-        group = max((len(record.responses) for record in rows), default=2) if rows else 2
-        return common.with_(
-            micro=group * _rows(
-                min(config.batch.micro_batch_size, config.batch.batch_size), config.batch.micro_batch_tokens,
-                group * config.max_length,
-            ), group=group,
-            batch=group * config.batch.batch_size, length=config.max_length, response=config.sampling.max_new_tokens,
-            concurrency=config.sampling.concurrency, members=config.members, steps=_num_steps(config, rows),
-            heads=len(rubric.heads_of(config)) or 1,
-            value_rank=max((rank for rank in config.ranks if rank), default=_rank_of(config.init_from)),
-        )  # fmt: skip
+        return _of_reward(config, common, rows)
     if isinstance(config, PpoConfig):
-        batch, update = config.batch, config.update
-        longest = config.prompts.max_tokens + config.sampling.max_new_tokens
-        micro = _rows(min(batch.micro_batch_size, batch.minibatch_size), batch.micro_batch_tokens, longest)
-        return common.with_(
-            micro=micro, batch=batch.batch_size, epochs=update.epochs,
-            minibatch=batch.minibatch_size, prompt=config.prompts.max_tokens, response=config.sampling.max_new_tokens,
-            concurrency=config.sampling.concurrency, entropy=update.entropy_coef > 0, steps=config.steps,
-            num_reward_runs=sum(map(_num_roles, config.rewards)), value_rank=_value_rank(config),
-            trains_value=config.value.fit == "gradient",
-        )  # fmt: skip
+        return _of_ppo(config, common)
     if isinstance(config, CollectConfig):
         return common.with_(
             prompt=max(1, (shape.context or NO_LIMIT) - config.sampling.max_new_tokens),
@@ -168,6 +149,33 @@ def spec(config: StageConfig, origin: Origin, data: Mapping[str, Sequence[Any]],
     assert isinstance(config, EvalRmConfig), config
     members = len(artifacts.members_of(config.reward)) if config.reward else 1
     return common.with_(micro=config.micro_batch_size, length=config.max_length, members=members)
+
+
+def _of_reward(config: RewardConfig, common: Spec, rows: Sequence[Any] | None) -> Spec:
+    group = max((len(record.responses) for record in rows), default=2) if rows else 2
+    return common.with_(
+        micro=group * _rows(
+            min(config.batch.micro_batch_size, config.batch.batch_size), config.batch.micro_batch_tokens,
+            group * config.max_length,
+        ), group=group,
+        batch=group * config.batch.batch_size, length=config.max_length, response=config.sampling.max_new_tokens,
+        concurrency=config.sampling.concurrency, members=config.members, steps=_num_steps(config, rows),
+        heads=len(rubric.heads_of(config)) or 1,
+        value_rank=max((rank for rank in config.ranks if rank), default=_rank_of(config.init_from)),
+    )  # fmt: skip
+
+
+def _of_ppo(config: PpoConfig, common: Spec) -> Spec:
+    batch, update = config.batch, config.update
+    longest = config.prompts.max_tokens + config.sampling.max_new_tokens
+    micro = _rows(min(batch.micro_batch_size, batch.minibatch_size), batch.micro_batch_tokens, longest)
+    return common.with_(
+        micro=micro, batch=batch.batch_size, epochs=update.epochs,
+        minibatch=batch.minibatch_size, prompt=config.prompts.max_tokens, response=config.sampling.max_new_tokens,
+        concurrency=config.sampling.concurrency, entropy=update.entropy_coef > 0, steps=config.steps,
+        num_reward_runs=sum(map(_num_roles, config.rewards)), value_rank=_value_rank(config),
+        trains_value=config.value.fit == "gradient",
+    )  # fmt: skip
 
 
 def _rows(most: int, tokens: int | None, longest: int) -> int:

@@ -50,9 +50,9 @@ class LeastSquares:
         """[N] values, and the states that they are of: ``reference`` [N, d]; 0 before the first fit."""
         return torch.cat([self._of(features) for features in self._features(reference)]), reference
 
-    def start(self, batch: Experience) -> dict[str, float]:
+    def start(self, batch: Experience) -> None:
         """Learn from the first batch; as ``learn``."""
-        return self.learn(batch, 0, 0)
+        self.learn(batch, 0, 0)
 
     @torch.no_grad()
     def learn(self, batch: Experience, seed: int, step: int) -> dict[str, float]:

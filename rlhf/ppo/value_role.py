@@ -37,7 +37,7 @@ class ValueRole:
             return head(hidden)[:, 0], hidden
 
     @torch.no_grad()
-    def start(self, batch: Experience) -> dict[str, float]:
+    def start(self, batch: Experience) -> None:
         """Set the head to the ridge regression of the returns on the hidden states; the adapter stays.
 
         One batch gives at once what gradients need many batches for.
@@ -46,10 +46,9 @@ class ValueRole:
         moments = torch.zeros(size, size, dtype=torch.float64)
         for rows, hidden in batch.states:
             returns = batch.returns[rows][batch.mask[rows]].double()[:, None]
-            columns = torch.cat([hidden.double().cpu(), returns, torch.ones_like(returns)], 1)
+            columns = torch.cat([hidden.double(), returns, torch.ones_like(returns)], 1)
             moments += columns.t() @ columns
         self.roles.head("value").set_(*ridge(moments, RIDGE))
-        return {}
 
     def learn(self, batch: Experience, seed: int, step: int) -> dict[str, float]:
         """``update.epochs`` passes of minibatches; returns the means of their figures."""

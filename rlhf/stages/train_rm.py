@@ -77,15 +77,7 @@ def run(config: RewardConfig, plan: Plan, run: Run) -> Manifest:
     tracker.close()
 
     combined = combining.combine(config, heads, roles, slots, base, rows.fitted) if heads else {}
-    metrics, of_members = outcome.held_out(config, roles, slots, held_out, run)
-    if taught and "eval/accuracy" in metrics:
-        size = sum(parameter.numel() for parameter in base.model.parameters())
-        of_members |= {"distilled": taught.report(held_out, metrics["eval/accuracy"], size)}
-    if config.contradicted:
-        metrics |= contradicted.write(config, roles, slots, train, held_out, run)
-    if annotated := plan.data["data"].annotated:
-        metrics |= annotators.write(config, roles, slots, base.chat, annotated, rows.records, run)
-    metrics |= outcome.standardise(config, roles, slots, base, rows.sampled, run)
+    metrics, of_members = _measured(config, plan, base, roles, slots, rows, taught, run)
     run.write_metrics(steps, metrics)
     for index, slot in enumerate(slots):
         roles.save(slot, artifacts.member_directory(run.path, index, len(slots)))
@@ -102,6 +94,23 @@ def run(config: RewardConfig, plan: Plan, run: Run) -> Manifest:
             },
         )
     )  # fmt: skip
+
+
+def _measured(
+    config: RewardConfig, plan: Plan, base: Base, roles: Roles, slots: Sequence[str], rows: Rows,
+    taught: Teacher | None, run: Run,
+) -> tuple[dict[str, float], dict[str, Any]]:  # fmt: skip
+    """Figures on the held-out prompts, and what is told of members; the heads are standardised then."""
+    metrics, of_members = outcome.held_out(config, roles, slots, rows.held_out, run)
+    if taught and "eval/accuracy" in metrics:
+        size = sum(parameter.numel() for parameter in base.model.parameters())
+        of_members |= {"distilled": taught.report(rows.held_out, metrics["eval/accuracy"], size)}
+    if config.contradicted:
+        metrics |= contradicted.write(config, roles, slots, rows.train, rows.held_out, run)
+    if annotated := plan.data["data"].annotated:
+        metrics |= annotators.write(config, roles, slots, base.chat, annotated, rows.records, run)
+    metrics |= outcome.standardise(config, roles, slots, base, rows.sampled, run)
+    return metrics, of_members
 
 
 def dry_run(config: RewardConfig, plan: Plan) -> list[str]:
