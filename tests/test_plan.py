@@ -122,12 +122,12 @@ def test_the_predicted_peaks_are_those_that_torch_allocates(tmp_path, dtype, che
             forward.response_logprobs(model, sequences, 1.0).sum().backward()
 
     update()  # the gradients stand from here on, as in a second micro-batch
-    at_the_head = memory.kept(found, held, 4, 2, 128, checkpointing)
-    behind = memory.backward(found, held, 4, 2, 128, checkpointing)
+    at_the_head = memory.kept(found, held, 4, 2, 128, checkpointing, 32)
+    behind = memory.backward(found, held, 4, 2, 128, checkpointing, 32)
     wanted = at_the_head + max(behind, memory.logits_trained(found, held, 64, entropy=False))
     assert wanted == pytest.approx(allocated(update), rel=0.1)
     wanted = memory.logits_rescored(found, 64) + 2 * 64 * 576 * held.e
-    wanted = max(wanted, memory.passing(found, held, 2, 128))
+    wanted = max(wanted, memory.passing(found, held, 2, 128, wanted=32))
     assert wanted == pytest.approx(allocated(lambda: forward.policy_and_reference(roles, sequences, 1.0)), rel=0.1)
 
 
@@ -136,8 +136,11 @@ def test_more_rows_and_less_thrift_never_need_less():
     now = phases.peak(config).total
     for change in ({"micro": 8}, {"response": 900}, {"held": Numbers(4)}, {"num_reward_runs": 2}, {"rank": 64}):
         assert phases.peak(config.with_(**change)).total > now, change
-    for change in ({"checkpointing": True}, {"held": Numbers(2, "nf4")}, {"micro": 2}):
+    for change in ({"checkpointing": True}, {"micro": 2}):
         assert phases.peak(config.with_(**change)).total < now, change
+    thrifty = config.with_(checkpointing=True)  # without it blocks that are not fused keep more than nf4 saves
+    assert phases.peak(thrifty.with_(held=Numbers(2, "nf4"))).total < phases.peak(thrifty).total
+    assert phases.peak(config.with_(held=Numbers(2, "nf4"))).total > now
     assert phases.least(config) < min(phase.total for phase in phases.phases(config))
 
 
@@ -151,7 +154,7 @@ def test_four_roles_on_8b_stand_in_what_the_arithmetic_by_hand_says():
 
 
 def test_advice_fits_takes_the_cheapest_first_and_admits_defeat():
-    config = spec(held=Numbers(2), micro=16, batch=64, minibatch=16, prompt=256, response=768, concurrency=64)
+    config = spec(held=Numbers(2), micro=32, batch=64, minibatch=32, prompt=256, response=768, concurrency=64)
     assert phases.peak(config).total > 80 << 30
     changes = advice.together(config, 24 << 30)
     assert phases.peak(changes[-1].spec).total <= 24 << 30

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from tiny import base, lora, shake
+from tiny import base, exact, lora, shake
 
 from rlhf.config.sections import SamplingSection
 from rlhf.data.batches import collate
@@ -256,7 +256,7 @@ def test_a_stop_token_that_is_none_is_refused(roles):
 def test_separate_models_sample_the_same_tokens_as_the_shared_base(tmp_path, roles):
     separate = SeparateModels(roles.device)
     own = load_base(str(tmp_path / "m"))
-    own.model.double()
+    exact(own.model)
     separate.add("policy", own, adapter=lora(own), head=ScalarHead(32).double(), trained=True)
     shake(separate, "policy", size=0.1)
     how = Sampling(12, 1.0, seed=5)

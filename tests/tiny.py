@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,9 +13,13 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 from rlhf import artifacts
@@ -29,6 +34,13 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 ARCHITECTURES = ("llama", "qwen2", "gpt2")
+KINDS: dict[str, tuple] = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {}), "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 16}),
+    "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None}),
+    "llama with biases": (LlamaConfig, LlamaForCausalLM, {"attention_bias": True, "mlp_bias": True}),
+    "gelu": (LlamaConfig, LlamaForCausalLM, {"hidden_act": "gelu"}),
+}  # fmt: skip
 
 
 def tokenizer(template: str | None = CHATML, pad: str | None = "<|pad|>") -> PreTrainedTokenizerFast:
@@ -54,12 +66,12 @@ def build(directory: Path, architecture: str = "llama", tie: bool = True, templa
     if architecture == "gpt2":
         model = GPT2LMHeadModel(GPT2Config(vocab_size=size, n_embd=32, n_layer=2, n_head=4, n_positions=128))
     else:
-        kinds = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}
-        config_class, model_class = kinds[architecture]
+        config_class, model_class, own_settings = KINDS[architecture]
         model = model_class(
             config_class(
                 vocab_size=size, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
                 intermediate_size=48, max_position_embeddings=128, tie_word_embeddings=tie, initializer_range=0.2,
+                **own_settings,
             )
         )  # fmt: skip
     model.generation_config.repetition_penalty = 1.7
@@ -72,8 +84,20 @@ def base(directory: Path, architecture: str = "llama", double: bool = False, **s
     """The same, opened; in float64 where numbers are compared closely."""
     opened = load_base(str(build(directory, architecture, **settings)))
     if double:
-        opened.model.double()
+        exact(opened.model)
     return opened
+
+
+def exact(model: torch.nn.Module) -> None:
+    """In float64, RMSNorm too, which transformers computes in float32 whatever the model is in."""
+    model.double()
+    for module in model.modules():
+        if hasattr(module, "variance_epsilon"):
+            module.forward = partial(_rms_norm, module)
+
+
+def _rms_norm(module, x):
+    return module.weight * x * (x.square().mean(-1, keepdim=True) + module.variance_epsilon).rsqrt()
 
 
 def lora(opened: Base, **settings):

@@ -85,7 +85,7 @@ def policy_and_reference(roles: Roles, sequences: Sequences, temperature: float)
         for role in ("policy", "reference"):
             with roles.acting_as(role) as (model, _):
                 logits[role] = _float(model.get_output_embeddings()(hidden[role][part])).div_(temperature)
-        policy, reference = (given.sub_(given.logsumexp(-1, keepdim=True)) for given in logits.values())
+        policy, reference = (logits.pop(role).log_softmax(-1) for role in ("policy", "reference"))
         ids = targets[part][:, None]
         chosen, ref_chosen = policy.gather(1, ids)[:, 0], reference.gather(1, ids)[:, 0]
         p, less = policy.exp(), reference.sub_(policy)
@@ -113,15 +113,16 @@ def end_scores(model: Any, head: Any, sequences: Sequences) -> Tensor:
 
 def end_states(model: Any, sequences: Sequences) -> tuple[Tensor, Tensor]:
     """[B, d] last hidden states at the last token of each sequence, and at the last of its prompt."""
-    hidden = packing.backbone(model, sequences.ids, sequences.attention_mask, sequences.lengths)
-    prompt = sequences.prompt_lengths - 1
-    return hidden[sequences.starts + prompt + sequences.response_lengths], hidden[sequences.starts + prompt]
+    prompt = sequences.starts + sequences.prompt_lengths - 1
+    wanted = torch.cat([prompt + sequences.response_lengths, prompt])
+    hidden = packing.backbone(model, sequences.ids, sequences.attention_mask, sequences.lengths, wanted)
+    return hidden[: len(prompt)], hidden[len(prompt) :]
 
 
 def hidden_at(model: Any, sequences: Sequences, rows: Tensor, positions: Tensor) -> Tensor:
     """[n, d] last hidden states at n places of the sequences; the LM head does not run."""
-    hidden = packing.backbone(model, sequences.ids, sequences.attention_mask, sequences.lengths)
-    return hidden[sequences.starts[rows] + positions]
+    wanted = sequences.starts[rows] + positions
+    return packing.backbone(model, sequences.ids, sequences.attention_mask, sequences.lengths, wanted)
 
 
 def scatter(values: Tensor, sequences: Sequences) -> Tensor:

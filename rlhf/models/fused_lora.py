@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
@@ -15,12 +16,25 @@ SUMMED_BYTES = 1 << 28
 Cache = dict[int, tuple[tuple[int, int], Tensor]]
 
 
+class Adapted(NamedTuple):
+    """A frozen linear layer with the active adapter: y = x W' + bias + s (x A') B' (Hu et al. 2021,
+    https://arxiv.org/abs/2106.09685, eq. 3).
+
+    W [o, i], bias [o] or None; A [r, i] and B [o, r], both None for the bare layer. Products are in the dtype of x, as
+    under autocast; A and B keep theirs.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    a: Tensor | None
+    b: Tensor | None
+    scaling: float
+
+
 def install(model: nn.Module, cache: Cache | None = None) -> int:
     """Give every plain LoRA layer a forward of its own; returns how many took it.
 
-    The function is PEFT's, up to rounding: y = x W' + s (x A') B' (Hu et al. 2021, https://arxiv.org/abs/2106.09685,
-    eq. 3), computed in the dtype of x, as under autocast; A and B keep theirs. A layer with dropout or of another kind
-    keeps PEFT's form.
+    The function is PEFT's, up to rounding. A layer with dropout or of another kind keeps PEFT's form.
 
     Args:
         cache: where single tokens are read, as in sampling, the sum W + s B A is kept in it, if the sums of all layers
@@ -36,19 +50,91 @@ def install(model: nn.Module, cache: Cache | None = None) -> int:
     return len(layers)
 
 
+def adapted(layer: Any) -> Adapted | None:
+    """A layer as ``products`` takes it; None where it is of another kind or its own weights are trained."""
+    own = layer.base_layer if isinstance(layer, LoraLayer) else layer
+    if type(own) is not nn.Linear or own.weight.requires_grad:
+        return None
+    if own is layer:
+        return Adapted(own.weight, own.bias, None, None, 0.0)
+    return Adapted(own.weight, own.bias, *_active(layer)) if _is_plain(layer) else None
+
+
+def products(x: Tensor, layers: Sequence[Adapted]) -> tuple[list[Tensor], Tensor | None]:
+    """What layers make of the same ``x`` [n, i]: [n, o] of each, and x A' of all adapted ones, one beside the other."""
+    factors = [layer.a for layer in layers if layer.a is not None]
+    inner = x @ _together(factors).to(x.dtype).t() if factors else None
+    parts = iter(inner.split([len(a) for a in factors], 1)) if inner is not None else iter(())
+    found = []
+    for layer in layers:
+        y = linear(x, layer.weight, layer.bias)
+        if layer.b is not None:
+            y.addmm_(next(parts), layer.b.to(x.dtype).t(), alpha=layer.scaling)
+        found.append(y)
+    return found, inner
+
+
+def through(grads: Sequence[Tensor], layers: Sequence[Adapted]) -> Tensor | None:
+    """[n, all ranks] gradients of x A' from those of the layers' outputs."""
+    found = [g @ layer.b.to(g.dtype) * layer.scaling for g, layer in zip(grads, layers, strict=True) if layer.b is not None]
+    return _together(found, 1) if found else None
+
+
+def grad_of_x(grads: Sequence[Tensor], inner: Tensor | None, layers: Sequence[Adapted]) -> Tensor:
+    """[n, i] from the gradients of the outputs [n, o] and ``inner`` of x A'."""
+    grad = grads[0] @ layers[0].weight
+    for g, layer in zip(grads[1:], layers[1:], strict=True):
+        grad.addmm_(g, layer.weight)
+    if inner is not None:
+        grad.addmm_(inner, _together([layer.a for layer in layers if layer.a is not None]).to(grad.dtype))
+    return grad
+
+
+def grads_of_factors(
+    grads: Sequence[Tensor], of_a: Tensor | None, inner: Tensor | None, layers: Sequence[Adapted]
+) -> list[Tensor | None]:
+    """Gradients of weight, bias, A and B of every layer in turn; the first two are None.
+
+    Args:
+        of_a: [all ranks, i] of all A's; inner: [n, all ranks] as ``products`` gave it.
+    """
+    found: list[Tensor | None] = []
+    at = 0
+    for g, layer in zip(grads, layers, strict=True):
+        if layer.a is None or layer.b is None:
+            found += [None] * 4
+            continue
+        assert of_a is not None and inner is not None
+        part = slice(at, at + len(layer.a))
+        at = part.stop
+        of_b = (g.t() @ inner[:, part]).mul_(layer.scaling)
+        found += [None, None, of_a[part].to(layer.a.dtype), of_b.to(layer.b.dtype)]
+    return found
+
+
+def _together(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
+
+
 def _is_plain(layer: Any) -> bool:
     undropped = all(isinstance(dropout, nn.Identity) for dropout in layer.lora_dropout.values())
     unbiased = not any(b.bias is not None for b in layer.lora_B.values())
     return isinstance(layer.base_layer, nn.Linear) and undropped and unbiased and not any(layer.use_dora.values())
 
 
-def _forward(layer: Any, cache: Cache | None, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    base = layer.base_layer
+def _active(layer: Any) -> tuple[Tensor | None, Tensor | None, float]:
+    """A, B and scaling of the active adapter."""
     names = [name for name in layer._active_adapter if name in layer.lora_A]
     if layer._disable_adapters or not names:
+        return None, None, 0.0
+    return layer.lora_A[names[0]].weight, layer.lora_B[names[0]].weight, layer.scaling[names[0]]
+
+
+def _forward(layer: Any, cache: Cache | None, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    base = layer.base_layer
+    a, b, scaling = _active(layer)
+    if a is None or b is None:
         return base(x)  # type: ignore[no-any-return]
-    a, b = layer.lora_A[names[0]].weight, layer.lora_B[names[0]].weight
-    scaling = layer.scaling[names[0]]
     if cache is not None and x.shape[-2] == 1 and not torch.is_grad_enabled():
         return linear(x, _summed(layer, cache, base.weight, a, b, scaling), base.bias)
     return LoraProduct.apply(x, base.weight, base.bias, a, b, scaling)  # type: ignore[no-any-return, no-untyped-call]
@@ -56,33 +142,32 @@ def _forward(layer: Any, cache: Cache | None, x: Tensor, *args: Any, **kwargs: A
 
 def _beside(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """The same where the base layer computes by itself, as a quantised one does."""
-    names = [name for name in layer._active_adapter if name in layer.lora_A]
     y = layer.base_layer(x)
-    if layer._disable_adapters or not names:
+    a, b, scaling = _active(layer)
+    if a is None:
         return y  # type: ignore[no-any-return]
-    a, b = layer.lora_A[names[0]].weight, layer.lora_B[names[0]].weight
-    return LoraSum.apply(y, x, a, b, layer.scaling[names[0]])  # type: ignore[no-any-return, no-untyped-call]
+    return LoraSum.apply(y, x, a, b, scaling)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _summed(layer: Any, cache: Cache, weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     version = (a._version, b._version)
     if cache.get(id(layer), (None,))[0] != version:
-        cache[id(layer)] = (version, weight + (scaling * (b @ a)).to(weight.dtype))
+        sum_ = weight + (scaling * (b @ a)).to(weight.dtype)
+        cache[id(layer)] = (version, sum_.t().contiguous().t())  # few rows times this are faster in this order
     return cache[id(layer)][1]
 
 
 class LoraProduct(torch.autograd.Function):
-    """x W' + bias + s (x A') B' and its gradients for x, A and B; W and bias are frozen.
+    """One ``Adapted`` layer of x [..., i], and its gradients for x, A and B.
 
-    x [..., i], W [o, i], A [r, i], B [o, r]. Kept for the backward pass are x and x A' alone, and nothing as large as x
-    or y is written twice: what PEFT's form adds in passes of its own, the products here add as they go.
+    Kept for the backward pass are x and x A' alone, and nothing as large as x or y is written twice: what PEFT's form
+    adds in passes of its own, the products here add as they go.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float) -> Any:
-        rows, own_a, own_b = x.reshape(-1, x.shape[-1]), a.to(x.dtype), b.to(x.dtype)
-        inner = rows @ own_a.t()
-        y = linear(rows, weight, bias).addmm_(inner, own_b.t(), alpha=scaling)
+        rows = x.reshape(-1, x.shape[-1])
+        (y,), inner = products(rows, [Adapted(weight, bias, a, b, scaling)])
         ctx.save_for_backward(rows, inner, weight, a, b)
         ctx.scaling = scaling
         return y.view(*x.shape[:-1], weight.shape[0])
@@ -90,17 +175,14 @@ class LoraProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
         rows, inner, weight, a, b = ctx.saved_tensors
-        g = grad.reshape(-1, grad.shape[-1])
-        through = (g @ b.to(g.dtype)).mul_(ctx.scaling)
-        grad_a = through.t() @ rows if ctx.needs_input_grad[3] else None
-        grad_b = (g.t() @ inner).mul_(ctx.scaling) if ctx.needs_input_grad[4] else None
-        grad_x = None
+        layers, grads = [Adapted(weight, None, a, b, ctx.scaling)], [grad.reshape(-1, grad.shape[-1])]
+        of_inner = through(grads, layers)
+        assert of_inner is not None
+        _, _, *of_factors = grads_of_factors(grads, of_inner.t() @ rows, inner, layers)
+        of_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = (g @ weight).addmm_(through, a.to(g.dtype)).view(*grad.shape[:-1], weight.shape[1])
-        return (
-            grad_x, None, None, None if grad_a is None else grad_a.to(a.dtype),
-            None if grad_b is None else grad_b.to(b.dtype), None,
-        )  # fmt: skip
+            of_x = grad_of_x(grads, of_inner, layers).view(*grad.shape[:-1], weight.shape[1])
+        return (of_x, None, None, *of_factors, None)
 
 
 class LoraSum(torch.autograd.Function):

@@ -12,6 +12,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from rlhf.models import blocks
+
 log = logging.getLogger("rlhf")
 ATTENTION = "rlhf_sdpa"
 TOLERANCE = 0.02
@@ -60,20 +62,60 @@ def packs(model: Any) -> bool:
     return bool(getattr(model, "packs_rows", False))
 
 
-def backbone(model: Any, ids: Tensor, attention_mask: Tensor, lengths: Sequence[int]) -> Tensor:
-    """[N, d] last hidden states of the real tokens of ``ids`` [B, L], one sequence behind the other.
+def backbone(
+    model: Any, ids: Tensor, attention_mask: Tensor, lengths: Sequence[int], wanted: Tensor | None = None
+) -> Tensor:
+    """[N, d] last hidden states of the real tokens of ``ids`` [B, L], one sequence behind the other; or of some.
 
     Rows are padded on the right, so that a causal model never sees padding from a real token: no mask is needed.
+
+    Args:
+        wanted: numbers of the tokens whose states are returned, in their order; None: of all.
     """
     inner, real = getattr(model, model.base_model_prefix), attention_mask.bool()
     if not packs(model):
-        return inner(input_ids=ids, use_cache=False).last_hidden_state[real]  # type: ignore[no-any-return]
+        found = inner(input_ids=ids, use_cache=False).last_hidden_state[real]
+        return found if wanted is None else found[wanted]  # type: ignore[no-any-return]
+    packed, positions = ids[real], (attention_mask.cumsum(1) - 1)[real]
+    known = _known_blocks(model, inner)
+    if known:
+        return blocks.hidden_states(inner, known, lengths, packed, positions, wanted)
+    found = _packed(inner, packed, positions, lengths)
+    return found if wanted is None else found[wanted]
+
+
+def _packed(inner: Any, ids: Tensor, positions: Tensor, lengths: Sequence[int]) -> Tensor:
+    """As the model itself computes them."""
+    no_mask = ids.new_zeros((1, 1, 1, 1), dtype=torch.bool)  # four dimensions: no mask is made of it
     outcome = inner(
-        input_ids=ids[real][None], position_ids=(attention_mask.cumsum(1) - 1)[real][None], use_cache=False,
-        attention_mask=ids.new_zeros((1, 1, 1, 1), dtype=torch.bool),  # four dimensions: no mask is made of it
+        input_ids=ids[None], position_ids=positions[None], use_cache=False, attention_mask=no_mask,
         packed=tuple(lengths),
     )  # fmt: skip
     return outcome.last_hidden_state[0]  # type: ignore[no-any-return]
+
+
+def _known_blocks(model: Any, inner: Any) -> list[blocks.Layers] | None:
+    """What ``blocks`` runs in the model's place: when first asked, it is seen whether it computes the same."""
+    if getattr(model, "knows_blocks", None) is False:
+        return None
+    found = blocks.read(inner)
+    if found and getattr(model, "knows_blocks", None) is None:
+        model.knows_blocks = _same(inner, found)
+        if not model.knows_blocks:
+            log.info("%s computes its blocks in a way of its own: they are not fused.", type(model).__name__)
+            return None
+    return found
+
+
+@torch.no_grad()
+def _same(inner: Any, found: list[blocks.Layers]) -> bool:
+    """Whether fused blocks give two short sequences the hidden states that the model's own give them."""
+    weight = inner.get_input_embeddings().weight
+    ids = torch.tensor([1, 2, 3, 4, 5, 3, 1, 2], device=weight.device) % inner.config.vocab_size
+    positions = torch.tensor([0, 1, 2, 3, 4, 0, 1, 2], device=weight.device)
+    own = _packed(inner, ids, positions, (5, 3))
+    fused = blocks.hidden_states(inner, found, (5, 3), ids, positions, torch.arange(8, device=ids.device))
+    return bool((fused - own).abs().max() <= TOLERANCE * own.abs().max())
 
 
 @torch.no_grad()

@@ -42,6 +42,7 @@ DRAWN_VALUES = 1 << 19  # of which the choice of tokens holds float64 copies at 
 CHUNK_VALUES = 1 << 25  # logits of ours that exist at once: rlhf.models.forward
 SFT_TILE = (4096, 32768)  # tokens and vocabulary of TRL's fused head
 FEATURES, ROWS = 1024, 1024  # of the critic by least squares, and states whose features exist at once
+FUSED = ("llama", "mistral", "qwen2", "qwen3")  # rlhf.models.blocks
 SUMMED_BYTES = 1 << 28  # up to here sampling keeps W + s B A: rlhf.models.fused_lora
 
 
@@ -93,37 +94,92 @@ def saved_per_token(shape: Shape, held: Numbers, rank: int) -> float:
     return norms + held.e * (3 * q + 2 * k + 4 * f + inner) + logsumexp
 
 
-def kept(shape: Shape, held: Numbers, rank: int, sequences: int, S: int, checkpointing: bool) -> int:
+def saved_by_fused(shape: Shape, held: Numbers, rank: int) -> tuple[float, float]:
+    """The same of a block of ``rlhf.models.blocks``: bytes a token up to attention, and behind it.
+
+        up to attention: e (d + 2 q + 2 k + 3 r) + 4 heads + 4        behind it: e (d + q + 2 f + 4 r) + 4
+
+    What comes in and query, key, value, attention's output of each row; that in one, what the MLP comes to, gate and
+    up; LoRA's inner ones, and each norm's factor. The norms of Qwen3's queries and keys keep theirs as the model does.
+    """
+    d, f, q, k, e = shape.d, shape.f, shape.q, shape.k, held.e
+    normed = (6 if held.mixed else 8) * (q + k) if shape.family == "qwen3" else 0
+    up_to = e * (d + 2 * q + 2 * k + 3 * rank) + FLOAT32 * (shape.heads + 1) + normed
+    return up_to, e * (d + q + 2 * f + 4 * rank) + FLOAT32
+
+
+def fuses(shape: Shape, held: Numbers) -> bool:
+    """Whether ``rlhf.models.blocks`` runs in the model's place."""
+    return shape.family in FUSED and held.quantize is None
+
+
+def kept(
+    shape: Shape, held: Numbers, rank: int, sequences: int, S: int, checkpointing: bool, wanted: int | None = None
+) -> int:
     """What stands when the forward pass has reached the head: all blocks' saved tensors, or only their inputs.
 
     bitsandbytes' 8-bit product on a CPU keeps its input where checkpointing does not see it; counted on a GPU too.
+
+    Args:
+        wanted: tokens a sequence that the head reads, where fused blocks may run; None: the model's own blocks do.
     """
-    block = held.e * shape.d if checkpointing else saved_per_token(shape, held, rank)
+    n, d = sequences * S, shape.d
+    if wanted is not None and fuses(shape, held):
+        block = held.e * d if checkpointing else sum(saved_by_fused(shape, held, rank))
+        last = n * held.e * d if checkpointing else _last_fused(shape, held, rank, sequences, S, wanted)
+        return round(n * block * (shape.L - 1) + last + sequences * wanted * _final_norm(shape, held))
+    block = held.e * d if checkpointing else saved_per_token(shape, held, rank)
     block += _unseen(shape, held)
-    ends = (6 if held.mixed else 2) * shape.d
-    return round(sequences * S * (block * shape.L + ends))
+    ends = (6 if held.mixed else 2) * d
+    return round(n * (block * shape.L + ends))
 
 
-def backward(shape: Shape, held: Numbers, rank: int, sequences: int, S: int, checkpointing: bool) -> int:
-    """What comes on top in the backward pass: the last MLP's two gradients, and under checkpointing one block's saved
-    tensors, made again."""
-    each: float = (8 if shape.family == "gpt2" else 2 * held.e) * shape.f
+def backward(
+    shape: Shape, held: Numbers, rank: int, sequences: int, S: int, checkpointing: bool, wanted: int | None = None
+) -> int:
+    """What comes on top in the backward pass: the MLP's two gradients, of the last block or of the one before it, when
+    what the last had kept is gone; under checkpointing with one block's saved tensors, made again. As ``kept``."""
+    n, d = sequences * S, shape.d
+    if wanted is not None and fuses(shape, held):
+        each = held.e * (2 * shape.f + d) + (2 if held.mixed else 1) * FLOAT32 * d
+        last = _last_fused(shape, held, rank, sequences, S, wanted)
+        gone, again, here = last, 0.0, 0.0
+        if checkpointing:
+            gone, again, here = n * held.e * d, n * sum(saved_by_fused(shape, held, rank)), last
+        before = n * each + again - gone - sequences * wanted * _final_norm(shape, held)
+        return round(max(sequences * wanted * each + here, before if shape.L > 1 else 0))
+    own: float = (8 if shape.family == "gpt2" else 2 * held.e) * shape.f
     if checkpointing:
-        each += saved_per_token(shape, held, rank) + _unseen(shape, held)
-    return round(sequences * S * each) + dequantised(shape, held)
+        own += saved_per_token(shape, held, rank) + _unseen(shape, held)
+    return round(n * own) + dequantised(shape, held)
+
+
+def _last_fused(shape: Shape, held: Numbers, rank: int, sequences: int, S: int, wanted: int) -> float:
+    """Saved by the last block: behind attention for the wanted tokens alone."""
+    up_to, behind = saved_by_fused(shape, held, rank)
+    return sequences * (S * up_to + wanted * behind)
+
+
+def _final_norm(shape: Shape, held: Numbers) -> int:
+    """Bytes a wanted token that the last norm keeps, with what the head reads."""
+    return (8 if held.mixed else 12) * shape.d
 
 
 def _unseen(shape: Shape, held: Numbers) -> int:
     return held.e * (2 * shape.d + shape.q + shape.f) if held.quantize == "int8" else 0
 
 
-def passing(shape: Shape, held: Numbers, sequences: int, S: int, device: str = "cpu") -> int:
+def passing(
+    shape: Shape, held: Numbers, sequences: int, S: int, device: str = "cpu", wanted: int | None = None
+) -> int:
     """The peak of a forward pass without gradient: the MLP of one block.
 
-    e (4 f + 4 d) in bfloat16, 4 (4 f + 2 d) in float32; gpt2 has PEFT's form of LoRA: in float32 16 f + 16 d, in
-    bfloat16 16 f + 12 d on a CPU, which casts its summand, and 12 f + 12 d elsewhere.
+    e (4 f + 4 d) in bfloat16, 4 (4 f + 2 d) in float32; fused, as ``kept``, e (3 f + 3 d + q); gpt2 has PEFT's form of
+    LoRA: in float32 16 f + 16 d, in bfloat16 16 f + 12 d on a CPU, which casts its summand, and 12 f + 12 d elsewhere.
     """
     n = sequences * S
+    if wanted is not None and fuses(shape, held):
+        return n * held.e * (3 * shape.f + 3 * shape.d + shape.q)
     f = shape.f if shape.family != "gpt2" else round(1.25 * shape.f)
     per_token = 4 * held.e * f + 8 * shape.d
     if shape.family == "gpt2":

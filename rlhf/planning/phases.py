@@ -112,10 +112,15 @@ def _standing(spec: Spec, trained: dict[str, int]) -> dict[str, int]:
     }  # fmt: skip
 
 
-def _training(spec: Spec, name: str, role: str, S: int, logits: int, accumulates: bool) -> Phase:
-    """One optimizer step: gradients, and the worse of the moment at the head and the backward pass behind it."""
+def _training(
+    spec: Spec, name: str, role: str, S: int, logits: int, accumulates: bool, wanted: int | None = None
+) -> Phase:
+    """One optimizer step: gradients, and the worse of the moment at the head and the backward pass behind it.
+
+    ``wanted``: tokens a sequence that the head reads; None in TRL's trainer, where the model's own blocks run.
+    """
     trained = _trained(spec)
-    how = (spec.shape, spec.held, spec.rank, spec.micro, S, spec.checkpointing)
+    how = (spec.shape, spec.held, spec.rank, spec.micro, S, spec.checkpointing, wanted)
     at_the_head, behind = memory.kept(*how), memory.backward(*how)
     moments = {"activations": at_the_head, "logits": logits}
     if behind > logits:
@@ -126,10 +131,10 @@ def _training(spec: Spec, name: str, role: str, S: int, logits: int, accumulates
     return Phase(name, {**_standing(spec, trained), "gradients": gradients, **moments})
 
 
-def _passing(spec: Spec, name: str, sequences: int, S: int, logits: int) -> Phase:
-    """Forward passes without gradient: the worse of one block and the head behind the last."""
-    n = sequences * S
-    block = memory.passing(spec.shape, spec.held, sequences, S, spec.device)
+def _passing(spec: Spec, name: str, sequences: int, S: int, wanted: int, logits: int) -> Phase:
+    """Forward passes without gradient: the worse of one block and the head behind the last, on ``wanted`` tokens."""
+    n = sequences * (wanted if memory.fuses(spec.shape, spec.held) else S)
+    block = memory.passing(spec.shape, spec.held, sequences, S, spec.device, wanted)
     head = 2 * n * spec.shape.d * spec.held.e + logits if logits else 0
     worse = {"activations": block, "logits": 0} if block > head else {"activations": head - logits, "logits": logits}
     return Phase(name, {**_standing(spec, _trained(spec)), **worse})
@@ -158,7 +163,7 @@ def _sft(spec: Spec) -> list[Phase]:
     prompt = max(1, spec.length - spec.response)
     return [
         _training(spec, "training", "policy", spec.length, logits, spec.batch > spec.micro),
-        _passing(spec, "measuring", spec.micro, spec.length, measured),
+        _passing(spec, "measuring", spec.micro, spec.length, spec.length, measured),
         _sampling(spec, "sampling", spec.concurrency, prompt),
     ]
 
@@ -166,7 +171,7 @@ def _sft(spec: Spec) -> list[Phase]:
 def _train_rm(spec: Spec) -> list[Phase]:
     prompt = max(1, spec.length - spec.response)
     return [
-        _training(spec, "training", "reward", spec.length, 0, spec.batch > spec.micro),
+        _training(spec, "training", "reward", spec.length, 0, spec.batch > spec.micro, wanted=1),
         _sampling(spec, "sampling", spec.concurrency, prompt),
     ]
 
@@ -177,11 +182,11 @@ def _ppo(spec: Spec) -> list[Phase]:
     trained = memory.logits_trained(spec.shape, spec.held, targets, spec.entropy)
     found = [
         _sampling(spec, "rollout", min(spec.concurrency, spec.batch), spec.prompt),
-        _passing(spec, "rescoring", spec.micro, S, memory.logits_rescored(spec.shape, targets)),
-        _training(spec, "policy update", "policy", S, trained, accumulates),
+        _passing(spec, "rescoring", spec.micro, S, spec.response, memory.logits_rescored(spec.shape, targets)),
+        _training(spec, "policy update", "policy", S, trained, accumulates, spec.response),
     ]
     if spec.trains_value:
-        found.append(_training(spec, "value update", "value", S, 0, accumulates))
+        found.append(_training(spec, "value update", "value", S, 0, accumulates, spec.response))
     else:
         fit = memory.critic_fit(spec.shape, targets, spec.device)
         found.append(Phase("value fit", {**_standing(spec, _trained(spec)), "activations": fit}))
@@ -198,4 +203,4 @@ def _collect(spec: Spec) -> list[Phase]:
 
 
 def _eval_rm(spec: Spec) -> list[Phase]:
-    return [_passing(spec, "scoring", spec.micro, spec.length, 0)]
+    return [_passing(spec, "scoring", spec.micro, spec.length, 1, 0)]

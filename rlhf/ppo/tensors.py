@@ -57,8 +57,8 @@ def token_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
 class TemperedLogprobs(torch.autograd.Function):
     """log softmax(``logits`` / temperature) [N, V] at ``ids`` [N], in nats and at least float32; [N].
 
-    The logits are used up: tempered in place, and the backward pass makes of them their gradient, which is
-    (1[id] - softmax) / temperature. Autograd needs twice the memory and passes over the vocabulary for the same.
+    The logits are tempered in place, and the backward pass makes the gradient, (1[id] - softmax) / temperature, of what
+    was kept. Autograd needs twice the memory and passes over the vocabulary for the same.
     """
 
     @staticmethod
@@ -66,16 +66,16 @@ class TemperedLogprobs(torch.autograd.Function):
         tempered = logits if logits.dtype == torch.float64 else logits.float()
         if temperature != 1.0:
             tempered.div_(temperature)
-        total = tempered.logsumexp(-1)
-        ctx.save_for_backward(tempered, ids, total)
+        logprobs = tempered.log_softmax(-1)
+        ctx.save_for_backward(logprobs, ids)
         ctx.temperature, ctx.dtype = temperature, logits.dtype
-        return tempered.gather(-1, ids[:, None]).squeeze(-1) - total
+        return logprobs.gather(-1, ids[:, None]).squeeze(-1)
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
-        tempered, ids, total = ctx.saved_tensors
+        logprobs, ids = ctx.saved_tensors
         share = (grad / ctx.temperature)[:, None]
-        gradient = tempered.sub_(total[:, None]).exp_().mul_(-share).scatter_add_(1, ids[:, None], share)
+        gradient = logprobs.exp_().mul_(-share).scatter_add_(1, ids[:, None], share)
         return gradient.to(ctx.dtype), None, None
 
 

@@ -1,0 +1,228 @@
+"""The blocks of a Llama over packed rows: the same function in fewer passes, half the memory, and no row unwanted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention, silu
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
+
+from rlhf.models import fused_lora
+from rlhf.models.fused_lora import Adapted
+
+KINDS = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer)
+PROJECTIONS, OUTPUT, MLP = ("q_proj", "k_proj", "v_proj"), "o_proj", ("gate_proj", "up_proj", "down_proj")
+
+Layers = tuple[list[Adapted], list[Adapted]]
+
+
+def read(inner: Any) -> list[Layers] | None:
+    """The linear layers of every block with the adapters that are active now: those that read the block's input, and
+    those behind attention; None where this module does not know the model, or its own weights are trained."""
+    found = []
+    for block in getattr(inner, "layers", ()):
+        if type(block) not in KINDS or block.self_attn.config.hidden_act not in ("silu", "swish"):
+            return None
+        first = [fused_lora.adapted(getattr(block.self_attn, name)) for name in PROJECTIONS]
+        after = [block.self_attn.o_proj, *(getattr(block.mlp, name) for name in MLP)]
+        second = [fused_lora.adapted(layer) for layer in after]
+        if None in first or None in second or block.input_layernorm.weight.requires_grad:
+            return None
+        found.append((first, second))
+    return found or None  # type: ignore[return-value]
+
+
+def hidden_states(
+    inner: Any, blocks: Sequence[Layers], lengths: Sequence[int], ids: Tensor, positions: Tensor,
+    wanted: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """[n, d] last hidden states of the packed tokens ``ids`` [n], or of those at ``wanted`` alone.
+
+    Of the last block, output projection and MLP run on the wanted tokens: nobody attends to what they make of others.
+
+    Args:
+        blocks: what ``read`` gave.
+        lengths: of the sequences, each of which attends to itself alone.
+        positions: [n] of each token in its sequence.
+    """
+    x = inner.embed_tokens(ids[None])
+    cos, sin = (part[0, :, None] for part in inner.rotary_emb(x, position_ids=positions[None]))
+    x = x[0]
+    for number, (block, layers) in enumerate(zip(inner.layers, blocks, strict=True)):
+        rows = wanted if number == len(blocks) - 1 else None
+        run = partial(_block, block, layers, lengths, cos, sin, rows)
+        checkpointed = block.gradient_checkpointing and block.training
+        x = block._gradient_checkpointing_func(run, x) if checkpointed else run(x)
+    return inner.norm(x)  # type: ignore[no-any-return]
+
+
+def _block(
+    block: Any, layers: Layers, lengths: Sequence[int], cos: Tensor, sin: Tensor, wanted: Tensor | None, x: Tensor
+) -> Tensor:
+    mixed = _attended(block, layers[0], lengths, cos, sin, x)
+    if wanted is not None:
+        mixed, x = mixed[wanted], x[wanted]
+    norm = block.post_attention_layernorm
+    return _apply(OutputAndMlp, (mixed, x, norm.weight, norm.variance_epsilon), layers[1])  # type: ignore[no-any-return]
+
+
+def _attended(
+    block: Any, layers: Sequence[Adapted], lengths: Sequence[int], cos: Tensor, sin: Tensor, x: Tensor
+) -> Tensor:
+    """[n, q] what attention makes of x [n, d]."""
+    own, norm = block.self_attn, block.input_layernorm
+    projected = _apply(NormedProducts, (x, norm.weight, norm.variance_epsilon), layers)
+    q, k, v = (part.view(len(x), -1, own.head_dim) for part in projected)
+    if hasattr(own, "q_norm"):
+        q, k = own.q_norm(q), own.k_norm(k)
+    q, k = Rotated.apply(q, cos, sin), Rotated.apply(k, cos, sin)  # type: ignore[no-untyped-call]
+    dropout = own.attention_dropout if block.training else 0.0
+    settings = {"is_causal": True, "dropout_p": dropout, "scale": own.scaling, "enable_gqa": q.shape[1] != k.shape[1]}
+    parts = zip(*(part.split(lengths) for part in (q, k, v)), strict=True)
+    return torch.cat([_attention(*part, **settings) for part in parts]).flatten(1)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, **settings: Any) -> Tensor:
+    """[S, heads, D] of one sequence."""
+    q, k, v = (part.transpose(0, 1)[None] for part in (q, k, v))
+    return scaled_dot_product_attention(q, k, v, **settings)[0].transpose(0, 1)
+
+
+def _apply(node: Any, arguments: Sequence[Any], layers: Sequence[Adapted]) -> Any:
+    """A node takes its tensors one by one, or autograd would not see them."""
+    tensors = [tensor for layer in layers for tensor in layer[:4]]
+    return node.apply(*arguments, [layer.scaling for layer in layers], *tensors)
+
+
+def _layers(scalings: Sequence[float], tensors: Sequence[Any]) -> list[Adapted]:
+    return [Adapted(*tensors[4 * i : 4 * i + 4], scaling) for i, scaling in enumerate(scalings)]
+
+
+class NormedProducts(torch.autograd.Function):
+    """Linear layers of RMSNorm(x) [n, d]: their outputs, and the gradients for x and every A and B.
+
+    Kept are x, its scale [n, 1] and the inner products [n, all ranks], and not the normed x.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, norm: Tensor, eps: float, scalings: list[float], *tensors: Any) -> Any:
+        normed, scale = rms_norm(x, norm, eps)
+        found, inner = fused_lora.products(normed, _layers(scalings, tensors))
+        ctx.save_for_backward(x, norm, scale, inner, *tensors)
+        ctx.scalings = scalings
+        return tuple(found)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x, norm, scale, inner, *tensors = ctx.saved_tensors
+        layers = _layers(ctx.scalings, tensors)
+        of_x, of_factors = _backward_of_normed(grads, x, norm, scale, inner, layers, ctx.needs_input_grad[0])
+        return (of_x, None, None, None, *of_factors)
+
+
+class OutputAndMlp(torch.autograd.Function):
+    """The rest of a block: h = x + mixed Wo', then h + (silu(n Wg') * (n Wu')) Wd' of n = RMSNorm(h); each W adapted.
+
+    Gradients are for ``mixed`` [n, q], x [n, d] and every A and B. Kept of 2 f and more numbers a token are what gate
+    and up give; their product is made again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, mixed: Tensor, x: Tensor, norm: Tensor, eps: float, scalings: list[float], *tensors: Any
+    ) -> Any:
+        output, *both, down = _layers(scalings, tensors)
+        (h,), inner_output = fused_lora.products(mixed, [output])
+        h.add_(x)
+        normed, scale = rms_norm(h, norm, eps)
+        (gate, up), inner = fused_lora.products(normed, both)
+        del normed
+        (y,), inner_down = fused_lora.products(silu(gate).mul_(up), [down])
+        ctx.save_for_backward(mixed, h, norm, scale, inner_output, inner, inner_down, gate, up, *tensors)
+        ctx.scalings = scalings
+        return y.add_(h)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        mixed, h, norm, scale, inner_output, inner, inner_down, gate, up, *tensors = ctx.saved_tensors
+        output, *both, down = _layers(ctx.scalings, tensors)
+        active = silu(gate)
+        of_inner = fused_lora.through([grad], [down])
+        of_down = fused_lora.grads_of_factors([grad], _of_a(of_inner, active * up), inner_down, [down])
+        of_product = fused_lora.grad_of_x([grad], of_inner, [down])
+        of_up = active.mul_(of_product)
+        of_gate = torch.ops.aten.silu_backward.grad_input(of_product.mul_(up), gate, grad_input=of_product)
+        of_h, of_both = _backward_of_normed((of_gate, of_up), h, norm, scale, inner, both)
+        of_h.add_(grad)
+        of_inner = fused_lora.through([of_h], [output])
+        of_output = fused_lora.grads_of_factors([of_h], _of_a(of_inner, mixed), inner_output, [output])
+        of_mixed = fused_lora.grad_of_x([of_h], of_inner, [output])
+        return (of_mixed, of_h, None, None, None, *of_output, *of_both, *of_down)
+
+
+class Rotated(torch.autograd.Function):
+    """x [n, heads, D] turned by its position: x cos + (-x2, x1) sin of its halves x1 and x2 (Su et al. 2021,
+    https://arxiv.org/abs/2104.09864, eq. 34, in the order of GPT-NeoX). cos, sin [n, 1, D] are constants."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        (low, high), (sin_low, sin_high) = x.chunk(2, -1), sin.chunk(2, -1)
+        turned = x * cos
+        first, second = turned.chunk(2, -1)
+        first.addcmul_(high, sin_low, value=-1)
+        second.addcmul_(low, sin_high)
+        return turned
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        cos, sin = ctx.saved_tensors
+        (low, high), (sin_low, sin_high) = grad.chunk(2, -1), sin.chunk(2, -1)
+        turned = grad * cos
+        first, second = turned.chunk(2, -1)
+        first.addcmul_(high, sin_high)
+        second.addcmul_(low, sin_low, value=-1)
+        return turned, None, None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """weight x / sqrt(mean x^2 + eps) of x [n, d] (Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467, eq. 4),
+    and the factor [n, 1], in float32 at least."""
+    squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=_wide(x)).square_()
+    scale = squares.div_(x.shape[-1]).add_(eps).rsqrt_()
+    return (x * scale).to(x.dtype).mul_(weight), scale
+
+
+def _backward_of_normed(
+    grads: Sequence[Tensor], x: Tensor, norm: Tensor, scale: Tensor, inner: Tensor | None, layers: Sequence[Adapted],
+    of_input: bool = True,
+) -> tuple[Tensor | None, list[Tensor | None]]:  # fmt: skip
+    """Of ``layers`` of RMSNorm(x): gradients of x, and of every weight, bias, A and B.
+
+    With n = norm scale x, g the gradient of n and w = norm g: scale w - scale^3 x mean(w x). The gradient of A is that
+    of inner' n = (inner scale)' x norm, for which n need not be made again.
+    """
+    of_inner = fused_lora.through(grads, layers)
+    of_a = None if of_inner is None else ((of_inner * scale).to(x.dtype).t() @ x).mul_(norm)
+    of_factors = fused_lora.grads_of_factors(grads, of_a, inner, layers)
+    if not of_input:
+        return None, of_factors
+    wide = fused_lora.grad_of_x(grads, of_inner, layers).to(_wide(x)).mul_(norm)
+    own = x.to(wide.dtype)
+    share = torch.linalg.vecdot(wide, own)[:, None] * scale.pow(3).div_(x.shape[-1])
+    return wide.mul_(scale).addcmul_(own, share, value=-1).to(x.dtype), of_factors
+
+
+def _of_a(of_inner: Tensor | None, x: Tensor) -> Tensor | None:
+    return None if of_inner is None else of_inner.t() @ x
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
