@@ -352,17 +352,6 @@ def test_own_lora_is_checked_by_finite_differences():
     assert torch.autograd.gradcheck(lambda x, a, b: fused_lora.LoraProduct.apply(x, weight, bias, a, b, 1.7), (x, a, b))
 
 
-def test_sampled_tokens_are_read_with_summed_weights_and_a_large_model_keeps_none(tmp_path, monkeypatch):
-    found = []
-    for limit in (1 << 28, 0):
-        monkeypatch.setattr(fused_lora, "SUMMED_BYTES", limit)
-        _, roles = two_roles(tmp_path)
-        with torch.no_grad(), roles.acting_as("policy") as (model, _):
-            found.append(model(input_ids=torch.tensor([[7], [9]]), use_cache=False).logits)
-            assert bool(roles._summed) == bool(limit)
-    assert torch.allclose(*found, atol=1e-12)
-
-
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_packed_rows_have_the_values_and_gradients_of_padded_ones(tmp_path, architecture, checkpointing):

@@ -176,7 +176,7 @@ def test_time_follows_the_arithmetic_of_training_and_the_reading_of_sampling():
     rollout = clock.step(config, Speed(1e18, 1e12))[0]
     assert rollout.seconds == pytest.approx(2 * 100 * 2 * 8_030_261_248 / 1e12, rel=0.01)
     slower = clock.step(config, Speed(1e18, 1e12, thin=1e9, launch=0.01))[0]
-    by_hand = 2 * 2 * (weights + 41_943_040 + 32 * 4096 * 101) / 1e9 + 32 * 146 * 0.01
+    by_hand = 2 * 2 * (weights + 41_943_040 + 32 * 4096 * 101) / 1e9 + 32 * 50 * 0.01
     assert slower.seconds == pytest.approx(2 * 100 * by_hand, rel=1e-3)
 
 

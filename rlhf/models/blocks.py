@@ -102,7 +102,8 @@ def _apply(node: Any, arguments: Sequence[Any], layers: Sequence[Adapted]) -> An
 
 
 def _layers(scalings: Sequence[float], tensors: Sequence[Any]) -> list[Adapted]:
-    return [Adapted(*tensors[4 * i : 4 * i + 4], scaling) for i, scaling in enumerate(scalings)]
+    parts = zip(*[iter(tensors)] * 4, strict=True)
+    return [Adapted(w, bias, a, b, scaling) for (w, bias, a, b), scaling in zip(parts, scalings, strict=True)]
 
 
 class NormedProducts(torch.autograd.Function):
@@ -160,6 +161,7 @@ class OutputAndMlp(torch.autograd.Function):
         of_up = active.mul_(of_product)
         of_gate = torch.ops.aten.silu_backward.grad_input(of_product.mul_(up), gate, grad_input=of_product)
         of_h, of_both = _backward_of_normed((of_gate, of_up), h, norm, scale, inner, both)
+        assert of_h is not None
         of_h.add_(grad)
         of_inner = fused_lora.through([of_h], [output])
         of_output = fused_lora.grads_of_factors([of_h], _of_a(of_inner, mixed), inner_output, [output])

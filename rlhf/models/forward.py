@@ -52,9 +52,8 @@ def response_logprobs_and_entropy(model: Any, sequences: Sequences, temperature:
 
 def response_logprobs_of(model: Any, sequences: Sequences, temperature: float, per_chunk: Any) -> list[Tensor]:
     """What ``per_chunk`` gives for each token, as [B, T] each."""
-    rows, positions = sequences.targets
-    hidden = hidden_at(model, sequences, rows, positions - 1)
-    targets = sequences.ids[rows, positions]
+    hidden = states_before(model, sequences)
+    targets = sequences.ids[sequences.targets]
     head, size = model.get_output_embeddings(), chunk_size(model)
     parts = []
     for part, ids in zip(hidden.split(size), targets.split(size), strict=True):
@@ -71,12 +70,11 @@ def policy_and_reference(roles: Roles, sequences: Sequences, temperature: float)
 
     Each role's logits come from the head as that role has it: a trained token row belongs to one of them only.
     """
-    rows, positions = sequences.targets
-    targets = sequences.ids[rows, positions]
+    targets = sequences.ids[sequences.targets]
     hidden: dict[str, Tensor] = {}
     for role in ("policy", "reference"):
         with roles.acting_as(role) as (model, _):
-            hidden[role] = hidden_at(model, sequences, rows, positions - 1)
+            hidden[role] = states_before(model, sequences)
             size = chunk_size(model)
     columns: list[list[Tensor]] = [[], [], [], []]
     for start in range(0, len(targets), size):
@@ -98,17 +96,16 @@ def policy_and_reference(roles: Roles, sequences: Sequences, temperature: float)
 
 def state_values(model: Any, head: Any, sequences: Sequences) -> Tensor:
     """[B, T] value of the state before each response token is written; 0 where there is no token."""
-    rows, positions = sequences.targets
-    return scatter(head(hidden_at(model, sequences, rows, positions - 1))[:, 0], sequences)
+    return scatter(head(states_before(model, sequences))[:, 0], sequences)
 
 
 def end_scores(model: Any, head: Any, sequences: Sequences) -> Tensor:
     """[B, k] what the head reads at the last token of each sequence."""
-    last = sequences.prompt_lengths + sequences.response_lengths - 1
-    rows = torch.arange(len(last), device=last.device)
-    if head.gate is None:
-        return head(hidden_at(model, sequences, rows, last))  # type: ignore[no-any-return]
-    return head(*end_states(model, sequences))  # type: ignore[no-any-return]
+    if head.gate is not None:
+        return head(*end_states(model, sequences))  # type: ignore[no-any-return]
+    last = sequences.starts + sequences.prompt_lengths + sequences.response_lengths - 1
+    ids, mask = sequences.ids, sequences.attention_mask
+    return head(packing.backbone(model, ids, mask, sequences.lengths, last))  # type: ignore[no-any-return]
 
 
 def end_states(model: Any, sequences: Sequences) -> tuple[Tensor, Tensor]:
@@ -119,10 +116,16 @@ def end_states(model: Any, sequences: Sequences) -> tuple[Tensor, Tensor]:
     return hidden[: len(prompt)], hidden[len(prompt) :]
 
 
-def hidden_at(model: Any, sequences: Sequences, rows: Tensor, positions: Tensor) -> Tensor:
-    """[n, d] last hidden states at n places of the sequences; the LM head does not run."""
-    wanted = sequences.starts[rows] + positions
-    return packing.backbone(model, sequences.ids, sequences.attention_mask, sequences.lengths, wanted)
+def states_before(model: Any, sequences: Sequences) -> Tensor:
+    """[N, d] last hidden states before each response token is written; the LM head does not run.
+
+    The last token of a sequence comes before none, and is left out.
+    """
+    rows, positions = sequences.targets
+    lengths = [length - 1 for length in sequences.lengths]
+    mask = sequences.attention_mask.scatter(1, sequences.attention_mask.sum(1, keepdim=True) - 1, 0)
+    wanted = sequences.starts[rows] - rows + positions - 1
+    return packing.backbone(model, sequences.ids, mask, lengths, wanted)
 
 
 def scatter(values: Tensor, sequences: Sequences) -> Tensor:

@@ -1,4 +1,4 @@
-"""LoRA in the form that is fastest at the shape at hand: one node of the graph a layer, one product a sampled token."""
+"""LoRA as one node of the graph a layer, or of several layers that read the same."""
 
 from __future__ import annotations
 
@@ -10,10 +10,6 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 from torch.nn.functional import linear
-
-SUMMED_BYTES = 1 << 28
-
-Cache = dict[int, tuple[tuple[int, int], Tensor]]
 
 
 class Adapted(NamedTuple):
@@ -31,22 +27,14 @@ class Adapted(NamedTuple):
     scaling: float
 
 
-def install(model: nn.Module, cache: Cache | None = None) -> int:
+def install(model: nn.Module) -> int:
     """Give every plain LoRA layer a forward of its own; returns how many took it.
 
     The function is PEFT's, up to rounding. A layer with dropout or of another kind keeps PEFT's form.
-
-    Args:
-        cache: where single tokens are read, as in sampling, the sum W + s B A is kept in it, if the sums of all layers
-            take at most ``SUMMED_BYTES``. Its owner clears it when the active adapter changes; an optimizer step makes
-            it stale by itself.
     """
     layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer) and _is_plain(module)]
-    whole = [layer for layer in layers if type(layer.base_layer) is nn.Linear]
-    if sum(layer.base_layer.weight.nbytes for layer in whole) > SUMMED_BYTES:
-        cache = None
     for layer in layers:
-        layer.forward = partial(_forward, layer, cache) if layer in whole else partial(_beside, layer)
+        layer.forward = partial(_forward if type(layer.base_layer) is nn.Linear else _beside, layer)
     return len(layers)
 
 
@@ -76,7 +64,9 @@ def products(x: Tensor, layers: Sequence[Adapted]) -> tuple[list[Tensor], Tensor
 
 def through(grads: Sequence[Tensor], layers: Sequence[Adapted]) -> Tensor | None:
     """[n, all ranks] gradients of x A' from those of the layers' outputs."""
-    found = [g @ layer.b.to(g.dtype) * layer.scaling for g, layer in zip(grads, layers, strict=True) if layer.b is not None]
+    found = [
+        g @ layer.b.to(g.dtype) * layer.scaling for g, layer in zip(grads, layers, strict=True) if layer.b is not None
+    ]
     return _together(found, 1) if found else None
 
 
@@ -130,13 +120,11 @@ def _active(layer: Any) -> tuple[Tensor | None, Tensor | None, float]:
     return layer.lora_A[names[0]].weight, layer.lora_B[names[0]].weight, layer.scaling[names[0]]
 
 
-def _forward(layer: Any, cache: Cache | None, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     base = layer.base_layer
     a, b, scaling = _active(layer)
     if a is None or b is None:
         return base(x)  # type: ignore[no-any-return]
-    if cache is not None and x.shape[-2] == 1 and not torch.is_grad_enabled():
-        return linear(x, _summed(layer, cache, base.weight, a, b, scaling), base.bias)
     return LoraProduct.apply(x, base.weight, base.bias, a, b, scaling)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -147,14 +135,6 @@ def _beside(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if a is None:
         return y  # type: ignore[no-any-return]
     return LoraSum.apply(y, x, a, b, scaling)  # type: ignore[no-any-return, no-untyped-call]
-
-
-def _summed(layer: Any, cache: Cache, weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    version = (a._version, b._version)
-    if cache.get(id(layer), (None,))[0] != version:
-        sum_ = weight + (scaling * (b @ a)).to(weight.dtype)
-        cache[id(layer)] = (version, sum_.t().contiguous().t())  # few rows times this are faster in this order
-    return cache[id(layer)][1]
 
 
 class LoraProduct(torch.autograd.Function):

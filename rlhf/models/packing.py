@@ -12,7 +12,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from rlhf.models import blocks
+from rlhf.models import blocks, decoding
 
 log = logging.getLogger("rlhf")
 ATTENTION = "rlhf_sdpa"
@@ -77,7 +77,7 @@ def backbone(
         found = inner(input_ids=ids, use_cache=False).last_hidden_state[real]
         return found if wanted is None else found[wanted]  # type: ignore[no-any-return]
     packed, positions = ids[real], (attention_mask.cumsum(1) - 1)[real]
-    known = _known_blocks(model, inner)
+    known = known_blocks(model)
     if known:
         return blocks.hidden_states(inner, known, lengths, packed, positions, wanted)
     found = _packed(inner, packed, positions, lengths)
@@ -94,9 +94,13 @@ def _packed(inner: Any, ids: Tensor, positions: Tensor, lengths: Sequence[int]) 
     return outcome.last_hidden_state[0]  # type: ignore[no-any-return]
 
 
-def _known_blocks(model: Any, inner: Any) -> list[blocks.Layers] | None:
-    """What ``blocks`` runs in the model's place: when first asked, it is seen whether it computes the same."""
-    if getattr(model, "knows_blocks", None) is False:
+def known_blocks(model: Any) -> list[blocks.Layers] | None:
+    """What runs in the place of the model's own blocks, with the adapters that are active now; None: they run.
+
+    When first asked, it is seen whether it computes the same.
+    """
+    inner = getattr(model, model.base_model_prefix)
+    if not packs(model) or getattr(model, "knows_blocks", None) is False:
         return None
     found = blocks.read(inner)
     if found and getattr(model, "knows_blocks", None) is None:
@@ -109,13 +113,22 @@ def _known_blocks(model: Any, inner: Any) -> list[blocks.Layers] | None:
 
 @torch.no_grad()
 def _same(inner: Any, found: list[blocks.Layers]) -> bool:
-    """Whether fused blocks give two short sequences the hidden states that the model's own give them."""
-    weight = inner.get_input_embeddings().weight
-    ids = torch.tensor([1, 2, 3, 4, 5, 3, 1, 2], device=weight.device) % inner.config.vocab_size
-    positions = torch.tensor([0, 1, 2, 3, 4, 0, 1, 2], device=weight.device)
+    """Whether fused blocks give two short sequences, packed and padded, the hidden states that the model's own give."""
+    device = inner.get_input_embeddings().weight.device
+    ids = torch.tensor([1, 2, 3, 4, 5, 3, 1, 2], device=device) % inner.config.vocab_size
+    positions = torch.tensor([0, 1, 2, 3, 4, 0, 1, 2], device=device)
     own = _packed(inner, ids, positions, (5, 3))
-    fused = blocks.hidden_states(inner, found, (5, 3), ids, positions, torch.arange(8, device=ids.device))
-    return bool((fused - own).abs().max() <= TOLERANCE * own.abs().max())
+    padded = {"input_ids": ids[[0, 1, 2, 3, 4, 0, 0, 5, 6, 7]].view(2, 5), "attention_mask": ids.new_ones(2, 5)}
+    padded["attention_mask"][1, :2] = 0
+    sampled = decoding.Decoder(inner, found)(
+        **padded, position_ids=positions[[0, 1, 2, 3, 4, 0, 0, 5, 6, 7]].view(2, 5)
+    )
+    real = padded["attention_mask"].bool()
+    pairs = (
+        (blocks.hidden_states(inner, found, (5, 3), ids, positions, torch.arange(8, device=device)), own),
+        (sampled.last_hidden_state[real], own),
+    )
+    return all(bool((fused - wanted).abs().max() <= TOLERANCE * wanted.abs().max()) for fused, wanted in pairs)
 
 
 @torch.no_grad()

@@ -124,7 +124,6 @@ class SharedBase(_Slots):
         self._wrappers: list[Any] = []
         self._checkpointing = False
         self._active: str | None = None
-        self._summed: fused_lora.Cache = {}
 
     def add(
         self, name: str, *, adapter: Path | LoraConfig | None = None, head: ScalarHead | None = None,
@@ -174,7 +173,6 @@ class SharedBase(_Slots):
         """Set the active adapter on every layer, directly: PEFT's own switch also flips ``requires_grad``."""
         if adapter == self._active:
             return
-        self._summed.clear()
         for layer in self._layers:
             layer._active_adapter = [adapter] if adapter else []
             layer._disable_adapters = adapter is None
@@ -190,7 +188,7 @@ class SharedBase(_Slots):
         self._wrappers = [module for module in modules if isinstance(module, AuxiliaryTrainingWrapper)]
         inside = {id(wrapper.token_adapter) for wrapper in self._wrappers}
         self._layers = [m for m in modules if isinstance(m, BaseTunerLayer) and id(m) not in inside]
-        fused_lora.install(self.base.model, self._summed)
+        fused_lora.install(self.base.model)
         self.base.model.eval()  # PEFT makes its dropout layers in train mode
         self._active = "?"
         self._switch(None)

@@ -22,7 +22,9 @@ from dataclasses import dataclass
 from rlhf.planning import memory
 from rlhf.planning.phases import Spec
 
-LAUNCHES = 146  # small operations a block and sampled token, with LoRA on all linear layers, counted on Llama
+# Operations a block and sampled token, with LoRA on all linear layers, counted on Llama: by the model's own blocks; by
+# rlhf.models.decoding; and there with base and adapter summed up.
+LAUNCHES, LAUNCHES_FUSED, LAUNCHES_SUMMED = 146, 50, 34
 FORWARD, BACKWARD = 2, 2  # operations a parameter and token; a frozen base needs its inputs' gradients alone
 
 
@@ -95,8 +97,15 @@ def _rollout(spec: Spec, speed: Speed) -> Work:
     prompts = rows * spec.prompt * operations(spec, spec.prompt, False, FORWARD) / speed.flops
     read = memory.weights(spec.shape, spec.held) + memory.kv_cache(spec.shape, spec.held, rows, S) / 2
     products = rows * operations(spec, S, True, FORWARD) / (speed.thin or speed.flops)
-    token = max(products, read / speed.bandwidth) + spec.shape.L * LAUNCHES * speed.launch
+    token = max(products, read / speed.bandwidth) + spec.shape.L * launches(spec) * speed.launch
     return Work("rollout", spec.batch * spec.response, waves * (prompts + spec.response * token))
+
+
+def launches(spec: Spec) -> int:
+    """Operations a block and sampled token."""
+    if not memory.fuses(spec.shape, spec.held):
+        return LAUNCHES
+    return LAUNCHES_SUMMED if memory.summed(spec.shape, spec.held) else LAUNCHES_FUSED
 
 
 def duration(seconds: float) -> str:

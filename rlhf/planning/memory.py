@@ -43,7 +43,7 @@ CHUNK_VALUES = 1 << 25  # logits of ours that exist at once: rlhf.models.forward
 SFT_TILE = (4096, 32768)  # tokens and vocabulary of TRL's fused head
 FEATURES, ROWS = 1024, 1024  # of the critic by least squares, and states whose features exist at once
 FUSED = ("llama", "mistral", "qwen2", "qwen3")  # rlhf.models.blocks
-SUMMED_BYTES = 1 << 28  # up to here sampling keeps W + s B A: rlhf.models.fused_lora
+SUMMED_BYTES = 1 << 28  # up to here sampling keeps W + s B A: rlhf.models.decoding
 
 
 @dataclass(frozen=True)
@@ -169,9 +169,7 @@ def _unseen(shape: Shape, held: Numbers) -> int:
     return held.e * (2 * shape.d + shape.q + shape.f) if held.quantize == "int8" else 0
 
 
-def passing(
-    shape: Shape, held: Numbers, sequences: int, S: int, device: str = "cpu", wanted: int | None = None
-) -> int:
+def passing(shape: Shape, held: Numbers, sequences: int, S: int, device: str = "cpu", wanted: int | None = None) -> int:
     """The peak of a forward pass without gradient: the MLP of one block.
 
     e (4 f + 4 d) in bfloat16, 4 (4 f + 2 d) in float32; fused, as ``kept``, e (3 f + 3 d + q); gpt2 has PEFT's form of
@@ -188,9 +186,9 @@ def passing(
 
 
 def summed(shape: Shape, held: Numbers) -> int:
-    """The adapted weights of a small model, which sampling keeps whole."""
-    whole = held.e * shape.L * sum(i * o for i, o in shape.linears.values())
-    return whole if held.quantize is None and shape.family != "gpt2" and whole <= SUMMED_BYTES else 0
+    """The adapted weights of a small model, which sampling sums up."""
+    whole = held.e * shape.linear_parameters
+    return whole if fuses(shape, held) and whole <= SUMMED_BYTES else 0
 
 
 def dequantised(shape: Shape, held: Numbers) -> int:

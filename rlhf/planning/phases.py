@@ -143,13 +143,14 @@ def _passing(spec: Spec, name: str, sequences: int, S: int, wanted: int, logits:
 def _sampling(spec: Spec, name: str, rows: int, prompt: int) -> Phase:
     """``rows`` sequences at a time: the prompts' forward pass, or the last token with the cache at its longest."""
     shape, held = spec.shape, spec.held
+    sums = memory.summed(shape, held)
     first = {
         "kv_cache": memory.kv_cache(shape, held, rows, prompt + spec.response),
-        "activations": memory.passing(shape, held, rows, prompt, spec.device), "logits": 0,
+        "activations": memory.passing(shape, held, rows, prompt, spec.device, prompt) + sums, "logits": 0,
     }  # fmt: skip
     last = {
         "kv_cache": memory.kv_cache(shape, held, rows, prompt + spec.response),
-        "activations": memory.passing(shape, held, rows, 1, spec.device) + memory.summed(shape, held),
+        "activations": memory.passing(shape, held, rows, 1, spec.device, 1) + sums,
         "logits": memory.logits_sampled(shape, held, rows),
     }  # fmt: skip
     worse = max(first, last, key=lambda moment: sum(moment.values()))

@@ -31,9 +31,8 @@ class ValueRole:
     @torch.no_grad()
     def read(self, sequences: Sequences, reference: Tensor) -> tuple[Tensor, Tensor]:
         """[N] values, and the hidden states [N, d] that they were read from."""
-        rows, positions = sequences.targets
         with self.roles.acting_as("value") as (model, head):
-            hidden = forward.hidden_at(model, sequences, rows, positions - 1)
+            hidden = forward.states_before(model, sequences)
             return head(hidden)[:, 0], hidden
 
     @torch.no_grad()

@@ -11,6 +11,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from rlhf.data.chat import ChatFormat
 from rlhf.errors import Problem, RlhfError
+from rlhf.models import decoding, packing
 from rlhf.models.adapters import token_ids
 from rlhf.models.roles import Roles
 from rlhf.progress import track
@@ -75,11 +76,12 @@ class HfEngine:
                 temperature=1.0, top_k=50, top_p=1.0, renormalize_logits=False,
             )  # fmt: skip
             processors = LogitsProcessorList([_Choose(sampling, rows, width)] if sampling.temperature else [])
-            whole = model.generate(
-                input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings,
-                logits_processor=processors, streamer=self.streamer,
-                past_key_values=roomy(model, width + sampling.max_new_tokens),
-            )  # fmt: skip
+            with decoding.in_place_of(getattr(model, model.base_model_prefix), packing.known_blocks(model)):
+                whole = model.generate(
+                    input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings,
+                    logits_processor=processors, streamer=self.streamer,
+                    past_key_values=roomy(model, width + sampling.max_new_tokens),
+                )  # fmt: skip
         return [self._cut(row, self._ends(sampling)) for row in whole[:, width:].tolist()]
 
     def _ends(self, sampling: Sampling) -> list[int]:
