@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
-from test_models import CPU, PROMPTS, RESPONSES, gradients, two_roles
+from test_models import CPU, PROMPTS, RESPONSES, bias_and_norms, gradients, two_roles
 from tiny import base, exact, lora, shake
 
 from rlhf.data.batches import collate
-from rlhf.models import blocks, forward, packing
+from rlhf.models import blocks, decoding, forward, packing
 from rlhf.models.fused_lora import Adapted
 from rlhf.models.heads import ScalarHead
 from rlhf.models.roles import SharedBase
 
 KNOWN = ("llama", "llama with biases", "qwen2", "qwen3", "mistral")
 SEQUENCES = collate(PROMPTS, RESPONSES, 0, CPU)
-
-
-def bias_and_norms(model, seed=5):
-    """Of random models these are 0 and 1, which would hide that they were left out."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias") or "norm" in name:
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.data.add_((0.3 * noise).to(parameter))
 
 
 @pytest.mark.parametrize("architecture", KNOWN)
@@ -36,6 +28,7 @@ def test_values_and_gradients_are_those_of_the_models_own_blocks(tmp_path, archi
     bias_and_norms(opened.model)
     if checkpointing:
         roles.enable_gradient_checkpointing()
+    assert packing.known_blocks(opened.model) and opened.model.knows_blocks
     found = []
     for fused in (True, False):
         opened.model.knows_blocks = fused
@@ -165,6 +158,14 @@ def test_a_model_that_computes_otherwise_is_found_out_and_said(tmp_path, caplog)
         changed = gradients(roles)
     assert opened.model.knows_blocks is False and "not fused" in caplog.text
     assert not any(torch.allclose(a, b) for a, b in zip(before, changed, strict=True))
+
+
+@pytest.mark.parametrize("module", [blocks, decoding])
+def test_packed_and_sampled_rows_are_both_looked_at(tmp_path, monkeypatch, module):
+    opened, _ = two_roles(tmp_path)
+    assert packing.packs(opened.model)
+    monkeypatch.setattr(module, "Rotated", SimpleNamespace(apply=lambda x, cos, sin: x))
+    assert packing.known_blocks(opened.model) is None and opened.model.knows_blocks is False
 
 
 def test_an_embedding_row_that_is_trained_gets_its_gradient(tmp_path):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_blocks import KNOWN, bias_and_norms
-from test_models import two_roles
+from test_blocks import KNOWN
+from test_models import bias_and_norms, two_roles
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlhf.models import decoding, packing
@@ -23,6 +23,7 @@ def test_every_sampled_token_has_the_logits_of_a_whole_pass(tmp_path, monkeypatc
     monkeypatch.setattr(decoding, "SUMMED_BYTES", limit)
     opened, roles = two_roles(tmp_path, architecture)
     bias_and_norms(opened.model)
+    assert packing.known_blocks(opened.model)
     ids = torch.tensor([[0, 0, 0, 80, 81, 5, 6, 7], [70, 71, 72, 73, 74, 8, 9, 10]])
     mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1], [1] * 8])
     with torch.no_grad(), roles.acting_as("policy") as (model, _):
@@ -42,6 +43,7 @@ def test_every_sampled_token_has_the_logits_of_a_whole_pass(tmp_path, monkeypatc
 def test_samples_are_those_of_the_models_own_blocks(tmp_path, slot):
     opened, roles = two_roles(tmp_path)
     engine, how = HfEngine(roles, slot, opened.chat, 2), Sampling(9, 0.8, 3)
+    assert packing.known_blocks(opened.model)
     found = []
     for fused in (True, False):
         opened.model.knows_blocks = fused

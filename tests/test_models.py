@@ -32,6 +32,15 @@ def two_roles(tmp_path, architecture="llama", double=True, **settings):
     return opened, roles
 
 
+def bias_and_norms(model, seed=5):
+    """Of random models these are 0 and 1, which would hide that they were left out."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias") or "norm" in name:
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.data.add_((0.3 * noise).to(parameter))
+
+
 def naive_logprobs(model, prompts, responses, temperature):
     """One sequence at a time, whole logits, float64."""
     rows = []
@@ -334,7 +343,8 @@ def test_own_lora_has_the_values_and_gradients_of_pefts_form(tmp_path, monkeypat
     for own in (True, False):
         if not own:
             monkeypatch.setattr(fused_lora, "_is_plain", lambda layer: False)
-        _, roles = two_roles(tmp_path, architecture)
+        opened, roles = two_roles(tmp_path, architecture)
+        bias_and_norms(opened.model)
         both = forward.policy_and_reference(roles, collate(PROMPTS, RESPONSES, 0, CPU), 1.0)
         found.append([*vars(both).values(), *gradients(roles)])
     assert len(found[0]) > 20
