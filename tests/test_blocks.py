@@ -39,36 +39,43 @@ def test_values_and_gradients_are_those_of_the_models_own_blocks(tmp_path, archi
     assert min(float(gradient.abs().max()) for gradient in found[0][5:]) > 1e-3
 
 
-def layer(generator, inputs, outputs, rank=2, bias=True):
+def layer(draw, inputs, outputs, bias=True, adapter=True, trained=False):
+    """A layer whose adapter is trained, or the layer itself."""
+    weight, own_bias = draw(outputs, inputs), draw(outputs) if bias else None
+    a, b = (draw(2, inputs), draw(outputs, 2)) if adapter else (None, None)
+    for tensor in (a, b, *((weight, own_bias) if trained else ())):
+        if tensor is not None:
+            tensor.requires_grad_()
+    return Adapted(weight, own_bias, a, b, 1.7)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_every_node_is_checked_by_finite_differences(trained):
+    generator = torch.Generator().manual_seed(0)
+
     def draw(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    return Adapted(
-        draw(outputs, inputs), draw(outputs) if bias else None, draw(rank, inputs).requires_grad_(),
-        draw(outputs, rank).requires_grad_(), 1.7,
-    )  # fmt: skip
-
-
-def test_every_node_is_checked_by_finite_differences():
-    generator = torch.Generator().manual_seed(0)
-    x, mixed = (torch.randn(3, 4, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    norm = torch.randn(4, generator=generator, dtype=torch.float64)
-
     def check(node, inputs, layers):
-        factors = [factor for given in layers for factor in (given.a, given.b)]
+        given = [tensor for each in layers for tensor in each[:4]]
+        free = [tensor for tensor in given if tensor is not None and tensor.requires_grad]
 
         def run(*tensors):
-            changed = zip(layers, zip(*[iter(tensors[len(inputs) :])] * 2, strict=True), strict=True)
-            return blocks._apply(
-                node, (*tensors[: len(inputs)], norm, 1e-3), [given._replace(a=a, b=b) for given, (a, b) in changed]
-            )
+            own = iter(tensors[len(inputs) + 1 :])
+            changed = iter([next(own) if any(tensor is f for f in free) else tensor for tensor in given])
+            new = [Adapted(*(next(changed) for _ in range(4)), each.scaling) for each in layers]
+            return blocks._apply(node, (*tensors[: len(inputs) + 1], 1e-3), new)
 
-        assert torch.autograd.gradcheck(run, (*inputs, *factors))
+        assert len(free) == len(layers) * (4 if trained else 2) - (trained and node is blocks.NormedProducts) * 3
+        assert torch.autograd.gradcheck(run, (*inputs, draw(4).requires_grad_(trained), *free))
 
-    check(blocks.NormedProducts, [x], [layer(generator, 4, n, bias=n == 6) for n in (6, 2, 2)])
-    check(blocks.OutputAndMlp, [mixed, x], [layer(generator, *shape) for shape in ((4, 4), (4, 5), (4, 5), (5, 4))])
-    cos, sin = (torch.randn(3, 1, 4, generator=generator, dtype=torch.float64) for _ in range(2))
-    heads = torch.randn(3, 2, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    x, mixed = draw(3, 4).requires_grad_(), draw(3, 4).requires_grad_()
+    kinds = [(6, True, True), (2, False, True), (2, True, not trained)]
+    several = [layer(draw, 4, n, bias, adapter, trained) for n, bias, adapter in kinds]
+    check(blocks.NormedProducts, [x], several)
+    shapes = ((4, 4), (4, 5), (4, 5), (5, 4))
+    check(blocks.OutputAndMlp, [mixed, x], [layer(draw, *shape, trained=trained) for shape in shapes])
+    cos, sin, heads = draw(3, 1, 4), draw(3, 1, 4), draw(3, 2, 4).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: blocks.Rotated.apply(x, cos, sin), (heads,))
 
 
@@ -133,18 +140,29 @@ def test_blocks_of_another_kind_are_left_to_the_model(tmp_path, architecture):
     assert blocks.read(opened.model.base_model) is None
 
 
-def test_layers_of_another_kind_and_weights_that_are_trained_are_left_to_the_model(tmp_path):
-    opened, _ = two_roles(tmp_path)
-    inner = opened.model.model
-    assert len(blocks.read(inner)) == 2
-    inner.layers[1].self_attn.v_proj.lora_dropout["policy"] = torch.nn.Dropout(0.1)
-    assert blocks.read(inner) is None
-    inner.layers[1].self_attn.v_proj.lora_dropout["policy"] = torch.nn.Identity()
-    inner.layers[0].mlp.up_proj.base_layer.weight.requires_grad_(True)
-    assert blocks.read(inner) is None
-    inner.layers[0].mlp.up_proj.base_layer.weight.requires_grad_(False)
-    inner.layers[1].input_layernorm.weight.requires_grad_(True)
-    assert blocks.read(inner) is None
+def test_an_adapter_of_another_kind_is_left_to_the_model_and_the_bare_base_is_not(tmp_path):
+    opened, roles = two_roles(tmp_path)
+    v_proj = opened.model.model.layers[1].self_attn.v_proj
+    v_proj.lora_dropout["policy"] = torch.nn.Dropout(0.1)
+    roles.add("base")
+    for name, known in (("policy", False), ("reference", True), ("base", True)):
+        with roles.acting_as(name):
+            assert bool(blocks.read(opened.model.model)) == known
+
+
+@pytest.mark.parametrize("architecture", KNOWN)
+def test_a_model_whose_every_weight_is_trained(tmp_path, architecture):
+    opened = base(tmp_path / "m", architecture, double=True)
+    bias_and_norms(opened.model)
+    roles = SharedBase(opened)
+    roles.add("policy", trained=True)
+    assert packing.known_blocks(opened.model)
+    found = []
+    for fused in (True, False):
+        opened.model.knows_blocks = fused
+        found.append(gradients(roles))
+    for name, ours, theirs in zip(dict(opened.model.named_parameters()), *found, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-10), name
 
 
 def test_a_model_that_computes_otherwise_is_found_out_and_said(tmp_path, caplog):

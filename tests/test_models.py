@@ -342,7 +342,7 @@ def test_own_lora_has_the_values_and_gradients_of_pefts_form(tmp_path, monkeypat
     found = []
     for own in (True, False):
         if not own:
-            monkeypatch.setattr(fused_lora, "_is_plain", lambda layer: False)
+            monkeypatch.setattr(fused_lora, "_is_plain", lambda layer, names=None: False)
         opened, roles = two_roles(tmp_path, architecture)
         bias_and_norms(opened.model)
         both = forward.policy_and_reference(roles, collate(PROMPTS, RESPONSES, 0, CPU), 1.0)

@@ -25,7 +25,7 @@ Layers = tuple[list[Adapted], list[Adapted]]
 
 def read(inner: Any) -> list[Layers] | None:
     """The linear layers of every block with the adapters that are active now: those that read the block's input, and
-    those behind attention; None where this module does not know the model, or its own weights are trained."""
+    those behind attention; None where this module does not know the model."""
     found = []
     for block in getattr(inner, "layers", ()):
         if type(block) not in KINDS or block.self_attn.config.hidden_act not in ("silu", "swish"):
@@ -33,7 +33,7 @@ def read(inner: Any) -> list[Layers] | None:
         first = [fused_lora.adapted(getattr(block.self_attn, name)) for name in PROJECTIONS]
         after = [block.self_attn.o_proj, *(getattr(block.mlp, name) for name in MLP)]
         second = [fused_lora.adapted(layer) for layer in after]
-        if None in first or None in second or block.input_layernorm.weight.requires_grad:
+        if None in first or None in second:
             return None
         found.append((first, second))
     return found or None  # type: ignore[return-value]
@@ -107,7 +107,7 @@ def _layers(scalings: Sequence[float], tensors: Sequence[Any]) -> list[Adapted]:
 
 
 class NormedProducts(torch.autograd.Function):
-    """Linear layers of RMSNorm(x) [n, d]: their outputs, and the gradients for x and every A and B.
+    """Linear layers of RMSNorm(x) [n, d]: their outputs, and the gradients for all that is trained.
 
     Kept are x, its scale [n, 1] and the inner products [n, all ranks], and not the normed x.
     """
@@ -124,15 +124,15 @@ class NormedProducts(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         x, norm, scale, inner, *tensors = ctx.saved_tensors
         layers = _layers(ctx.scalings, tensors)
-        of_x, of_factors = _backward_of_normed(grads, x, norm, scale, inner, layers, ctx.needs_input_grad[0])
-        return (of_x, None, None, None, *of_factors)
+        of_x, of_norm, of_layers = _backward_of_normed(grads, x, norm, scale, inner, layers, ctx.needs_input_grad[0])
+        return (of_x, of_norm, None, None, *of_layers)
 
 
 class OutputAndMlp(torch.autograd.Function):
     """The rest of a block: h = x + mixed Wo', then h + (silu(n Wg') * (n Wu')) Wd' of n = RMSNorm(h); each W adapted.
 
-    Gradients are for ``mixed`` [n, q], x [n, d] and every A and B. Kept of 2 f and more numbers a token are what gate
-    and up give; their product is made again.
+    Gradients are for ``mixed`` [n, q], x [n, d] and all that is trained. Of the MLP's numbers what gate and up give is
+    kept; their product is made again.
     """
 
     @staticmethod
@@ -156,17 +156,17 @@ class OutputAndMlp(torch.autograd.Function):
         output, *both, down = _layers(ctx.scalings, tensors)
         active = silu(gate)
         of_inner = fused_lora.through([grad], [down])
-        of_down = fused_lora.grads_of_factors([grad], _of_a(of_inner, active * up), inner_down, [down])
+        of_down = _of_layer(grad, of_inner, active * up, inner_down, down)
         of_product = fused_lora.grad_of_x([grad], of_inner, [down])
         of_up = active.mul_(of_product)
         of_gate = torch.ops.aten.silu_backward.grad_input(of_product.mul_(up), gate, grad_input=of_product)
-        of_h, of_both = _backward_of_normed((of_gate, of_up), h, norm, scale, inner, both)
+        of_h, of_norm, of_both = _backward_of_normed((of_gate, of_up), h, norm, scale, inner, both)
         assert of_h is not None
         of_h.add_(grad)
         of_inner = fused_lora.through([of_h], [output])
-        of_output = fused_lora.grads_of_factors([of_h], _of_a(of_inner, mixed), inner_output, [output])
+        of_output = _of_layer(of_h, of_inner, mixed, inner_output, output)
         of_mixed = fused_lora.grad_of_x([of_h], of_inner, [output])
-        return (of_mixed, of_h, None, None, None, *of_output, *of_both, *of_down)
+        return (of_mixed, of_h, of_norm, None, None, *of_output, *of_both, *of_down)
 
 
 class Rotated(torch.autograd.Function):
@@ -205,25 +205,32 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 def _backward_of_normed(
     grads: Sequence[Tensor], x: Tensor, norm: Tensor, scale: Tensor, inner: Tensor | None, layers: Sequence[Adapted],
     of_input: bool = True,
-) -> tuple[Tensor | None, list[Tensor | None]]:  # fmt: skip
-    """Of ``layers`` of RMSNorm(x): gradients of x, and of every weight, bias, A and B.
+) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:  # fmt: skip
+    """Of ``layers`` of RMSNorm(x): gradients of x, of the norm's weight, and of every weight, bias, A and B.
 
     With n = norm scale x, g the gradient of n and w = norm g: scale w - scale^3 x mean(w x). The gradient of A is that
     of inner' n = (inner scale)' x norm, for which n need not be made again.
     """
     of_inner = fused_lora.through(grads, layers)
     of_a = None if of_inner is None else ((of_inner * scale).to(x.dtype).t() @ x).mul_(norm)
-    of_factors = fused_lora.grads_of_factors(grads, of_a, inner, layers)
-    if not of_input:
-        return None, of_factors
-    wide = fused_lora.grad_of_x(grads, of_inner, layers).to(_wide(x)).mul_(norm)
-    own = x.to(wide.dtype)
-    share = torch.linalg.vecdot(wide, own)[:, None] * scale.pow(3).div_(x.shape[-1])
-    return wide.mul_(scale).addcmul_(own, share, value=-1).to(x.dtype), of_factors
+
+    def normed() -> Tensor:
+        return (x * scale).to(x.dtype).mul_(norm)
+
+    of_layers = fused_lora.grads_of_layers(grads, of_a, inner, layers, normed)
+    if not (of_input or norm.requires_grad):
+        return None, None, of_layers
+    wide, own = fused_lora.grad_of_x(grads, of_inner, layers).to(_wide(x)), x.to(_wide(x))
+    of_norm = (wide * own).mul_(scale).sum(0).to(norm.dtype) if norm.requires_grad else None
+    share = torch.linalg.vecdot(wide.mul_(norm), own)[:, None] * scale.pow(3).div_(x.shape[-1])
+    return wide.mul_(scale).addcmul_(own, share, value=-1).to(x.dtype), of_norm, of_layers
 
 
-def _of_a(of_inner: Tensor | None, x: Tensor) -> Tensor | None:
-    return None if of_inner is None else of_inner.t() @ x
+def _of_layer(
+    grad: Tensor, of_inner: Tensor | None, x: Tensor, inner: Tensor | None, layer: Adapted
+) -> list[Tensor | None]:
+    of_a = None if of_inner is None else of_inner.t() @ x
+    return fused_lora.grads_of_layers([grad], of_a, inner, [layer], lambda: x)
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 
 
 class Adapted(NamedTuple):
-    """A frozen linear layer with the active adapter: y = x W' + bias + s (x A') B' (Hu et al. 2021,
+    """A linear layer with the active adapter: y = x W' + bias + s (x A') B' (Hu et al. 2021,
     https://arxiv.org/abs/2106.09685, eq. 3).
 
     W [o, i], bias [o] or None; A [r, i] and B [o, r], both None for the bare layer. Products are in the dtype of x, as
@@ -39,13 +39,13 @@ def install(model: nn.Module) -> int:
 
 
 def adapted(layer: Any) -> Adapted | None:
-    """A layer as ``products`` takes it; None where it is of another kind or its own weights are trained."""
+    """A layer as ``products`` takes it; None where it is of another kind."""
     own = layer.base_layer if isinstance(layer, LoraLayer) else layer
-    if type(own) is not nn.Linear or own.weight.requires_grad:
+    if type(own) is not nn.Linear:
         return None
-    if own is layer:
+    if own is layer or not (name := _active(layer)):
         return Adapted(own.weight, own.bias, None, None, 0.0)
-    return Adapted(own.weight, own.bias, *_active(layer)) if _is_plain(layer) else None
+    return Adapted(own.weight, own.bias, *_factors(layer, name)) if _is_plain(layer, [name]) else None
 
 
 def products(x: Tensor, layers: Sequence[Adapted]) -> tuple[list[Tensor], Tensor | None]:
@@ -80,25 +80,30 @@ def grad_of_x(grads: Sequence[Tensor], inner: Tensor | None, layers: Sequence[Ad
     return grad
 
 
-def grads_of_factors(
-    grads: Sequence[Tensor], of_a: Tensor | None, inner: Tensor | None, layers: Sequence[Adapted]
-) -> list[Tensor | None]:
-    """Gradients of weight, bias, A and B of every layer in turn; the first two are None.
+def grads_of_layers(
+    grads: Sequence[Tensor], of_a: Tensor | None, inner: Tensor | None, layers: Sequence[Adapted],
+    read: Callable[[], Tensor],
+) -> list[Tensor | None]:  # fmt: skip
+    """Gradients of weight, bias, A and B of every layer in turn.
 
     Args:
         of_a: [all ranks, i] of all A's; inner: [n, all ranks] as ``products`` gave it.
+        read: gives x [n, i]; called where a weight is trained.
     """
     found: list[Tensor | None] = []
+    x = read() if any(layer.weight.requires_grad for layer in layers) else None
     at = 0
     for g, layer in zip(grads, layers, strict=True):
+        found.append(g.t() @ x if x is not None and layer.weight.requires_grad else None)
+        found.append(g.sum(0) if layer.bias is not None and layer.bias.requires_grad else None)
         if layer.a is None or layer.b is None:
-            found += [None] * 4
+            found += [None, None]
             continue
         assert of_a is not None and inner is not None
         part = slice(at, at + len(layer.a))
         at = part.stop
         of_b = (g.t() @ inner[:, part]).mul_(layer.scaling)
-        found += [None, None, of_a[part].to(layer.a.dtype), of_b.to(layer.b.dtype)]
+        found += [of_a[part].to(layer.a.dtype), of_b.to(layer.b.dtype)]
     return found
 
 
@@ -106,35 +111,39 @@ def _together(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
 
 
-def _is_plain(layer: Any) -> bool:
-    undropped = all(isinstance(dropout, nn.Identity) for dropout in layer.lora_dropout.values())
-    unbiased = not any(b.bias is not None for b in layer.lora_B.values())
-    return isinstance(layer.base_layer, nn.Linear) and undropped and unbiased and not any(layer.use_dora.values())
+def _is_plain(layer: Any, names: Sequence[str] | None = None) -> bool:
+    """Whether adapters (None: all) are what ``Adapted`` says, without dropout, bias or a magnitude."""
+    for name in layer.lora_A if names is None else names:
+        if not isinstance(layer.lora_dropout[name], nn.Identity) or layer.use_dora[name]:
+            return False
+        if layer.lora_B[name].bias is not None:
+            return False
+    return isinstance(layer.base_layer, nn.Linear)
 
 
-def _active(layer: Any) -> tuple[Tensor | None, Tensor | None, float]:
-    """A, B and scaling of the active adapter."""
-    names = [name for name in layer._active_adapter if name in layer.lora_A]
-    if layer._disable_adapters or not names:
-        return None, None, 0.0
-    return layer.lora_A[names[0]].weight, layer.lora_B[names[0]].weight, layer.scaling[names[0]]
+def _active(layer: Any) -> str | None:
+    """The adapter that the layer computes with."""
+    return next((name for name in layer._active_adapter if name in layer.lora_A and not layer._disable_adapters), None)
+
+
+def _factors(layer: Any, name: str) -> tuple[Tensor, Tensor, float]:
+    """A, B and scaling."""
+    return layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
 
 
 def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    base = layer.base_layer
-    a, b, scaling = _active(layer)
-    if a is None or b is None:
+    base, name = layer.base_layer, _active(layer)
+    if name is None:
         return base(x)  # type: ignore[no-any-return]
-    return LoraProduct.apply(x, base.weight, base.bias, a, b, scaling)  # type: ignore[no-any-return, no-untyped-call]
+    return LoraProduct.apply(x, base.weight, base.bias, *_factors(layer, name))  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _beside(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """The same where the base layer computes by itself, as a quantised one does."""
-    y = layer.base_layer(x)
-    a, b, scaling = _active(layer)
-    if a is None:
+    y, name = layer.base_layer(x), _active(layer)
+    if name is None:
         return y  # type: ignore[no-any-return]
-    return LoraSum.apply(y, x, a, b, scaling)  # type: ignore[no-any-return, no-untyped-call]
+    return LoraSum.apply(y, x, *_factors(layer, name))  # type: ignore[no-any-return, no-untyped-call]
 
 
 class LoraProduct(torch.autograd.Function):
@@ -158,7 +167,7 @@ class LoraProduct(torch.autograd.Function):
         layers, grads = [Adapted(weight, None, a, b, ctx.scaling)], [grad.reshape(-1, grad.shape[-1])]
         of_inner = through(grads, layers)
         assert of_inner is not None
-        _, _, *of_factors = grads_of_factors(grads, of_inner.t() @ rows, inner, layers)
+        _, _, *of_factors = grads_of_layers(grads, of_inner.t() @ rows, inner, layers, lambda: rows)
         of_x = None
         if ctx.needs_input_grad[0]:
             of_x = grad_of_x(grads, of_inner, layers).view(*grad.shape[:-1], weight.shape[1])
