@@ -9,16 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention, silu
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
-from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
-from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from rlhf.models import fused_lora
 from rlhf.models.fused_lora import Adapted
 
-KINDS = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer)
-PROJECTIONS, OUTPUT, MLP = ("q_proj", "k_proj", "v_proj"), "o_proj", ("gate_proj", "up_proj", "down_proj")
+KINDS = ("Llama", "Mistral", "Qwen2", "Qwen3")
+READ_INPUT, MLP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj", "down_proj")
 
 Layers = tuple[list[Adapted], list[Adapted]]
 
@@ -28,15 +24,24 @@ def read(inner: Any) -> list[Layers] | None:
     those behind attention; None where this module does not know the model."""
     found = []
     for block in getattr(inner, "layers", ()):
-        if type(block) not in KINDS or block.self_attn.config.hidden_act not in ("silu", "swish"):
+        if not _is_known(block):
             return None
-        first = [fused_lora.adapted(getattr(block.self_attn, name)) for name in PROJECTIONS]
+        first = [fused_lora.adapted(getattr(block.self_attn, name)) for name in READ_INPUT]
         after = [block.self_attn.o_proj, *(getattr(block.mlp, name) for name in MLP)]
         second = [fused_lora.adapted(layer) for layer in after]
         if None in first or None in second:
             return None
         found.append((first, second))
     return found or None  # type: ignore[return-value]
+
+
+def _is_known(block: Any) -> bool:
+    """Whether it is a block of transformers' own, with norms that nothing wraps."""
+    kind = type(block).__name__.removesuffix("DecoderLayer")
+    if kind not in KINDS or type(block).__module__ != f"transformers.models.{kind.lower()}.modeling_{kind.lower()}":
+        return False
+    norms = {type(norm).__name__ for norm in (block.input_layernorm, block.post_attention_layernorm)}
+    return norms == {f"{kind}RMSNorm"} and block.self_attn.config.hidden_act in ("silu", "swish")
 
 
 def hidden_states(
