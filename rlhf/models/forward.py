@@ -75,7 +75,7 @@ def policy_and_reference(roles: Roles, sequences: Sequences, temperature: float)
     for role in ("policy", "reference"):
         with roles.acting_as(role) as (model, _):
             hidden[role] = states_before(model, sequences)
-            size = chunk_size(model)
+            size = max(1, chunk_size(model) // 2)  # four such tensors stand at once, two in a policy update
     columns: list[list[Tensor]] = [[], [], [], []]
     for start in range(0, len(targets), size):
         part = slice(start, start + size)

@@ -209,8 +209,8 @@ def logits_trained(shape: Shape, held: Numbers, num_tokens: int, entropy: bool) 
 
 
 def logits_rescored(shape: Shape, num_tokens: int) -> int:
-    """Of rescoring: log-probabilities of policy and reference, the policy's probabilities, one term."""
-    return 4 * FLOAT32 * shape.V * chunk_tokens(shape, num_tokens)
+    """Of rescoring: log-probabilities of policy and reference, one term, the policy's probabilities; half a chunk."""
+    return 4 * FLOAT32 * shape.V * min(num_tokens, max(1, CHUNK_VALUES // shape.V // 2))
 
 
 def logits_measured(shape: Shape, held: Numbers, num_tokens: int) -> int:
