@@ -1,4 +1,4 @@
-"""The blocks of a Llama over packed rows: the same function in fewer passes, half the memory, and no row unwanted."""
+"""The blocks of a Llama over packed rows: the same function in fewer passes, less memory, and no row unwanted."""
 
 from __future__ import annotations
 
