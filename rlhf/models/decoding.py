@@ -32,20 +32,19 @@ class Decoder:
         self.inner = inner
         sums = sum(layer.weight.nbytes for block in blocks for part in block for layer in part) <= SUMMED_BYTES
         self.blocks = [
-            (
-                _prepared(first, sums),
-                _prepared(second[:1], sums),
-                _prepared(second[1:3], sums),
-                _prepared(second[3:], sums),
-            )
-            for first, second in blocks
+            [_prepared(part, sums) for part in (first, second[:1], second[1:3], second[3:])] for first, second in blocks
         ]
 
     def __call__(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
         past_key_values: Any = None, **unused: Any,
     ) -> BaseModelOutputWithPast:  # fmt: skip
-        """As the backbone's own forward, of ids [B, n] behind what the cache holds."""
+        """As the backbone's own forward, of ids [B, n] behind what the cache holds.
+
+        Args:
+            unused: what else transformers passes on.
+        """
+        assert unused.get("inputs_embeds") is None, "sampling gives ids"
         inner = self.inner
         x = inner.embed_tokens(input_ids)
         if position_ids is None:

@@ -100,10 +100,10 @@ def saved_by_fused(shape: Shape, held: Numbers, rank: int) -> tuple[float, float
         up to attention: e (d + 2 q + 2 k + 3 r) + 4 heads + 4        behind it: e (d + q + 2 f + 4 r) + 4
 
     What comes in and query, key, value, attention's output of each row; that in one, what the MLP comes to, gate and
-    up; LoRA's inner ones, and each norm's factor. The norms of Qwen3's queries and keys keep theirs as the model does.
+    up; LoRA's inner ones, and each norm's factor. Qwen3's norms of queries and keys keep what they read in float32.
     """
     d, f, q, k, e = shape.d, shape.f, shape.q, shape.k, held.e
-    normed = (6 if held.mixed else 8) * (q + k) if shape.family == "qwen3" else 0
+    normed = FLOAT32 * (q + k) if shape.family == "qwen3" else 0
     up_to = e * (d + 2 * q + 2 * k + 3 * rank) + FLOAT32 * (shape.heads + 1) + normed
     return up_to, e * (d + q + 2 * f + 4 * rank) + FLOAT32
 
