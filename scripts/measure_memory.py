@@ -66,6 +66,8 @@ CASES = (
     Case("71M nf4", SMOL, quantize="nf4", checkpointing=True, **QUANTISED),
     Case("71M int8", SMOL, quantize="int8", **QUANTISED),
     Case("71M int8", SMOL, quantize="int8", checkpointing=True, **QUANTISED),
+    Case("71M qwen3", SMOL, family="qwen3", **FEW),
+    Case("71M qwen3", SMOL, family="qwen3", dtype="bfloat16", checkpointing=True, **FEW),
 )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from test_blocks import KNOWN
 from test_models import bias_and_norms, two_roles
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rlhf.models import decoding, packing
+from rlhf.models import blocks, decoding, packing
 from rlhf.planning import clock, memory
 from rlhf.rollouts.cache import roomy
 from rlhf.rollouts.engine import Sampling
@@ -85,6 +85,7 @@ class Launches(TorchDispatchMode):
 @pytest.mark.parametrize(("limit", "wanted"), [(1 << 28, clock.LAUNCHES_SUMMED), (0, clock.LAUNCHES_FUSED)])
 def test_a_block_takes_the_operations_that_the_plan_counts(tmp_path, monkeypatch, limit, wanted):
     assert memory.SUMMED_BYTES == decoding.SUMMED_BYTES
+    assert tuple(kind.lower() for kind in blocks.KINDS) == memory.FUSED
     monkeypatch.setattr(decoding, "SUMMED_BYTES", limit)
     counts, run = [], decoding._block
 

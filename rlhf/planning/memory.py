@@ -4,7 +4,7 @@ Letters: see ``planning.shape``; e bytes a number of the base's dtype, n tokens 
 Adapters, heads, gradients and moments are float32. What PyTorch keeps for the backward pass was read off its saved
 tensors, and ``scripts/measure_memory.py`` compares every phase with what torch's allocator gave out on a CPU (torch
 2.13, transformers 5.23, peft 0.21, SDPA, LoRA r 16 on all linear layers). Error of the prediction in per cent, measured
-2026-11-21:
+2026-11-21 and 22:
 
     model, dtype, checkpointing     SFT     reward  policy  value  rescoring  rollout
     28 M   float32                  -0.9    -1.3    +1.1    +1.3   +1.0       +0.8
@@ -20,6 +20,8 @@ tensors, and ``scripts/measure_memory.py`` compares every phase with what torch'
     138 M  bfloat16, on             -1.2    -0.3    +0.1    -0.1   +0.1       +0.1
     300 M  float32                  -1.0     0.0    +0.3    +0.2   +0.1       +0.2
     300 M  bfloat16                 -1.1    -0.1    +0.3    +0.1   +0.1       -1.3
+    71 M   qwen3, float32           -4.0    -0.6    +0.5    +0.3   +0.1        0.0
+    71 M   qwen3, bfloat16, on      -1.5    -0.4    +0.1    -0.2   +0.1       +0.1
     71 M   nf4                      -1.9    +1.0    +0.6    +0.9   +0.2       +2.3
     71 M   nf4, on                  -1.9    +0.9    +0.1    +0.8   +0.2       +2.3
     71 M   int8                     +2.5    +7.2    +8.0    +6.4   +0.3       -0.2
