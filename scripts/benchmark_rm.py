@@ -52,6 +52,7 @@ def ours(size: str) -> dict[str, float]:
 
     from rlhf import runtime
     from rlhf.config.train_rm import RewardConfig
+    from rlhf.data.batches import DataOrder
     from rlhf.data.chat import ChatFormat
     from rlhf.data.records import Comparison, Judgement, Message
     from rlhf.data.tokenised import Group
@@ -59,6 +60,8 @@ def ours(size: str) -> dict[str, float]:
     from rlhf.models.heads import ScalarHead
     from rlhf.models.roles import SharedBase
     from rlhf.optimizer import Optimizer
+    from rlhf.reward.length import LengthPenalty
+    from rlhf.reward.training import Member
     from rlhf.stages import train_rm
 
     config = RewardConfig.model_validate({"data": {"path": "x"}, "steps": 1, "batch": {"batch_size": PROMPTS}})
@@ -71,6 +74,7 @@ def ours(size: str) -> dict[str, float]:
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     roles.add("reward", adapter=lora, head=ScalarHead(base.hidden_size), trained=True)
     optimizer = Optimizer(roles.trained_parameters("reward"), 1e-4, 100)
+    member = Member("reward", [], 1, optimizer, DataOrder(1, 1, 0), LengthPenalty(0.0, []))
     pairs = tuple(Judgement(i, j, 1.0) for i, j in itertools.combinations(range(RANKED), 2))
     record = Comparison((Message("user", "x"),), ("",) * RANKED, pairs, "here")
     spent = []
@@ -78,7 +82,7 @@ def ours(size: str) -> dict[str, float]:
         drawn = rankings(SIZES[size]["vocab_size"], PROMPTS)
         groups = [Group(prompt, responses, pairs, record) for prompt, responses in drawn]
         started = time.process_time()
-        train_rm._step(config, roles, optimizer, base, groups, step)
+        train_rm._step(config, roles, member, base, groups, step, None, None)
         spent.append(time.process_time() - started)
     assert torch.get_num_threads() == 1
     return {"cpu_s": statistics.fmean(spent[1:]), "peak_rss_mb": runtime.peak_rss_mb()}

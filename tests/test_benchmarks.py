@@ -8,12 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 before = dict(os.environ)
 import benchmark_engines  # noqa: E402
 import benchmark_ppo  # noqa: E402
+import benchmark_rm  # noqa: E402
 
 os.environ.clear()
 os.environ.update(before)
@@ -35,6 +37,13 @@ def test_a_step_with_each_critic_is_timed_by_phase(critic):
     found = benchmark_ppo.ours("A", [f"value.fit={critic}"])
     phases = sum(found[f"{phase}_cpu_s"] for phase in ("rollout", "score", "update"))
     assert found["total_cpu_s"] == pytest.approx(phases) and min(found.values()) > 0
+
+
+def test_a_step_of_reward_training_is_timed(monkeypatch):
+    monkeypatch.setitem(benchmark_rm.SIZES, "A", TINY)
+    monkeypatch.setitem(benchmark_rm.STEPS, "A", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert benchmark_rm.ours("A")["cpu_s"] > 0
 
 
 def test_equal_critics_are_a_value_role_on_both_sides(monkeypatch, capsys):
