@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -182,7 +181,8 @@ def test_a_model_that_computes_otherwise_is_found_out_and_said(tmp_path, caplog)
 def test_packed_and_sampled_rows_are_both_looked_at(tmp_path, monkeypatch, module):
     opened, _ = two_roles(tmp_path)
     assert packing.packs(opened.model)
-    monkeypatch.setattr(module, "Rotated", SimpleNamespace(apply=lambda x, cos, sin: x))
+    run = module.heads
+    monkeypatch.setattr(module, "heads", lambda own, projected, cos, sin: run(own, projected, cos, -sin))
     assert packing.known_blocks(opened.model) is None and opened.model.knows_blocks is False
 
 

@@ -84,14 +84,24 @@ def _attended(
     """[n, q] what attention makes of x [n, d]."""
     own, norm = block.self_attn, block.input_layernorm
     projected = _apply(NormedProducts, (x, norm.weight, norm.variance_epsilon), layers)
-    q, k, v = (part.view(len(x), -1, own.head_dim) for part in projected)
-    if hasattr(own, "q_norm"):
-        q, k = own.q_norm(q), own.k_norm(k)
-    q, k = Rotated.apply(q, cos, sin), Rotated.apply(k, cos, sin)  # type: ignore[no-untyped-call]
+    q, k, v = heads(own, projected, cos, sin)
     dropout = own.attention_dropout if block.training else 0.0
     settings = {"is_causal": True, "dropout_p": dropout, "scale": own.scaling, "enable_gqa": q.shape[1] != k.shape[1]}
     parts = zip(*(part.split(lengths) for part in (q, k, v)), strict=True)
     return torch.cat([_attention(*part, **settings) for part in parts]).flatten(1)
+
+
+def heads(own: Any, projected: Sequence[Tensor], cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value [n, heads, D], normed where the model does and turned, from their projections [n, heads D].
+
+    Args:
+        own: the model's attention.
+        cos, sin: [n, 1, D] of the tokens' positions.
+    """
+    q, k, v = (part.unflatten(1, (-1, own.head_dim)) for part in projected)
+    if hasattr(own, "q_norm"):
+        q, k = own.q_norm(q), own.k_norm(k)
+    return Rotated.apply(q, cos, sin), Rotated.apply(k, cos, sin), v  # type: ignore[no-untyped-call]
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, **settings: Any) -> Tensor:
@@ -204,7 +214,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     and the factor [n, 1], in float32 at least."""
     squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=_wide(x)).square_()
     scale = squares.div_(x.shape[-1]).add_(eps).rsqrt_()
-    return (x * scale).to(x.dtype).mul_(weight), scale
+    return _scaled(x, weight, scale), scale
+
+
+def _scaled(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    return (x * scale).to(x.dtype).mul_(weight)
 
 
 def _backward_of_normed(
@@ -218,11 +232,7 @@ def _backward_of_normed(
     """
     of_inner = fused_lora.through(grads, layers)
     of_a = None if of_inner is None else ((of_inner * scale).to(x.dtype).t() @ x).mul_(norm)
-
-    def normed() -> Tensor:
-        return (x * scale).to(x.dtype).mul_(norm)
-
-    of_layers = fused_lora.grads_of_layers(grads, of_a, inner, layers, normed)
+    of_layers = fused_lora.grads_of_layers(grads, of_a, inner, layers, lambda: _scaled(x, norm, scale))
     if not (of_input or norm.requires_grad):
         return None, None, of_layers
     wide, own = fused_lora.grad_of_x(grads, of_inner, layers).to(_wide(x)), x.to(_wide(x))

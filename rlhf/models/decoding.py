@@ -14,7 +14,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from rlhf.models import fused_lora
-from rlhf.models.blocks import Layers, Rotated, rms_norm
+from rlhf.models.blocks import Layers, heads, rms_norm
 from rlhf.models.fused_lora import Adapted
 
 SUMMED_BYTES = 1 << 28
@@ -125,11 +125,7 @@ def _attended(
     own: Any, projected: Sequence[Tensor], rows: Sequence[int], cos: Tensor, sin: Tensor, mask: Tensor | None,
     cache: Any,
 ) -> Tensor:  # fmt: skip
-    q, k, v = (part.unflatten(1, (-1, own.head_dim)) for part in projected)
-    if hasattr(own, "q_norm"):
-        q, k = own.q_norm(q), own.k_norm(k)
-    q, k = Rotated.apply(q, cos, sin), Rotated.apply(k, cos, sin)  # type: ignore[no-untyped-call]
-    q, k, v = (part.unflatten(0, rows).transpose(1, 2) for part in (q, k, v))
+    q, k, v = (part.unflatten(0, rows).transpose(1, 2) for part in heads(own, projected, cos, sin))
     if cache is not None:
         k, v = cache.update(k, v, own.layer_idx)
     return sdpa_attention_forward(own, q, k, v, mask, scaling=own.scaling)[0].flatten(2).flatten(0, 1)  # type: ignore[no-any-return]

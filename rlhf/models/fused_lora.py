@@ -189,8 +189,8 @@ class LoraSum(torch.autograd.Function):
     def backward(ctx: Any, grad: Any) -> Any:
         rows, inner, a, b = ctx.saved_tensors
         g = grad.reshape(-1, grad.shape[-1])
-        through = (g @ b.to(g.dtype)).mul_(ctx.scaling)
-        grad_x = (through @ a.to(g.dtype)).view(*grad.shape[:-1], a.shape[1]) if ctx.needs_input_grad[1] else None
-        grad_a = (through.t() @ rows).to(a.dtype) if ctx.needs_input_grad[2] else None
+        of_inner = (g @ b.to(g.dtype)).mul_(ctx.scaling)
+        grad_x = (of_inner @ a.to(g.dtype)).view(*grad.shape[:-1], a.shape[1]) if ctx.needs_input_grad[1] else None
+        grad_a = (of_inner.t() @ rows).to(a.dtype) if ctx.needs_input_grad[2] else None
         grad_b = (g.t() @ inner).mul_(ctx.scaling).to(b.dtype) if ctx.needs_input_grad[3] else None
         return grad, grad_x, grad_a, grad_b, None
