@@ -257,7 +257,7 @@ def ceiling_of(device: torch.device, tiny: bool) -> Speed:
     """What large products and long reads reach."""
     width = 4 if tiny else 2
     size = 256 if tiny else 8192
-    found = speed.measured(size, size, width, tokens=size, read_bytes=(1 << 26) if tiny else 1 << 32)
+    found = speed.measured(size, size, width, False, tokens=size, read_bytes=(1 << 26) if tiny else 1 << 32)
     return Speed(found.flops, found.bandwidth)
 
 

@@ -8,7 +8,7 @@ from test_blocks import KNOWN
 from test_models import bias_and_norms, two_roles
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rlhf.models import blocks, decoding, packing
+from rlhf.models import blocks, decoding, fused_lora, packing, thin
 from rlhf.planning import clock, memory
 from rlhf.rollouts.cache import roomy
 from rlhf.rollouts.engine import Sampling
@@ -39,9 +39,10 @@ def test_every_sampled_token_has_the_logits_of_a_whole_pass(tmp_path, monkeypatc
     assert "forward" not in model.model.__dict__, "the backbone has its own forward again"
 
 
-@pytest.mark.parametrize("slot", ["policy", "reference"])
-def test_samples_are_those_of_the_models_own_blocks(tmp_path, slot):
-    opened, roles = two_roles(tmp_path)
+@pytest.mark.parametrize(("slot", "double"), [("policy", True), ("reference", True), ("policy", False)])
+def test_samples_are_those_of_the_models_own_blocks(tmp_path, monkeypatch, slot, double):
+    monkeypatch.setattr(thin, "NUMBERS", 1)  # weights are put in order, where they are in float32
+    opened, roles = two_roles(tmp_path, double=double)
     engine, how = HfEngine(roles, slot, opened.chat, 2), Sampling(9, 0.8, 3)
     assert packing.known_blocks(opened.model)
     found = []
@@ -49,6 +50,15 @@ def test_samples_are_those_of_the_models_own_blocks(tmp_path, slot):
         opened.model.knows_blocks = fused
         found.append(engine.generate(PROMPTS, how, range(3)))
     assert found[0] == found[1] and len({tuple(row) for row in found[0].tokens}) == 3
+
+
+def test_prompts_are_read_without_their_padding(tmp_path, monkeypatch):
+    opened, roles = two_roles(tmp_path)
+    assert packing.known_blocks(opened.model)
+    rows, run = [], fused_lora.products
+    monkeypatch.setattr(fused_lora, "products", lambda x, layers: rows.append(len(x)) or run(x, layers))
+    HfEngine(roles, "policy", opened.chat, 3).generate(PROMPTS, Sampling(9, 0.8, 3), range(3))
+    assert rows == [sum(map(len, PROMPTS))] * 4 * len(opened.model.model.layers)
 
 
 def test_a_step_of_the_optimizer_is_seen_by_the_next_sample(tmp_path):

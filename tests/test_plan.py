@@ -245,7 +245,7 @@ def test_the_first_step_is_said_once_beside_what_was_predicted(monkeypatch, capl
     with caplog.at_level("INFO", "rlhf"):
         first.say(2.5, 40)
         first.say(9.0, 40)
-    assert asked == [(896, 4864, planned.held.e)]
+    assert asked == [(896, 4864, planned.held.e, False)]
     memory_said, time_said = (record.getMessage() for record in caplog.records)
     [work] = clock.step(planned, here)
     assert f"predicted, for longest rows: {phases.peak(planned).total / 2**20:.0f} MB" in memory_said
@@ -253,9 +253,10 @@ def test_the_first_step_is_said_once_beside_what_was_predicted(monkeypatch, capl
     assert time_said.endswith(f"just measured: at least {work.seconds:.3g} s. All 40 steps: about 100 s.")
 
 
-def test_the_speed_of_the_machine_is_measured_without_a_random_number_of_the_run():
+@pytest.mark.parametrize("sums", [True, False])
+def test_the_speed_of_the_machine_is_measured_without_a_random_number_of_the_run(sums):
     before = torch.get_rng_state()
-    found = speed.measured(32, 64, 4, tokens=8, read_bytes=1 << 16, seconds=1e-3)
+    found = speed.measured(32, 64, 4, sums, tokens=8, read_bytes=1 << 16, seconds=1e-3)
     assert min(found.flops, found.bandwidth, found.thin, found.launch) > 0
     assert torch.equal(torch.get_rng_state(), before)
 

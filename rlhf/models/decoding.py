@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, silu
+from torch.nn.functional import silu
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from rlhf.models import fused_lora
+from rlhf.models import fused_lora, thin
 from rlhf.models.blocks import Layers, heads, rms_norm
 from rlhf.models.fused_lora import Adapted
 
@@ -23,17 +23,21 @@ SUMMED_BYTES = 1 << 28
 class Decoder:
     """Stands for the backbone ``inner`` while tokens are sampled, on padded rows and with transformers' cache.
 
+    Of prompts no padding is computed, but in attention.
+
     Args:
         blocks: as ``rlhf.models.blocks.read`` gave them: the adapters of that moment. Where all sums W + s B A together
-            take at most ``SUMMED_BYTES`` they are made, and layers that read the same become one.
+            take at most ``SUMMED_BYTES`` they are made for what comes after the prompts, token by token, and layers
+            that read the same become one.
     """
 
     def __init__(self, inner: Any, blocks: Sequence[Layers]) -> None:
         self.inner = inner
-        sums = sum(layer.weight.nbytes for block in blocks for part in block for layer in part) <= SUMMED_BYTES
-        self.blocks = [
-            [_prepared(part, sums) for part in (first, second[:1], second[1:3], second[3:])] for first, second in blocks
+        self.prompts: list[list[Any]] = [
+            [_cast(part) for part in (first, second[:1], second[1:3], second[3:])] for first, second in blocks
         ]
+        sums = sum(layer.weight.nbytes for block in blocks for part in block for layer in part) <= SUMMED_BYTES
+        self.tokens = [[_summed(part) for part in block] for block in self.prompts] if sums else self.prompts
 
     def __call__(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
@@ -55,10 +59,31 @@ class Decoder:
             position_ids=position_ids,
         )  # fmt: skip
         cos, sin = (part.expand(len(x), -1, -1).flatten(0, 1)[:, None] for part in inner.rotary_emb(x, position_ids))
-        rows, x = x.shape[:2], x.flatten(0, 1)
-        for block, prepared in zip(inner.layers, self.blocks, strict=True):
-            x = _block(block, prepared, rows, x, cos, sin, mask, past_key_values)
-        return BaseModelOutputWithPast(inner.norm(x.view(*rows, -1)), past_key_values=past_key_values)
+        rows = Rows(len(x), x.shape[1], attention_mask)
+        x, cos, sin = (rows.real(part) for part in (x.flatten(0, 1), cos, sin))
+        for block, layers in zip(inner.layers, self.tokens if rows.width == 1 else self.prompts, strict=True):
+            x = _block(block, layers, rows, x, cos, sin, mask, past_key_values)
+        return BaseModelOutputWithPast(rows.padded(inner.norm(x)), past_key_values=past_key_values)
+
+
+class Rows:
+    """Which tokens of padded rows [count, width] are real; ``mask`` [count, width and all before] of them, or None."""
+
+    def __init__(self, count: int, width: int, mask: Tensor | None) -> None:
+        self.count, self.width = count, width
+        self.places: Tensor | None = None
+        if mask is not None and width > 1 and not bool((own := mask[:, -width:].bool()).all()):
+            self.places = own.flatten().nonzero()[:, 0]
+
+    def real(self, x: Tensor) -> Tensor:
+        """[n, ...] of x [count width, ...]."""
+        return x if self.places is None else x[self.places]
+
+    def padded(self, x: Tensor) -> Tensor:
+        """[count, width, ...] of x [n, ...], 0 where no token is."""
+        if self.places is not None:
+            x = x.new_zeros(self.count * self.width, *x.shape[1:]).index_copy_(0, self.places, x)
+        return x.view(self.count, self.width, *x.shape[1:])
 
 
 @contextmanager
@@ -74,23 +99,31 @@ def in_place_of(inner: Any, blocks: Sequence[Layers] | None) -> Iterator[None]:
         del inner.forward
 
 
-Prepared = tuple[Tensor, Tensor | None, list[int]] | list[Adapted]
+class Summed(NamedTuple):
+    """Layers that read the same as one: weights [all o, i] as ``thin`` orders them, biases, and each layer's o."""
+
+    weight: Tensor
+    bias: Tensor | None
+    sizes: list[int]
 
 
-def _prepared(layers: Sequence[Adapted], sums: bool) -> Prepared:
-    """The sum of base and adapter of all layers, one below the other; or the layers, with LoRA in the base's dtype."""
-    if not sums:
-        dtype = layers[0].weight.dtype
-        return [
-            layer._replace(
-                a=None if layer.a is None else layer.a.to(dtype), b=None if layer.b is None else layer.b.to(dtype)
-            )
-            for layer in layers
-        ]
+def _cast(layers: Sequence[Adapted]) -> list[Adapted]:
+    """With LoRA in the base's dtype."""
+    dtype = layers[0].weight.dtype
+    return [
+        layer._replace(
+            a=None if layer.a is None else layer.a.to(dtype), b=None if layer.b is None else layer.b.to(dtype)
+        )
+        for layer in layers
+    ]
+
+
+def _summed(layers: Sequence[Adapted]) -> Summed:
+    """Base and adapter added up."""
     biases = [layer.bias for layer in layers if layer.bias is not None]
     assert len(biases) in (0, len(layers)), "of layers that read the same all have a bias, or none"
-    whole = torch.cat([_sum(layer) for layer in layers]).t().contiguous().t()  # few rows are faster in this order
-    return whole, torch.cat(biases) if biases else None, [len(layer.weight) for layer in layers]
+    whole = thin.in_order(torch.cat([_sum(layer) for layer in layers]))
+    return Summed(whole, torch.cat(biases) if biases else None, [len(layer.weight) for layer in layers])
 
 
 def _sum(layer: Adapted) -> Tensor:
@@ -99,20 +132,18 @@ def _sum(layer: Adapted) -> Tensor:
     return layer.weight + (layer.scaling * (layer.b @ layer.a)).to(layer.weight.dtype)
 
 
-def _of(x: Tensor, layers: Prepared) -> Sequence[Tensor]:
+def _of(x: Tensor, layers: Summed | Sequence[Adapted]) -> Sequence[Tensor]:
     """[n, o] what each layer makes of x [n, i]."""
-    if isinstance(layers, list):
-        return fused_lora.products(x, layers)[0]
-    weight, bias, sizes = layers
-    return linear(x, weight, bias).split(sizes, 1)  # type: ignore[no-any-return]
+    if isinstance(layers, Summed):
+        return thin.product(x, layers.weight, layers.bias).split(layers.sizes, 1)  # type: ignore[no-any-return]
+    return fused_lora.products(x, layers)[0]
 
 
 def _block(
-    block: Any, prepared: Sequence[Prepared], rows: Sequence[int], x: Tensor, cos: Tensor, sin: Tensor,
-    mask: Tensor | None, cache: Any,
-) -> Tensor:  # fmt: skip
-    """[B n, d] of x [B n, d]."""
-    first, output, both, down = prepared
+    block: Any, layers: Sequence[Any], rows: Rows, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: Any
+) -> Tensor:
+    """[n, d] of x [n, d]."""
+    first, output, both, down = layers
     norm = block.input_layernorm
     (mixed,) = _of(_attended(block.self_attn, _of(_normed(x, norm), first), rows, cos, sin, mask, cache), output)
     x = mixed.add_(x)
@@ -122,13 +153,13 @@ def _block(
 
 
 def _attended(
-    own: Any, projected: Sequence[Tensor], rows: Sequence[int], cos: Tensor, sin: Tensor, mask: Tensor | None,
-    cache: Any,
-) -> Tensor:  # fmt: skip
-    q, k, v = (part.unflatten(0, rows).transpose(1, 2) for part in heads(own, projected, cos, sin))
+    own: Any, projected: Sequence[Tensor], rows: Rows, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: Any
+) -> Tensor:
+    q, k, v = (rows.padded(part).transpose(1, 2) for part in heads(own, projected, cos, sin))
     if cache is not None:
         k, v = cache.update(k, v, own.layer_idx)
-    return sdpa_attention_forward(own, q, k, v, mask, scaling=own.scaling)[0].flatten(2).flatten(0, 1)  # type: ignore[no-any-return]
+    mixed = sdpa_attention_forward(own, q, k, v, mask, scaling=own.scaling)[0]
+    return rows.real(mixed.flatten(2).flatten(0, 1))
 
 
 def _normed(x: Tensor, norm: Any) -> Tensor:

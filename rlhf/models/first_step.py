@@ -35,7 +35,9 @@ class FirstStep:
         if self.spec:
             memory = f"{phases.peak(self.spec).total / (1 << 20):.0f} MB"
             shape = self.spec.shape
-            here = speed.measured(shape.d, shape.f, self.spec.held.e, read_bytes=READ_BYTES, seconds=MEASURED_FOR)
+            here = speed.measured(
+                shape.d, shape.f, self.spec.held.e, clock.sums(self.spec), read_bytes=READ_BYTES, seconds=MEASURED_FOR
+            )
             time = f"at least {sum(work.seconds for work in clock.step(self.spec, here)):.3g} s"
         log.info("%s after the first step: %.0f MB; predicted, for longest rows: %s.", what, measured, memory)
         log.info(

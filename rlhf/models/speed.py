@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch.nn.functional import linear
 
+from rlhf.models.thin import in_order, product
 from rlhf.planning.clock import Speed
 
 TOKENS, READ_BYTES, SECONDS = 512, 1 << 28, 0.4
@@ -15,11 +16,12 @@ THIN, LAYERS = 16, 32  # rows that sample together; weights that follow one anot
 
 
 def measured(
-    d: int, f: int, width: int, tokens: int = TOKENS, read_bytes: int = READ_BYTES, seconds: float = SECONDS
+    d: int, f: int, width: int, sums: bool, tokens: int = TOKENS, read_bytes: int = READ_BYTES, seconds: float = SECONDS
 ) -> Speed:
     """Of products as a model of hidden size ``d`` and inner size ``f`` makes them, in numbers of ``width`` bytes.
 
     Args:
+        sums: whether sampling puts base and adapter, summed up, in order for products of few rows.
         seconds: spent on each of four figures. No random number is drawn from the global generators.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -29,8 +31,8 @@ def measured(
     memory = torch.ones(read_bytes // 4, device=device)
     flops = 2 * tokens * d * f / _seconds(lambda: linear(x, weight), device, seconds)
     bandwidth = read_bytes / _seconds(lambda: memory.sum(), device, seconds)
-    few, layers = x[:THIN].contiguous(), [weight.clone() for _ in range(LAYERS)]
-    thin = 2 * len(few) * d * f * LAYERS / _seconds(lambda: [linear(few, layer) for layer in layers], device, seconds)
+    few, layers = x[:THIN].contiguous(), [in_order(weight) if sums else weight.clone() for _ in range(LAYERS)]
+    thin = 2 * len(few) * d * f * LAYERS / _seconds(lambda: [product(few, layer) for layer in layers], device, seconds)
     launch = _seconds(lambda: [few[:1] + few[:1] for _ in range(LAYERS)], device, seconds) / LAYERS
     return Speed(flops, bandwidth, thin, launch)
 

@@ -105,7 +105,12 @@ def launches(spec: Spec) -> int:
     """Operations a block and sampled token."""
     if not memory.fuses(spec.shape, spec.held):
         return LAUNCHES
-    return LAUNCHES_SUMMED if memory.summed(spec.shape, spec.held) else LAUNCHES_FUSED
+    return LAUNCHES_SUMMED if sums(spec) else LAUNCHES_FUSED
+
+
+def sums(spec: Spec) -> bool:
+    """Whether sampling adds up base and adapter."""
+    return memory.summed(spec.shape, spec.held) > 0
 
 
 def duration(seconds: float) -> str:

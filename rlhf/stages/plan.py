@@ -158,7 +158,8 @@ def _together(spec: Spec, budget: int | None) -> dict[str, Any] | None:
 
 def _speed(spec: Spec, flops: str | None, bandwidth: str | None, measure: bool) -> Speed | None:
     if measure:
-        return importlib.import_module("rlhf.models.speed").measured(spec.shape.d, spec.shape.f, spec.held.e)  # type: ignore[no-any-return]
+        shape, measured = spec.shape, importlib.import_module("rlhf.models.speed").measured
+        return measured(shape.d, shape.f, spec.held.e, clock.sums(spec))  # type: ignore[no-any-return]
     if (flops is None) != (bandwidth is None):
         missing = "--bandwidth" if bandwidth is None else "--flops"
         raise RlhfError(Problem("CFG040", missing, "is missing: time follows from both.", "give both, or --measure"))
