@@ -3,6 +3,7 @@ fits."""
 
 from __future__ import annotations
 
+import gc
 import importlib
 import importlib.util
 import json
@@ -88,6 +89,7 @@ def test_a_quantised_base_takes_what_is_predicted(tmp_path, kind):
 
 def allocated(work):
     """The worst sum of what torch allocated and released while ``work`` ran."""
+    gc.collect()  # what other tests left is not released meanwhile
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         work()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -178,6 +180,21 @@ def test_time_follows_the_arithmetic_of_training_and_the_reading_of_sampling():
     slower = clock.step(config, Speed(1e18, 1e12, thin=1e9, launch=0.01))[0]
     by_hand = 2 * 2 * (weights + 41_943_040 + 32 * 4096 * 101) / 1e9 + 32 * 50 * 0.01
     assert slower.seconds == pytest.approx(2 * 100 * by_hand, rel=1e-3)
+    both, one = (
+        next(work for work in clock.step(each, Speed(1e12, 1e12)) if work.name == "rescoring").seconds
+        for each in (config, config.with_(reads_reference=False))
+    )
+    assert one == pytest.approx(both / 2, rel=1e-12)
+
+
+def test_a_small_model_is_sampled_with_sums_and_a_quantised_one_by_its_own_blocks():
+    large, small = (
+        spec("ppo", QWEN, held=Numbers(2)).with_(shape=replace(shape.of_config(QWEN, ""), L=L)) for L in (24, 2)
+    )
+    assert [clock.sums(each) for each in (large, small)] == [False, True]
+    wanted = [clock.LAUNCHES_FUSED, clock.LAUNCHES_SUMMED, clock.LAUNCHES]
+    found = [clock.launches(each) for each in (large, small, small.with_(held=Numbers(2, "nf4")))]
+    assert found == wanted
 
 
 def run(*args, cwd=ROOT):

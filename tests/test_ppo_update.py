@@ -164,6 +164,44 @@ def test_the_exact_kl_can_stand_in_the_reward(world):
     assert (batch.exact_kl[batch.mask] > 0).all()
 
 
+@pytest.mark.parametrize("place", ["reward", "loss"])
+def test_without_a_penalty_no_step_runs_the_reference_and_nothing_else_changes(world, monkeypatch, place):
+    opened, roles, collect = world
+    update = {"normalise_advantages": False}
+    chosen = config(kl={"coef": 0.0, "place": place}, value={"fit": "gradient"}, update=update)
+    watched = config(kl={"coef": 0.0, "place": place}, value={"fit": "gradient"}, update=update,
+                     guards={"kl_nats": {"stop": 90.0}})  # fmt: skip
+    assert watched.reads_reference() and not chosen.reads_reference()
+    acted, run = [], roles.acting_as
+    monkeypatch.setattr(roles, "acting_as", lambda name: acted.append(name) or run(name))
+    alone, both, found = collect(chosen, 0.0), None, []
+    assert set(acted) == {"policy", "value"}
+    both = collect(watched, 0.0)
+    assert "reference" in acted
+    for name in ("old_logprobs", "entropy", "old_values", "rewards", "advantages", "returns"):
+        assert torch.equal(getattr(alone, name), getattr(both, name)), name
+    assert alone.ref_logprobs is None and alone.exact_kl is None
+    assert set(both.metrics) - set(alone.metrics) == {"rollout/kl_nats", "rollout/exact_kl_nats"}
+    for batch in (alone, both):
+        updates._policy_gradient(chosen, roles, opened, batch, batch.advantages, [0, 1, 2], 0.0)
+        found.append(torch.cat([p.grad.flatten().clone() for p in roles.trained_parameters("policy")]))
+        for parameter in roles.trained_parameters("policy"):
+            parameter.grad = None
+    assert torch.equal(*found) and found[0].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({}, True), ({"kl": {"coef": 0.0}}, True), ({"kl": {"coef": 0.0}, "value": {"fit": "gradient"}}, False),
+        ({"kl": {"coef": 0.1}, "value": {"fit": "gradient"}}, True),
+        ({"kl": {"coef": 0.0, "target": 3.0}, "value": {"fit": "gradient"}}, True),
+    ],
+)  # fmt: skip
+def test_the_reference_runs_where_something_reads_it(changes, wanted):
+    assert config(**changes).reads_reference() is wanted
+
+
 def test_minibatches_partition_the_batch_and_differ_between_epochs():
     parts = [[int(i) for i in rows] for rows in updates.minibatches(12, 4, seed=1, epoch=0)]
     assert sorted(i for part in parts for i in part) == list(range(12)) and [len(part) for part in parts] == [4, 4, 4]

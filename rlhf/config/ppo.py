@@ -55,7 +55,11 @@ class PpoBatchSection(Section):
 class KlSection(Section):
     """The KL penalty against the SFT reference."""
 
-    coef: NonNegative = Field(0.05, description="weight of the KL, in score units a nat")
+    coef: NonNegative = Field(
+        0.05,
+        description="weight of the KL, in score units a nat; 0 with value.fit: gradient runs the reference in "
+        "evaluations alone",
+    )
     place: Literal["reward", "loss"] = Field("reward", description="in the per-token reward, or as k2 in the loss")
     estimator: Literal["k1", "exact"] = Field("k1", description="in the reward: sampled, or over the full vocabulary")
     target: Positive | None = Field(None, description="nats a response that an adaptive coefficient steers to")

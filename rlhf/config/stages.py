@@ -191,6 +191,11 @@ class PpoConfig(StageConfig):
             raise ValueError("kl.place: loss needs update.normalise_advantages: false, or it misses its optimum")
         return self
 
+    def reads_reference(self) -> bool:
+        """Whether something in a step reads the reference: the penalty, a guard that stops, or the critic."""
+        penalised = self.kl.coef > 0 or self.kl.target is not None
+        return penalised or self.guards.kl_nats.stop is not None or self.value.fit == "least_squares"
+
     def set_for_gradients(self) -> list[str]:
         """Keys away from their defaults that only a critic trained by gradients has a use for."""
         places: list[tuple[str, Section, str]] = [

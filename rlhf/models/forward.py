@@ -94,6 +94,14 @@ def policy_and_reference(roles: Roles, sequences: Sequences, temperature: float)
     return PolicyAndReference(logprobs, ref_logprobs, entropy, kl, hidden["reference"])
 
 
+@torch.no_grad()
+def policy_alone(roles: Roles, sequences: Sequences, temperature: float) -> tuple[Tensor, Tensor]:
+    """Logprobs and entropy [B, T] of the tempered policy, without gradient; bit for bit those of both roles' pass."""
+    with roles.acting_as("policy") as (model, _):
+        logprobs, entropy = response_logprobs_of(model, sequences, temperature, _chunk_rescored)
+    return logprobs, entropy
+
+
 def state_values(model: Any, head: Any, sequences: Sequences) -> Tensor:
     """[B, T] value of the state before each response token is written; 0 where there is no token."""
     return scatter(head(states_before(model, sequences))[:, 0], sequences)
@@ -141,6 +149,11 @@ def chunk_size(model: Any) -> int:
 
 def _chunk_logprobs(head: Any, hidden: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor]:
     return (tensors.TemperedLogprobs.apply(head(hidden), ids, temperature),)  # type: ignore[no-untyped-call]
+
+
+def _chunk_rescored(head: Any, hidden: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    policy = _float(head(hidden)).div_(temperature).log_softmax(-1)
+    return policy.gather(1, ids[:, None])[:, 0], -policy.exp().mul_(policy).sum(-1)
 
 
 def _chunk_logprobs_and_entropy(head: Any, hidden: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

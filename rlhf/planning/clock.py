@@ -82,7 +82,7 @@ def step(spec: Spec, speed: Speed) -> list[Work]:
         critic = Work("value fit", states, states * each / speed.flops)
     return [
         _rollout(spec, speed),
-        Work("rescoring", tokens, tokens * FORWARD * (2 * body + 2 * head) / speed.flops),
+        Work("rescoring", tokens, tokens * FORWARD * (1 + spec.reads_reference) * (body + head) / speed.flops),
         Work("values and scores", tokens, tokens * FORWARD * passes * body / speed.flops),
         Work("policy update", tokens * spec.epochs, tokens * again * (body + 1.5 * head) / speed.flops),
         critic,

@@ -23,6 +23,7 @@ class Spec:
         group: sequences that cannot be parted, a prompt's responses in reward modelling.
         num_reward_runs, value_rank: PPO's reward roles on this base (every member of an ensemble is one), and the rank
             that they and a trained value role have; trains_value: whether PPO has one, or a critic by least squares.
+        reads_reference: whether PPO's steps run the reference.
         members: of an ensemble in reward modelling, trained one after the other.
         heads: numbers that each of them has.
     """
@@ -48,6 +49,7 @@ class Spec:
     num_reward_runs: int = 1
     value_rank: int | None = None
     trains_value: bool = True
+    reads_reference: bool = True
     members: int = 1
     heads: int = 1
     device: str = "cpu"

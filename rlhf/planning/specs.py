@@ -174,7 +174,7 @@ def _of_ppo(config: PpoConfig, common: Spec) -> Spec:
         minibatch=batch.minibatch_size, prompt=config.prompts.max_tokens, response=config.sampling.max_new_tokens,
         concurrency=config.sampling.concurrency, entropy=update.entropy_coef > 0, steps=config.steps,
         num_reward_runs=sum(map(_num_roles, config.rewards)), value_rank=_value_rank(config),
-        trains_value=config.value.fit == "gradient",
+        trains_value=config.value.fit == "gradient", reads_reference=config.reads_reference(),
     )  # fmt: skip
 
 

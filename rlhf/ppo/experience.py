@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -32,7 +32,8 @@ class Experience:
     Args:
         scores: [B] after the missing-EOS rule.
         mask: [B, T] bool, True on response tokens up to and including the end token.
-        old_logprobs, ref_logprobs, exact_kl, entropy: [B, T] of the tempered policies.
+        old_logprobs, entropy: [B, T] of the tempered policy; ref_logprobs, exact_kl: None where no step reads the
+            reference.
         old_values: [B, T]; rewards: [B, T]; advantages: [B, T] not yet normalised; returns: [B, T].
         states: what the critic read: rows of a micro-batch, and the hidden states [n, d] before their response tokens.
         disagreement: [B] of an ensemble's members that are compared in differences.
@@ -42,13 +43,13 @@ class Experience:
     scores: Tensor
     mask: Tensor
     old_logprobs: Tensor
-    ref_logprobs: Tensor
-    exact_kl: Tensor
     entropy: Tensor
     old_values: Tensor
     rewards: Tensor
     advantages: Tensor
     returns: Tensor
+    ref_logprobs: Tensor | None = None
+    exact_kl: Tensor | None = None
     states: Sequence[tuple[list[int], Tensor]] = ()
     disagreement: Tensor | None = None
 
@@ -66,26 +67,27 @@ class Experience:
             for sample, own in zip(self.samples, self.old_logprobs, strict=True) if sample.logprobs is not None
         ]  # fmt: skip
         lengths = self.mask.sum(1).double()
-        kl = tensors.masked_sum(self.old_logprobs - self.ref_logprobs, self.mask) / len(finished)
-        apart = {} if self.disagreement is None else {"rollout/disagreement": float(self.disagreement.mean())}
+        others = {} if self.disagreement is None else {"rollout/disagreement": float(self.disagreement.mean())}
+        if self.ref_logprobs is not None and self.exact_kl is not None:
+            kl = tensors.masked_sum(self.old_logprobs - self.ref_logprobs, self.mask) / len(finished)
+            others["rollout/kl_nats"] = float(kl)
+            others["rollout/exact_kl_nats"] = float(self.exact_kl.double().sum(1).mean())
         return {
             "rollout/score": float(self.scores.double().mean()),
             "rollout/score_std": float(self.scores.double().std(correction=0)),
-            "rollout/kl_nats": float(kl),
-            "rollout/exact_kl_nats": float(self.exact_kl.double().sum(1).mean()),
             "rollout/entropy_nats": float(tensors.masked_mean(self.entropy, self.mask)),
             "rollout/response_tokens": float(lengths.mean()),
             "rollout/end_token_rate": sum(finished) / len(finished),
             "rollout/explained_variance": float(tensors.explained_variance(self.old_values, self.returns, self.mask)),
             **({"rollout/engine_gap_nats": float(torch.cat(gaps).mean())} if gaps else {}),
-            **apart,
+            **others,
         }
 
 
 class Critic(Protocol):
     """What gives the values of the states that responses go through, and learns from what came of them."""
 
-    def read(self, sequences: Sequences, reference: Tensor) -> tuple[Tensor, Tensor]: ...
+    def read(self, sequences: Sequences, reference: Tensor | None) -> tuple[Tensor, Tensor]: ...
     def start(self, batch: Experience) -> None: ...
     def learn(self, batch: Experience, seed: int, step: int) -> dict[str, float]: ...
     def state(self) -> dict[str, Stateful]: ...
@@ -119,32 +121,47 @@ def collect(
         what = f"the scores of responses {bad} of this batch are not finite; nothing was learnt from it."
         raise RlhfError(Problem("GRD006", f"response {first_row} and on", what, "look at the reward run or function"))
     mask = tensors.response_mask(torch.tensor([len(sample.response_ids) for sample in samples]), _width(samples))
-    logprobs, ref_logprobs, exact_kl, entropy, values = (torch.zeros(mask.shape) for _ in range(5))
+    whole: dict[str, Tensor] = {}
     states: list[tuple[list[int], Tensor]] = []
     size, tokens = config.batch.micro_batch_size, config.batch.micro_batch_tokens
     for rows, sequences in measure.batched(samples, base.chat.pad_id, base.device, size, tokens):
-        both = forward.policy_and_reference(roles, sequences, config.sampling.temperature)
-        read, hidden = critic.read(sequences, both.ref_hidden)
+        figures, reference = _rescored(config, roles, sequences)
+        read, hidden = critic.read(sequences, reference)
         states.append((rows, hidden.cpu()))
-        width = sequences.mask.shape[1]
-        pairs = (
-            (logprobs, both.logprobs), (ref_logprobs, both.ref_logprobs), (exact_kl, both.exact_kl),
-            (entropy, both.entropy), (values, forward.scatter(read, sequences)),
-        )  # fmt: skip
-        for whole, part in pairs:
-            whole[rows, :width] = part.float().cpu()
-    penalty = kl_penalty(config.kl, logprobs, ref_logprobs, exact_kl)
-    rewards = objective.token_rewards(penalty, scores, mask, kl_coef if config.kl.place == "reward" else 0.0)
-    advantages, returns = estimate(config, rewards, values, mask)
+        figures["old_values"] = forward.scatter(read, sequences)
+        for name, part in figures.items():
+            whole.setdefault(name, torch.zeros(mask.shape))[rows, : part.shape[1]] = part.float().cpu()
+    coef = kl_coef if config.kl.place == "reward" else 0.0
+    rewards = objective.token_rewards(kl_penalty(config.kl, whole), scores, mask, coef)
+    advantages, returns = estimate(config, rewards, whole["old_values"], mask)
     return Experience(
-        samples, scores, mask, logprobs, ref_logprobs, exact_kl, entropy, values, rewards, advantages, returns,
-        states, found.disagreement,
+        samples, scores, mask, rewards=rewards, advantages=advantages, returns=returns, states=states,
+        disagreement=found.disagreement, **whole,
     )  # fmt: skip
 
 
-def kl_penalty(section: KlSection, logprobs: Tensor, ref_logprobs: Tensor, exact_kl: Tensor) -> Tensor:
-    """[B, T] the KL that the reward carries: sampled (k1) or over the vocabulary."""
-    return exact_kl if section.estimator == "exact" else objective.k1(logprobs, ref_logprobs)
+def _rescored(config: PpoConfig, roles: Roles, sequences: Sequences) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Figures [B, T] of the roles by their names in ``Experience``, and the reference's states; without the reference
+    where no step reads it."""
+    temperature = config.sampling.temperature
+    if not config.reads_reference():
+        logprobs, entropy = forward.policy_alone(roles, sequences, temperature)
+        return {"old_logprobs": logprobs, "entropy": entropy}, None
+    both = forward.policy_and_reference(roles, sequences, temperature)
+    figures = {
+        "old_logprobs": both.logprobs, "ref_logprobs": both.ref_logprobs, "exact_kl": both.exact_kl,
+        "entropy": both.entropy,
+    }  # fmt: skip
+    return figures, both.ref_hidden
+
+
+def kl_penalty(section: KlSection, figures: Mapping[str, Tensor]) -> Tensor:
+    """[B, T] the KL that the reward carries: sampled (k1), over the vocabulary, or 0 without the reference."""
+    if "ref_logprobs" not in figures:
+        return torch.zeros_like(figures["old_logprobs"])
+    if section.estimator == "exact":
+        return figures["exact_kl"]
+    return objective.k1(figures["old_logprobs"], figures["ref_logprobs"])
 
 
 def estimate(config: PpoConfig, rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -46,8 +46,9 @@ class LeastSquares:
         self.bias = torch.zeros((), dtype=torch.float64, device=self.exact)
 
     @torch.no_grad()
-    def read(self, sequences: Sequences, reference: Tensor) -> tuple[Tensor, Tensor]:
+    def read(self, sequences: Sequences, reference: Tensor | None) -> tuple[Tensor, Tensor]:
         """[N] values, and the states that they are of: ``reference`` [N, d]; 0 before the first fit."""
+        assert reference is not None
         return torch.cat([self._of(features) for features in self._features(reference)]), reference
 
     def start(self, batch: Experience) -> None:

@@ -87,7 +87,7 @@ def _policy_gradient(
     totals = {"loss": 0.0, "clip_fraction": 0.0, "approx_kl": 0.0, "ratio": 0.0}
     for part, sequences, mask in micro_batches_of(config, base, experience, rows):
         cut = cutter(part, mask)
-        old, ref = cut(experience.old_logprobs), cut(experience.ref_logprobs)
+        old = cut(experience.old_logprobs)
         with roles.acting_as("policy") as (model, _):
             if config.update.entropy_coef:
                 logprobs, entropy = forward.response_logprobs_and_entropy(model, sequences, config.sampling.temperature)
@@ -95,7 +95,8 @@ def _policy_gradient(
                 logprobs = forward.response_logprobs(model, sequences, config.sampling.temperature)
             outcome = objective.policy_loss(logprobs, old, cut(advantages), mask, config.update.clip_range, num_tokens)
             loss = outcome.loss
-            if config.kl.place == "loss":
+            if config.kl.place == "loss" and experience.ref_logprobs is not None:
+                ref = cut(experience.ref_logprobs)
                 loss = loss + kl_coef * objective.k2_kl_loss(logprobs, old, ref, mask, num_tokens)
             if config.update.entropy_coef:
                 loss = loss - config.update.entropy_coef * tensors.masked_sum(entropy, mask) / num_tokens

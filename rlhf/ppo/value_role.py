@@ -29,7 +29,7 @@ class ValueRole:
         self.config, self.roles, self.base, self.optimizer = config, roles, base, optimizer
 
     @torch.no_grad()
-    def read(self, sequences: Sequences, reference: Tensor) -> tuple[Tensor, Tensor]:
+    def read(self, sequences: Sequences, reference: Tensor | None) -> tuple[Tensor, Tensor]:
         """[N] values, and the hidden states [N, d] that they were read from."""
         with self.roles.acting_as("value") as (model, head):
             hidden = forward.states_before(model, sequences)

@@ -189,6 +189,8 @@ def _whole(config: PpoConfig, plan: Plan, base: Base, shared: SharedBase) -> Rol
 
 def _critic(config: PpoConfig, roles: Roles, base: Base) -> Critic:
     if config.value.fit == "gradient":
+        if not config.reads_reference():
+            log.info("kl.coef is 0: no step runs the reference; evaluations measure the KL, guards.kl_nats sees none.")
         steps = config.steps + config.value.pretrain_steps
         optimizer = _optimizer(config, roles, "value", config.optim.value_learning_rate, steps)
         return ValueRole(config, roles, base, optimizer)
