@@ -28,7 +28,7 @@ def test_every_sampled_token_has_the_logits_of_a_whole_pass(tmp_path, monkeypatc
     mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1], [1] * 8])
     with torch.no_grad(), roles.acting_as("policy") as (model, _):
         cache, found = roomy(model, 8), []
-        with decoding.in_place_of(model.model, packing.known_blocks(model)):
+        with decoding.in_place_of(model, packing.known_blocks(model)):
             for part in (slice(0, 5), slice(5, 6), slice(6, 7), slice(7, 8)):
                 positions = (mask.cumsum(1) - 1).clamp(min=0)[:, part]
                 seen = {"attention_mask": mask[:, : part.stop], "position_ids": positions, "past_key_values": cache}
@@ -36,7 +36,7 @@ def test_every_sampled_token_has_the_logits_of_a_whole_pass(tmp_path, monkeypatc
         alone = [model(input_ids=row[keep.bool()][None]).logits[0] for row, keep in zip(ids, mask, strict=True)]
     wanted = torch.stack([logits[-4:] for logits in alone])
     assert torch.allclose(torch.stack(found, 1), wanted, rtol=1e-9, atol=1e-10)
-    assert "forward" not in model.model.__dict__, "the backbone has its own forward again"
+    assert not any("forward" in module.__dict__ for module in (model.model, model.lm_head)), "they have their own again"
 
 
 @pytest.mark.parametrize(("slot", "double"), [("policy", True), ("reference", True), ("policy", False)])
@@ -75,10 +75,10 @@ def test_an_error_while_sampling_gives_the_backbone_its_forward_back(tmp_path):
     opened, roles = two_roles(tmp_path)
     with roles.acting_as("policy") as (model, _):
         known = packing.known_blocks(model)
-        with pytest.raises(KeyError), decoding.in_place_of(model.model, known):
-            assert isinstance(model.model.forward, decoding.Decoder)
+        with pytest.raises(KeyError), decoding.in_place_of(model, known):
+            assert isinstance(model.model.forward, decoding.Decoder) and "forward" in model.lm_head.__dict__
             raise KeyError
-    assert "forward" not in opened.model.model.__dict__
+    assert not any("forward" in module.__dict__ for module in (opened.model.model, opened.model.lm_head))
 
 
 class Launches(TorchDispatchMode):

@@ -188,10 +188,10 @@ def test_time_follows_the_arithmetic_of_training_and_the_reading_of_sampling():
 
 
 def test_a_small_model_is_sampled_with_sums_and_a_quantised_one_by_its_own_blocks():
-    large, small = (
-        spec("ppo", QWEN, held=Numbers(2)).with_(shape=replace(shape.of_config(QWEN, ""), L=L)) for L in (24, 2)
-    )
-    assert [clock.sums(each) for each in (large, small)] == [False, True]
+    large = spec("ppo", QWEN, held=Numbers(2))
+    few_blocks, few_tokens = (large.with_(shape=replace(large.shape, **changes)) for changes in ({"L": 2}, {"V": 1000}))
+    small = large.with_(shape=replace(large.shape, L=2, V=1000))
+    assert not any(clock.sums(each) for each in (large, few_blocks, few_tokens)) and clock.sums(small)
     wanted = [clock.LAUNCHES_FUSED, clock.LAUNCHES_SUMMED, clock.LAUNCHES]
     found = [clock.launches(each) for each in (large, small, small.with_(held=Numbers(2, "nf4")))]
     assert found == wanted

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import silu
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask
@@ -21,23 +22,23 @@ SUMMED_BYTES = 1 << 28
 
 
 class Decoder:
-    """Stands for the backbone ``inner`` while tokens are sampled, on padded rows and with transformers' cache.
+    """Stands for the backbone of ``model`` while tokens are sampled, on padded rows and with transformers' cache.
 
     Of prompts no padding is computed, but in attention.
 
     Args:
-        blocks: as ``rlhf.models.blocks.read`` gave them: the adapters of that moment. Where all sums W + s B A together
-            take at most ``SUMMED_BYTES`` they are made for what comes after the prompts, token by token, and layers
-            that read the same become one.
+        blocks: as ``rlhf.models.blocks.read`` gave them: the adapters of that moment. Where all weights and the head's
+            take at most ``SUMMED_BYTES``, sums W + s B A are made for what comes after the prompts, token by token, and
+            layers that read the same become one.
     """
 
-    def __init__(self, inner: Any, blocks: Sequence[Layers]) -> None:
-        self.inner = inner
-        self.prompts: list[list[Any]] = [
-            [_cast(part) for part in (first, second[:1], second[1:3], second[3:])] for first, second in blocks
-        ]
-        sums = sum(layer.weight.nbytes for block in blocks for part in block for layer in part) <= SUMMED_BYTES
-        self.tokens = [[_summed(part) for part in block] for block in self.prompts] if sums else self.prompts
+    def __init__(self, model: Any, blocks: Sequence[Layers]) -> None:
+        parts = [(first, second[:1], second[1:3], second[3:]) for first, second in blocks]
+        weights = [layer.weight for block in blocks for part in block for layer in part]
+        self.inner, self.head = getattr(model, model.base_model_prefix), model.get_output_embeddings()
+        self.sums = sum(weight.nbytes for weight in (self.head.weight, *weights)) <= SUMMED_BYTES
+        self.prompts: list[list[Any]] = [[_cast(part) for part in block] for block in parts]
+        self.tokens = [[_summed(part) for part in block] for block in parts] if self.sums else self.prompts
 
     def __call__(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
@@ -87,16 +88,23 @@ class Rows:
 
 
 @contextmanager
-def in_place_of(inner: Any, blocks: Sequence[Layers] | None) -> Iterator[None]:
-    """Sample through ``blocks`` until the end of the block; None leaves the backbone alone."""
+def in_place_of(model: Any, blocks: Sequence[Layers] | None) -> Iterator[None]:
+    """Sample through ``blocks``, and with a small model's head in order, until the end of the block; None leaves the
+    model alone."""
     if blocks is None:
         yield
         return
-    inner.forward = Decoder(inner, blocks)
+    decoder = Decoder(model, blocks)
+    changed: dict[Any, Any] = {decoder.inner: decoder}
+    if decoder.sums and type(decoder.head) is nn.Linear:
+        changed[decoder.head] = partial(thin.product, weight=thin.in_order(decoder.head.weight), bias=decoder.head.bias)
+    for module, forward in changed.items():
+        module.forward = forward
     try:
         yield
     finally:
-        del inner.forward
+        for module in changed:
+            del module.forward
 
 
 class Summed(NamedTuple):
@@ -118,6 +126,7 @@ def _cast(layers: Sequence[Adapted]) -> list[Adapted]:
     ]
 
 
+@torch.no_grad()
 def _summed(layers: Sequence[Adapted]) -> Summed:
     """Base and adapter added up."""
     biases = [layer.bias for layer in layers if layer.bias is not None]
@@ -127,9 +136,11 @@ def _summed(layers: Sequence[Adapted]) -> Summed:
 
 
 def _sum(layer: Adapted) -> Tensor:
+    """In the adapter's dtype, and rounded to the base's once."""
     if layer.a is None or layer.b is None:
         return layer.weight
-    return layer.weight + (layer.scaling * (layer.b @ layer.a)).to(layer.weight.dtype)
+    whole = torch.addmm(layer.weight.to(layer.a.dtype), layer.b, layer.a, alpha=layer.scaling)
+    return whole.to(layer.weight.dtype)
 
 
 def _of(x: Tensor, layers: Summed | Sequence[Adapted]) -> Sequence[Tensor]:

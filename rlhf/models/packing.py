@@ -104,7 +104,7 @@ def known_blocks(model: Any) -> list[blocks.Layers] | None:
         return None
     found = blocks.read(inner)
     if found and getattr(model, "knows_blocks", None) is None:
-        model.knows_blocks = _same(inner, found)
+        model.knows_blocks = _same(model, found)
         if not model.knows_blocks:
             log.info("%s computes its blocks in a way of its own: they are not fused.", type(model).__name__)
             return None
@@ -112,15 +112,16 @@ def known_blocks(model: Any) -> list[blocks.Layers] | None:
 
 
 @torch.no_grad()
-def _same(inner: Any, found: list[blocks.Layers]) -> bool:
+def _same(model: Any, found: list[blocks.Layers]) -> bool:
     """Whether fused blocks give two short sequences, packed and padded, the hidden states that the model's own give."""
+    inner = getattr(model, model.base_model_prefix)
     device = inner.get_input_embeddings().weight.device
     ids = torch.tensor([1, 2, 3, 4, 5, 3, 1, 2], device=device) % inner.config.vocab_size
     positions = torch.tensor([0, 1, 2, 3, 4, 0, 1, 2], device=device)
     own = _packed(inner, ids, positions, (5, 3))
     left = torch.tensor([[0, 1, 2, 3, 4], [0, 0, 5, 6, 7]], device=device)  # of the padded rows, as sampling has them
     mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]], device=device)
-    sampled = decoding.Decoder(inner, found)(ids[left], mask, positions[left]).last_hidden_state[mask.bool()]
+    sampled = decoding.Decoder(model, found)(ids[left], mask, positions[left]).last_hidden_state[mask.bool()]
     packed = blocks.hidden_states(inner, found, (5, 3), ids, positions, torch.arange(8, device=device))
     limit = TOLERANCE * own.abs().max()
     return all(bool((fused - own).abs().max() <= limit) for fused in (packed, sampled))

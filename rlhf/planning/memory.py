@@ -188,8 +188,8 @@ def passing(shape: Shape, held: Numbers, sequences: int, S: int, device: str = "
 
 
 def summed(shape: Shape, held: Numbers) -> int:
-    """The adapted weights of a small model, which sampling sums up."""
-    whole = held.e * shape.linear_parameters
+    """The copies that sampling makes of a small model's weights: summed up with LoRA, and the head's."""
+    whole = held.e * (shape.linear_parameters + shape.V * shape.d)
     return whole if fuses(shape, held) and whole <= SUMMED_BYTES else 0
 
 

@@ -76,7 +76,7 @@ class HfEngine:
                 temperature=1.0, top_k=50, top_p=1.0, renormalize_logits=False,
             )  # fmt: skip
             processors = LogitsProcessorList([_Choose(sampling, rows, width)] if sampling.temperature else [])
-            with decoding.in_place_of(getattr(model, model.base_model_prefix), packing.known_blocks(model)):
+            with decoding.in_place_of(model, packing.known_blocks(model)):
                 whole = model.generate(
                     input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings,
                     logits_processor=processors, streamer=self.streamer,
