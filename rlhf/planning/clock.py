@@ -6,12 +6,12 @@ not in it: figures are a floor, and what a person decides by is their order of m
 as the config lets them be.
 
 Predicted over measured processor time, one thread, float32, speeds as ``rlhf.models.speed`` measures them, 2026-11-21.
-Rollouts stood at 0.41, 0.41 and 0.55 before thin products and launches were in the model; only one was measured again:
+A rollout at 30 M, 16 x (64 + 48), stands at 1.0 (0.9 to 1.2 beside other work; 2026-11-22).
 
-    model, rows x (prompt + response)   rollout  rescoring  values and scores  policy update  value update
-    3 M, 64 x (32 + 24)                 -        0.76       0.78               0.57           0.56
-    28 M, 16 x (48 + 24)                0.68     0.79       0.82               0.75           0.69
-    71 M, 16 x (48 + 16)                -        0.81       0.86               0.80           0.80
+    model, rows x (prompt + response)   rescoring  values and scores  policy update  value update
+    3 M, 64 x (32 + 24)                 0.76       0.78               0.57           0.56
+    28 M, 16 x (48 + 24)                0.79       0.82               0.75           0.69
+    71 M, 16 x (48 + 16)                0.81       0.86               0.80           0.80
 """
 
 from __future__ import annotations
