@@ -7,25 +7,25 @@ tensors, and ``scripts/measure_memory.py`` compares every phase with what torch'
 2026-11-21 and 22:
 
     model, dtype, checkpointing     SFT     reward  policy  value  rescoring  rollout
-    28 M   float32                  -0.9    -1.3    +1.1    +1.3   +1.0       +0.8
-    28 M   float32, on              -2.4    -0.5    +1.2    +0.8   +1.0       +0.8
-    71 M   float32                  -2.4    -0.3    +0.7    +0.8   +0.4       +0.5
-    71 M   float32, on              -1.3    -0.1    +0.2    +0.1   +0.1       +0.2
-    71 M   bfloat16                 -2.4    -0.7    +0.5    +0.1   +0.3       +0.4
-    71 M   bfloat16, on             -1.6    -0.4    +0.1    -0.2   +0.1       +0.5
+    28 M   float32                  -0.9    -1.3    +1.1    +1.3   +1.0       +0.7
+    28 M   float32, on              -2.4    -0.5    +1.2    +0.8   +1.0       +0.7
+    71 M   float32                  -2.4    -0.3    +0.7    +0.8   +0.4       +0.7
+    71 M   float32, on              -1.3    -0.1    +0.2    +0.1   +0.1       +0.3
+    71 M   bfloat16                 -2.4    -0.7    +0.5    +0.1   +0.3       -0.6
+    71 M   bfloat16, on             -1.6    -0.4    +0.1    -0.2   +0.1       -0.6
     111 M  gpt2, float32            +2.8    +4.2    +4.2    +4.3   +0.4       +0.7
     111 M  gpt2, bfloat16           +1.7    +5.2    +4.8    +5.1   +0.3       +3.1
     111 M  gpt2, bfloat16, on       -1.4    +1.7    +0.6    +1.7   +0.3       +3.1
-    138 M  float32                   0.0     0.0    +0.4    +0.3   +0.1       +0.2
-    138 M  bfloat16, on             -1.2    -0.3    +0.1    -0.1   +0.1       +0.1
+    138 M  float32                   0.0     0.0    +0.4    +0.3   +0.1       +0.3
+    138 M  bfloat16, on             -1.2    -0.3    +0.1    -0.1   +0.1       -1.3
     300 M  float32                  -1.0     0.0    +0.3    +0.2   +0.1       +0.2
     300 M  bfloat16                 -1.1    -0.1    +0.3    +0.1   +0.1       -1.3
     71 M   qwen3, float32           -4.0    -0.6    +0.5    +0.3   +0.1        0.0
-    71 M   qwen3, bfloat16, on      -1.5    -0.4    +0.1    -0.2   +0.1       +0.1
-    71 M   nf4                      -1.9    +1.0    +0.6    +0.9   +0.2       +2.3
-    71 M   nf4, on                  -1.9    +0.9    +0.1    +0.8   +0.2       +2.3
-    71 M   int8                     +2.5    +7.2    +8.0    +6.4   +0.3       -0.2
-    71 M   int8, on                 -1.7    -1.9    +0.3    -1.4   +0.3       -0.2
+    71 M   qwen3, bfloat16, on      -1.5    -0.4    +0.1    -0.2   +0.1       -1.0
+    71 M   nf4                      -1.9    +1.0    +0.9    +1.3   +0.3       +2.3
+    71 M   nf4, on                  -1.9    +0.8    +0.2    +0.9   +0.3       +2.3
+    71 M   int8                     +2.5    +7.2    +8.2    +6.6   +0.3       -0.2
+    71 M   int8, on                 -1.7    -1.9    +0.4    -1.3   +0.3       -0.2
 
 Measured with zeros for matrix products (``--without-products``), which changes no allocation. Not measured: GPUs, eager
 attention, padded rows, TRL's packing.
