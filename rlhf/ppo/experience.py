@@ -157,7 +157,7 @@ def _rescored(config: PpoConfig, roles: Roles, sequences: Sequences) -> tuple[di
 
 def kl_penalty(section: KlSection, figures: Mapping[str, Tensor]) -> Tensor:
     """[B, T] the KL that the reward carries: sampled (k1), over the vocabulary, or 0 without the reference."""
-    if "ref_logprobs" not in figures:
+    if figures.get("ref_logprobs") is None:
         return torch.zeros_like(figures["old_logprobs"])
     if section.estimator == "exact":
         return figures["exact_kl"]

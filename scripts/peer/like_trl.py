@@ -62,7 +62,7 @@ class LikeTrl(Measured):
             with torch.no_grad(), self.roles.acting_as("value") as (model, head):
                 found = forward.state_values(model, head, sequences)
             values[rows, : found.shape[1]] = found.float().cpu()
-        penalty = experiences.kl_penalty(config.kl, batch.old_logprobs, batch.ref_logprobs, batch.exact_kl)
+        penalty = experiences.kl_penalty(config.kl, vars(batch))
         rewards = objective.token_rewards(penalty, batch.scores, late, self.progress.kl_coef)
         advantages, returns = experiences.estimate(config, rewards, values, late)
         self.late = replace(
