@@ -6,7 +6,7 @@ not in it: figures are a floor, and what a person decides by is their order of m
 as the config lets them be.
 
 Predicted over measured processor time, one thread, float32, speeds as ``rlhf.models.speed`` measures them, 2026-11-21.
-A rollout at 30 M, 16 x (64 + 48), stands at 1.0 (0.9 to 1.2 beside other work; 2026-11-22).
+A rollout at 30 M, 16 x (64 + 48), stands at 1.1 (0.9 to 1.2, beside other work; 2026-11-22).
 
     model, rows x (prompt + response)   rescoring  values and scores  policy update  value update
     3 M, 64 x (32 + 24)                 0.76       0.78               0.57           0.56
