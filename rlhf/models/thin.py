@@ -26,7 +26,7 @@ def in_order(weight: Tensor) -> Tensor:
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W' + bias [n, o] of x [n, i], without a gradient; ``weight`` is what ``in_order`` gave."""
+    """x W' + bias [n, o] of x [n, i], without a gradient; ``weight`` is W, or what ``in_order`` gave."""
     if weight.is_mkldnn:
         assert ONEDNN is not None
         return ONEDNN(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
