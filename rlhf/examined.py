@@ -127,8 +127,8 @@ def _failed(key: str, source: RewardSource, manifest: Manifest, warnings: list[s
     if verdict is None:
         what = "has no verdict: it is of a benchmark, or was made before there were verdicts."
         return [Problem("CKP003", place, what, "an examination on comparisons")]
-    if verdict == "fail" and not source.accept_failed:
-        fix = "mend the reward model (the examination says how), or accept_failed: true"
+    if verdict == "fail" and not source.accept:
+        fix = "mend the reward model (the examination says how), or accept: failed"
         return [Problem("GRD030", place, f"the reward model failed: {failed}.", fix)]
     if verdict != "pass":
         warnings.append(f"{place}: {'accepted though it failed, ' + failed if verdict == 'fail' else verdict}")

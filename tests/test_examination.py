@@ -378,7 +378,7 @@ def test_ppo_asks_for_the_examination_of_that_very_reward_model():
     failed = made("examination", parents=of_it, details={"verdict": "fail", "failed": ["accuracy", "probes.padding"]})
     refused = looked_at(named, failed, run)[1]
     assert RlhfError(*refused).exit_code == 7 and "failed: accuracy, probes.padding" in refused[0].what
-    warnings, problems, _ = looked_at({**named, "accept_failed": True}, failed, run)
+    warnings, problems, _ = looked_at({**named, "accept": "failed"}, failed, run)
     assert not problems and "accepted though it failed, accuracy, probes.padding" in warnings[0]
 
 
@@ -394,7 +394,7 @@ def test_a_model_from_elsewhere_is_known_by_its_files_and_its_label():
 
 
 def test_an_examination_belongs_to_a_run_or_a_model():
-    for wrong in ({"function": "a:b", "examination": "runs/e"}, {"run": "r", "accept_failed": True}):
+    for wrong in ({"function": "a:b", "examination": "runs/e"}, {"run": "r", "accept": "failed"}):
         with pytest.raises(ValueError, match="examin"):
             RewardSource.model_validate(wrong)
     assert looked_at({"function": "a:b"}) == ([], [], [])

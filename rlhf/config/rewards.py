@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
-from rlhf.config.sections import Count, Finite, HeadName, NonNegative, Section, Text
+from rlhf.config.sections import GATE, Count, Finite, HeadName, NonNegative, Section, Text
 
 
 class ClassifierSection(Section):
@@ -58,12 +58,16 @@ class RewardSource(Section):
         description="SFT samples that set shift and scale of scores that are no run's; null: as they are",
     )
     examination: Text | None = Field(
-        None, description="finished eval-rm run of this very reward; its failure stops PPO"
+        None,
+        json_schema_extra=GATE,
+        description="finished eval-rm run of this very reward; its failure stops PPO",
     )
     length_calibration: Text | None = Field(
         None, description="finished eval-rm run of this very reward; what it found length to be paid for is taken off"
     )
-    accept_failed: bool = Field(False, description="go on with a reward whose examination failed")
+    accept: Literal["failed"] | None = Field(
+        None, json_schema_extra=GATE, description="failed: go on with a reward whose examination failed"
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> RewardSource:
@@ -85,8 +89,8 @@ class RewardSource(Section):
             raise ValueError("examination is of one run or one model; nothing else is examined")
         if self.length_calibration is not None and self.run is None and self.model is None:
             raise ValueError("length_calibration is of one run or one model; nothing else is examined")
-        if self.accept_failed and self.examination is None:
-            raise ValueError("accept_failed needs the examination that failed")
+        if self.accept and self.examination is None:
+            raise ValueError("accept: failed needs the examination that failed")
         return self
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, StringConstraints, Tag, model_validator
 
@@ -21,6 +21,11 @@ ReportTo = Annotated[
     Annotated[Literal["none", TrackerName], Tag("name")] | Annotated[list[TrackerName], Tag("list")],
     Discriminator(lambda value: "list" if isinstance(value, list) else "name"),
 ]
+
+
+GATE: dict[str, Any] = {"gate": True}
+"""``json_schema_extra`` of a field that bounds or accepts what a run measured. It changes no result, so it is not part
+of a run's identity: a finished run is judged again from the figures in its manifest."""
 
 
 class Section(BaseModel):
@@ -105,8 +110,15 @@ class DataSection(SourceSection):
     mixture_rows: Count | None = Field(
         None, description="rows drawn from a mixture with weights; null: as many as its sources hold"
     )
+    on_bad_row: Literal["drop", "error"] = Field(
+        "drop", description="a row that cannot be read, or whose responses are equal: drop and count it, or stop"
+    )
     drop_equal: bool = Field(False, description="drop and count pairs of equal texts instead of refusing them")
-    max_dropped_fraction: Fraction = Field(0.05, description="more dropped rows than this is an error")
+    max_dropped_fraction: Fraction = Field(
+        0.05,
+        json_schema_extra=GATE,
+        description="share of bad, equal and too long rows together; more dropped rows than this is an error",
+    )
 
     @model_validator(mode="after")
     def _one_place_or_a_mixture(self) -> DataSection:

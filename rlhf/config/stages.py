@@ -21,6 +21,7 @@ from rlhf.config.ppo import (
 )
 from rlhf.config.rewards import ClassifierSection, RewardSource
 from rlhf.config.sections import (
+    GATE,
     BatchSection,
     Count,
     DataSection,
@@ -61,6 +62,23 @@ class TrainedForAWhile(Section):
         return self
 
 
+class HeldOutSection(Section):
+    """Measuring the held-out loss during training."""
+
+    every: Count | None = Field(
+        None, description="optimizer steps between measurements of the held-out loss; null: only at the end"
+    )
+    patience: Count | None = Field(
+        None, description="measurements in a row without a new best that end training early; null: never"
+    )
+
+    @model_validator(mode="after")
+    def _patience_counts_measurements(self) -> HeldOutSection:
+        if self.patience is not None and self.every is None:
+            raise ValueError("patience counts measurements: set every too")
+        return self
+
+
 class LongRows(Section):
     """What happens to rows beyond ``max_length``."""
 
@@ -97,7 +115,18 @@ class SftConfig(StageConfig, TrainedForAWhile, LongRows):
         default_factory=SamplingSection, description="how responses are sampled to measure the end-token rate"
     )
     end_token_samples: Count = Field(128, description="held-out prompts sampled to measure the end-token rate")
-    min_end_token_rate: Fraction = Field(0.9, description="fewer responses that end by themselves is an error")
+    min_end_token_rate: Fraction = Field(
+        0.9, json_schema_extra=GATE, description="fewer responses that end by themselves is an error"
+    )
+    evaluation: HeldOutSection = Field(default_factory=HeldOutSection)
+    use: Literal["best", "last"] = Field(
+        "best", description="the step that is kept: the measured one with the lowest held-out loss, or the last"
+    )
+    require_improvement: bool = Field(
+        True,
+        json_schema_extra=GATE,
+        description="a held-out loss that is not below its start is an error; steps: 0 is exempt",
+    )
     report_to: ReportTo = Field("none", description="tracker of the metrics, or a list of them; beside metrics.jsonl")
 
     @model_validator(mode="after")
@@ -175,7 +204,7 @@ class PpoConfig(StageConfig):
     steps: Count = Field(200, description="rollouts, each with its update")
     save_every: Count | None = Field(None, description="steps between checkpoints; null: none before the end")
     keep_checkpoints: Annotated[int, Field(ge=2)] = Field(2, description="newest checkpoints that are kept")
-    guards: GuardSection = Field(default_factory=GuardSection)
+    guards: GuardSection = Field(default_factory=GuardSection, json_schema_extra=GATE)
     use: Literal["best", "last"] = Field("best", description="the step that downstream commands get")
     report_to: ReportTo = Field(
         "tensorboard", description="tracker of the metrics, or a list of them; beside metrics.jsonl"
@@ -240,7 +269,7 @@ class EvalRmConfig(StageConfig):
         0.3, description="share of the prompts that a temperature is fitted on; the others show what it does"
     )
     probes: ProbesSection = Field(default_factory=ProbesSection)
-    thresholds: ThresholdSection = Field(default_factory=ThresholdSection)
+    thresholds: ThresholdSection = Field(default_factory=ThresholdSection, json_schema_extra=GATE)
 
     @model_validator(mode="after")
     def _one_model(self) -> EvalRmConfig:

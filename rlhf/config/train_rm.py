@@ -21,7 +21,7 @@ from rlhf.config.sections import (
     Section,
     Text,
 )
-from rlhf.config.stages import LongRows, StageConfig, TrainedForAWhile
+from rlhf.config.stages import HeldOutSection, LongRows, StageConfig, TrainedForAWhile
 
 Weights = Annotated[dict[HeadName, Finite], Field(min_length=1)]
 Heads = Annotated[
@@ -122,6 +122,12 @@ class RewardConfig(StageConfig, TrainedForAWhile, LongRows):
         default_factory=SamplingSection, description="how the SFT policy is sampled to standardise the scores"
     )
     standardise_samples: Count = Field(256, description="SFT samples that set the scores' shift and scale")
+    evaluation: HeldOutSection = Field(
+        default_factory=HeldOutSection, description="of each member on its own, where there are several"
+    )
+    use: Literal["best", "last"] = Field(
+        "best", description="the step that is kept: the measured one with the lowest held-out loss, or the last"
+    )
     contradicted: Annotated[int, Field(ge=0)] = Field(
         0, description="so many comparisons that the model contradicts most surely are listed in contradicted.jsonl"
     )
