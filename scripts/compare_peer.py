@@ -80,7 +80,7 @@ def measure_ours(args: argparse.Namespace, seed: int, out: Path) -> None:
     config = config_of(args, seed, out)
     plan = preflight.prepare(config, STAGES["ppo"].needs(config))
     lines: list[dict[str, Any]] = []
-    with runs.open_run(Path(config.run_dir), "ppo", plan.identity, load.dump(config), overwrite=True) as run:
+    with runs.open_run(Path(config.run_dir), "ppo", plan.inputs, load.dump(config), overwrite=True) as run:
         with mock.patch.object(ppo, "Training", like_trl.LikeTrl if args.compatibility else like_trl.Measured):
             training = ppo._set_up(config, plan, run)
         training.tracker = Tracker(run.path, "none")

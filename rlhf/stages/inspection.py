@@ -19,7 +19,7 @@ from rlhf.config.stages import PipelineConfig
 from rlhf.demo import registry as demo
 from rlhf.errors import Problem, RlhfError
 from rlhf.preflight import Checked
-from rlhf.stages.registry import STAGES
+from rlhf.stages.registry import STAGES, around
 
 SHOWN = 5
 OTHERS: dict[str, type[Section]] = {"pipeline": PipelineConfig, "rubric": RubricConfig}
@@ -74,7 +74,7 @@ def _check_file(
     stage = STAGES[stage_id]
     config = load.load(stage.config_class, path, overrides)
     needs = stage.needs(config)
-    plan = preflight.prepare(config, needs, parents_may_be_missing=True)
+    plan = preflight.prepare(config, needs, parents_may_be_missing=True, nearby=around(path))
     data = {
         key: {"rows": len(loaded.records), "dropped": loaded.num_dropped, "notes": loaded.notes()}
         for key, loaded in plan.data.items()
