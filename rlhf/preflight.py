@@ -133,6 +133,7 @@ def prepare(config: StageConfig, needs: Needs, parents_may_be_missing: bool = Fa
     digests = {key: origins.model_digest(key, model, problems, unchecked) for key, model in models}
     digests |= {key: origins.directory_digest(key, path, problems) for key, path in needs.directories}
     warnings, unnamed = examined.check(needs.rewards, parents, digests, problems, unchecked, nearby)
+    warnings += dict.fromkeys(mark for manifest in parents.values() for mark in examined.marks(manifest))
     inputs = Identity({}) if problems else identity.of(config, _digests(data, parents, digests))
     figures: list[str] = []
     spec: Spec | None = None

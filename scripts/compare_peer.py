@@ -61,6 +61,7 @@ def config_of(args: argparse.Namespace, seed: int, out: Path) -> PpoConfig:
     overrides = [
         f"run_dir={out}/{args.side}", f"seed={seed}", f"policy={chain}/sft", f"rewards.0.run={chain}/train-rm",
         f"prompts.path=demo:prompts?seed={seed}", f"steps={args.steps}", "save_every=null", "report_to=none",
+        "rewards.0.examination=null",
     ]  # fmt: skip
     if args.compatibility or (args.critics and args.side == PEER):
         overrides += ["value.fit=gradient", f"optim.value_learning_rate={VALUE_RATE}"]

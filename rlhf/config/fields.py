@@ -97,11 +97,13 @@ def gone(config_class: type[BaseModel], path: Sequence[str | int]) -> tuple[int,
 def as_today(config_class: type[BaseModel], old: Mapping[str, Any]) -> dict[str, Any]:
     """Dotted key -> value of an older version, by today's keys. What has no counterpart stays as it is."""
     found: dict[str, Any] = {}
+    known = fields_of(config_class)
     for key, value in old.items():
         path = key.split(".")
-        if (entry := gone(config_class, path)) and (new := _translated(entry[1], value)):
+        is_known = tuple(ANY if part.isdigit() else part for part in path) in known
+        if not is_known and (entry := gone(config_class, path)) and (new := _translated(entry[1], value)):
             found |= {".".join([*path[: entry[0]], name]): own for name, own in new.items()}
-        elif not (entry and _means_today(entry[1], value)):
+        elif is_known or not (entry and _means_today(entry[1], value)):
             found[key] = value
     return found
 

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rlhf import artifacts, preflight, storage
+from rlhf import artifacts, examined, preflight, storage
 from rlhf.artifacts import Manifest
 from rlhf.config import load, migrate, reference, rubric, yaml_reader
 from rlhf.config.migration import Migration
@@ -190,12 +190,15 @@ def describe(run_dir: Path) -> str:
     lines += [
         f"  ancestor  {name}: rlhf {parent.stage}" for name, parent in _lineage(manifest)[len(manifest.parents) :]
     ]
+    lines += [f"  note      {mark}" for mark in examined.marks(manifest)]
+    lines += [f"  failed    {problem}" for problem in artifacts.failed_gates(manifest)]
     if path := artifacts.rubric_of(run_dir):
         found = rubric.read(path)
         lines.append(f"  rubric    {found.name} ({storage.sha256(path)[:16]})")
         lines += [f"  criterion {line}" for line in rubric.lines(found)]
     lines += [f"  metric    {key} = {_number(value)}" for key, value in manifest.metrics.items()]
-    lines += [f"  detail    {key} = {json.dumps(value)}" for key, value in manifest.details.items()]
+    said = (examined.ACCEPTED, artifacts.FAILED_GATES)
+    lines += [f"  detail    {key} = {json.dumps(value)}" for key, value in manifest.details.items() if key not in said]
     lines += [f"  file      {name} ({entry['size']:,} bytes)" for name, entry in manifest.files.items()]
     return "\n".join(lines)
 
