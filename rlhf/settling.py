@@ -15,6 +15,7 @@ from rlhf.config import load
 from rlhf.config.ppo import GuardSection, Limit
 from rlhf.config.sections import DataSection, Section
 from rlhf.config.stages import EvalRmConfig, PpoConfig, StageConfig
+from rlhf.data.dropped import excess
 from rlhf.errors import Problem, RlhfError
 from rlhf.evaluation import examination, verdicts
 from rlhf.guards import Guard
@@ -88,17 +89,10 @@ def _dropped(config: StageConfig, manifest: Manifest) -> list[Problem]:
     lengths = manifest.details.get("rows")
     if not counted and lengths and sections:  # of an older version, which kept only the rows that were too long
         counted = {next(iter(sections)): {"rows": lengths["num_rows"], "dropped": {"too long": lengths["num_dropped"]}}}
-    problems = []
-    for key, entry in counted.items():
-        num_dropped, section = sum(entry["dropped"].values()), sections.get(key)
-        if section and num_dropped > section.max_dropped_fraction * entry["rows"]:
-            counts = "; ".join(f"{count} {reason}" for reason, count in entry["dropped"].items() if count)
-            what = (
-                f"{num_dropped} of {entry['rows']} rows ({num_dropped / entry['rows']:.1%}) were dropped: {counts}; "
-                f"{key}.max_dropped_fraction is {section.max_dropped_fraction:g}."
-            )
-            problems.append(Problem(TOO_MANY_DROPPED, key, what, "fix the rows, or raise max_dropped_fraction"))
-    return problems
+    found = [
+        excess(entry, sections[key].max_dropped_fraction, key) for key, entry in counted.items() if key in sections
+    ]
+    return [replace(problem, code=TOO_MANY_DROPPED) for problem in found if problem]
 
 
 def _data_sections(prefix: str, section: Section) -> Iterator[tuple[str, DataSection]]:

@@ -83,7 +83,7 @@ def files(paths: Sequence[str]) -> Rows:
     problems: list[Problem] = []
     for path in paths:
         try:
-            data = DataSection(path=path, drop_equal=True, max_dropped_fraction=1.0)
+            data = DataSection(path=path, max_dropped_fraction=1.0)
             form = form_of(next(sources.raw_rows(data), (path, {}))[1], path)
             records, notes = _read(data, form)
         except RlhfError as error:
