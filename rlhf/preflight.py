@@ -164,9 +164,11 @@ def _read_data(
     needs: Needs, seed: int, hub_may_be_away: bool, nearby: Nearby, problems: list[Problem],
     unchecked: list[str], beyond: list[Problem] | None,
 ) -> dict[str, Loaded]:  # fmt: skip
-    """Args:
-    beyond: takes what says that more rows would be dropped than allowed, where a finished run stands: if the run is
-        current, its manifest is judged instead. None: such a problem is one like any other.
+    """The rows of every data set that can be read.
+
+    Args:
+        beyond: takes what says that more rows would be dropped than allowed, where a finished run stands: if that run
+            is current, its manifest is judged instead. None: such a problem is a problem like any other.
     """
     data: dict[str, Loaded] = {}
     for item in needs.inputs:

@@ -106,9 +106,12 @@ def _data_sections(prefix: str, section: Section) -> Iterator[tuple[str, DataSec
 
 def _guarded(config: PpoConfig) -> list[Problem]:
     """GRD020 where a guard would have stopped the run, by the figures of its steps."""
-    guard = Guard(_only_stops(config.guards))
+    stops = _only_stops(config.guards)
+    guard, rows = Guard(stops), runs.read_metrics(Path(config.run_dir))
+    if not rows and stops != _only_stops(GuardSection()):
+        log.warning("%s has no %s: its guards are not judged.", config.run_dir, artifacts.METRICS)
     try:
-        for row in runs.read_metrics(Path(config.run_dir)):
+        for row in rows:
             guard.check(row["step"], {name: float(value) for name, value in row.items() if name != "step"})
     except RlhfError as error:
         fix = "a larger limit; or train again with a larger kl.coef or a lower learning rate"

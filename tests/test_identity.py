@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf import artifacts, examined, identity, runs
+from rlhf import artifacts, examined, identity, runs, settling
 from rlhf.config import fields, load
 from rlhf.config.rewards import RewardSource
 from rlhf.config.sections import DataSection, LoraSection
@@ -250,6 +250,23 @@ def test_a_finished_run_is_judged_again_from_its_files_and_stands(old, here):
         assert said in text
         code, text = here(stage, "-c", config_of(stage), "policy=runs/sft" if stage == "ppo" else "seed=0")
         assert ("GRD002" in text or code == 0) if stage != "sft" else (code == 0 and "up to date" in text), text
+
+
+def test_rows_dropped_for_any_reason_count_together_and_so_do_those_that_only_reading_finds(old, here):
+    counted = {"prompts": {"rows": 50, "dropped": {"a fault": 3, "too many tokens": 2}}}
+    manifest = artifacts.Manifest("policy", "ppo", 0, {}, {}, 1.0, details={"dropped": counted})
+    for bound, codes in ((0.1, []), (0.099, ["GRD021"])):
+        prompts = {"path": "p", "max_dropped_fraction": bound}
+        config = PpoConfig.model_validate({"run_dir": "none", "prompts": prompts, "rewards": [{"run": "a"}]})
+        assert [problem.code for problem in settling.judge(config, manifest)] == codes
+
+    manifest = artifacts.read("runs/train-rm")
+    manifest.details["rows"]["num_dropped"] = 0  # 690edaa counted only what was too long; one pair of 50 is equal
+    artifacts.rewrite(Path("runs/train-rm"), manifest)
+    code, text = here("train-rm", "-c", config_of("train-rm"), "data.max_dropped_fraction=0.01")
+    assert code == 7 and "GRD021" in text and "1 of 50 rows" in text, text
+    code, text = here("train-rm", "-c", config_of("train-rm"), "data.max_dropped_fraction=0.01", "steps=5")
+    assert code == 3 and "DAT020" in text, "a run that is to be made is refused before it starts"
 
 
 def test_a_run_that_failed_a_gate_is_no_parent_until_it_passes(old, here):
