@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rlhf import artifacts, examined, interrupts
-from rlhf.config import load
+from rlhf import artifacts, examined, interrupts, masking
+from rlhf.config import load, yaml_reader
 from rlhf.config.stages import PipelineConfig
 from rlhf.errors import Problem, RlhfError
 from rlhf.neighbours import Nearby, command
@@ -141,15 +141,20 @@ def _steps(path: Path, part: Part) -> list[Step]:
     overrides: dict[int, list[str]] = {step.number: [] for step in steps}
     for item in part.sets:
         name, dot, rest = item.partition(".")
-        if not dot or "=" not in rest:
+        if not dot or "=" not in rest or "=" in name:
             fix = "for instance --set ppo.kl.coef=0.1"
-            raise RlhfError(Problem("CFG005", f"--set {item}", "not of the form STAGE.key.subkey=value.", fix))
-        overrides[_named(steps, name, f"--set {item}").number].append(rest)
+            raise RlhfError(Problem("CFG005", _place(item), "not of the form STAGE.key.subkey=value.", fix))
+        overrides[_named(steps, name, _place(item)).number].append(rest)
     chosen = [replace(step, overrides=tuple(overrides[step.number])) for step in steps[first - 1 : last]]
     if left_out := [item for step in steps for item in overrides[step.number] if not first <= step.number <= last]:
         what = "is of a stage that --from and --to leave out."
-        raise RlhfError(*(Problem("CFG005", f"--set ...{item}", what, "leave it out too") for item in left_out))
+        raise RlhfError(*(Problem("CFG005", _place(item), what, "leave it out too") for item in left_out))
     return _checked(chosen, part.limit)
+
+
+def _place(item: str) -> str:
+    """An override as a message names it: without its value, which may be a secret."""
+    return f"--set {yaml_reader.shown(masking.mask(item.partition('=')[0]))}"
 
 
 def _named(steps: Sequence[Step], name: str, where: str) -> Step:
