@@ -74,6 +74,20 @@ class Plan:
         """What is to be said of the data that was read, and of rewards that were not examined, or not with success."""
         return [*self.warnings] + [f"{key}: {note}" for key, loaded in self.data.items() for note in loaded.notes()]
 
+    def check_dropped(self) -> None:
+        """Raise DAT020 for every data set of which too many rows are dropped, too long ones included."""
+        problems = [problem for loaded in self.data.values() for problem in loaded.dropped.problems()]
+        if problems:
+            raise RlhfError(*problems)
+
+    def dropped(self) -> dict[str, Any]:
+        """For the manifest: {data key: {"rows", "dropped": {reason: rows}}}, so that the bound can be judged again."""
+        return {key: loaded.dropped.record() for key, loaded in self.data.items()}
+
+    def dropped_lines(self) -> list[str]:
+        """The same in words, for data sets of which rows are dropped."""
+        return [f"{key}: {one.dropped.sentence()}." for key, one in self.data.items() if one.dropped.total]
+
     def parents_table(self, needs: Needs) -> dict[str, dict[str, str]]:
         """For the manifest: key -> run directory and digest of each parent."""
         return {

@@ -478,15 +478,18 @@ def written(directory):
 def test_rows_beyond_the_context_are_a_decision_and_max_length_takes_it(tmp_path, monkeypatch, here):
     monkeypatch.chdir(tmp_path)
     tiny.build(tmp_path / "m")  # a context of 128 tokens
-    long = [pair(n) | {"rejected": "x" * (150 if n % 4 == 0 else 3)} for n in range(150)]
+    long = [pair(n) | {"rejected": "x" * (150 + n if n % 4 == 0 else 3)} for n in range(150)]
     lines(tmp_path / "p.jsonl", long)
     base = ("init", "new", "--data", "p.jsonl", "--model", "m")
     code, text = here(*base)
     assert code == 3 and text.count("error[") == 1 and not Path("new").exists()
-    assert "25.3% of it would be left out, more than 5%: longer than the context of 128 tokens: 38. Fix" in text
-    assert "--max-length 128 goes on with the 112 of 150 comparisons that fit" in text
+    assert (
+        "38 of 150 rows dropped: 38 with too many tokens (first: p.jsonl:1); 5% of the rows may be. The model's "
+        in text
+    )
+    assert "--max-length 128 goes on with the 112 comparisons that fit" in text
     chat = look.model("m")[1]
-    prompts = [len(chat.prompt_ids(ask(n))) + 150 + 1 for n in range(0, 150, 4)]
+    prompts = [len(chat.prompt_ids(ask(n))) + 150 + n + 1 for n in range(0, 150, 4)]
     assert f"a context of at least {sorted(prompts)[38 - 7 - 1]} tokens" in text  # 7 of 150 are 4.7 %, 8 are 5.3 %
     code, text = here(*base, "--max-length", "129")
     assert code == 4 and "MOD022] --max-length: 129 tokens, more than the model's context of 128" in text
@@ -495,7 +498,11 @@ def test_rows_beyond_the_context_are_a_decision_and_max_length_takes_it(tmp_path
     code, text = here(*base, "--max-length", "24")
     assert code == 3 and "DAT051] p.jsonl: all 150 comparisons are longer than 24 tokens (median" in text
     code, text = here(*base, "--max-length", "128")
-    assert code == 0 and "longer than 128 tokens: 38 (first p.jsonl:1)" in text and "150 rows read, 112 comp" in text
+    assert (
+        code == 0
+        and "38 of 150 rows dropped: 38 with too many tokens (first" in text
+        and "150 rows read, 112 comp" in text
+    )
     configs, data = written(Path("new"))
     assert sum(map(len, data.values())) == 112 and "max_dropped_fraction" not in "".join(configs.values())
     assert {row["prompt"] for rows in data.values() for row in rows} == {f"q{n}" for n in range(150) if n % 4}
@@ -511,11 +518,11 @@ def test_a_few_rows_beyond_the_context_are_left_out_and_counted(tmp_path, monkey
     rows_ += [{"prompt": f"q{n}", "chosen": "<|pad|>", "rejected": "a"} for n in range(2)]  # a special token
     lines(tmp_path / "p.jsonl", rows_)
     code, text = here("init", "new", "--data", "p.jsonl", "--model", "m")
-    assert code == 3 and "5.9% of it would be left out, more than 5%: longer than the context of 128" in text
-    assert "contains the special token '<|pad|>': 2 (first p.jsonl:101)" in text
+    assert code == 3 and "6 of 102 rows dropped: 2 with a special token in the text (first: p.jsonl:101), " in text
+    assert "4 with too many tokens (first: p.jsonl:1); 5% of the rows may be" in text
     lines(tmp_path / "p.jsonl", rows_[:101])
     code, text = here("init", "new", "--data", "p.jsonl", "--model", "m")
-    assert code == 0 and "tokens: 4 (first p.jsonl:1)" in text and "'<|pad|>': 1 (first p.jsonl:101)" in text
+    assert code == 0 and "5 of 101 rows dropped: 1 with a special token" in text
     assert sum(map(len, written(Path("new"))[1].values())) == 96
 
 

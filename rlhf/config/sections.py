@@ -74,14 +74,17 @@ class RoleLoraSection(Section):
 
 FormName = Literal[
     "prompt-completion", "prompt-response", "messages", "sharegpt", "alpaca", "text", "chosen", "pair", "shared-head",
-    "ranking", "rated", "unpaired", "prompt",
+    "ranking", "transcripts", "rated", "unpaired", "prompt",
 ]  # fmt: skip
+
+
+PATHS = "JSONL, JSON array, CSV or TSV (also .gz), parquet, a directory, a hub id, or demo:NAME?size=N&seed=S"
 
 
 class SourceSection(Section):
     """One place that rows come from."""
 
-    path: Text = Field(description="JSONL (also .gz), parquet, a directory, a hub id, or demo:NAME?size=N&seed=S")
+    path: Text = Field(description=PATHS)
     name: str | None = Field(None, description="subset of a hub data set")
     split: str | None = Field(None, description="split of a hub data set or saved directory")
     revision: str | None = Field(None, description="hub revision")
@@ -102,7 +105,7 @@ class DataSection(SourceSection):
     """Rows from one place, or drawn from several."""
 
     path: Text | None = Field(  # type: ignore[assignment]
-        None, description="JSONL (also .gz), parquet, a directory, a hub id, or demo:NAME?size=N&seed=S; or mixture"
+        None, description=f"{PATHS}; or mixture"
     )
     mixture: Annotated[list[MixtureSource], Field(min_length=1)] | None = Field(
         None, description="several sources instead of path, each with its weight"
@@ -113,7 +116,6 @@ class DataSection(SourceSection):
     on_bad_row: Literal["drop", "error"] = Field(
         "drop", description="a row that cannot be read, or whose responses are equal: drop and count it, or stop"
     )
-    drop_equal: bool = Field(False, description="drop and count pairs of equal texts instead of refusing them")
     max_dropped_fraction: Fraction = Field(
         0.05,
         json_schema_extra=GATE,

@@ -1,4 +1,4 @@
-"""Rows through the datasets library: parquet, csv, saved directories, hub ids."""
+"""Rows through the datasets library: parquet, saved directories, hub ids."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rlhf.data.settings import NOT_REACHED, refuse_settings
 from rlhf.errors import Problem, RlhfError
 
 FILE_SUFFIXES = {".parquet", ".csv", ".json", ".tsv", ".txt", ".arrow", ".gz", ".zst", ".zip"}
-FORMATS = {".parquet": "parquet", ".csv": "csv", ".json": "json"}
+FORMATS = {".parquet": "parquet"}
 
 
 def read(data: SourceSection) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -10,6 +10,8 @@ import torch
 from rlhf import artifacts, names, runtime
 from rlhf.config.sections import ModelSection, RuntimeSection, SamplingSection
 from rlhf.data import lines, sources, tokenised
+from rlhf.data.dropped import DroppedRows
+from rlhf.data.fitting import Limit
 from rlhf.data.records import Prompt
 from rlhf.errors import Problem, RlhfError
 from rlhf.evaluation import policy as measure
@@ -38,7 +40,12 @@ def sample(
     """
     base, roles = open_policy(source, template, runtime.set_up(RuntimeSection(), how.seed))
     opening.require_context(base.chat, 1, how.max_new_tokens, "--max-new-tokens")
-    rows, _ = tokenised.prompt_rows(records, base.chat, base.context_length - how.max_new_tokens, 0.0, where)
+    dropped = DroppedRows(where, 0.0, False, len(records))
+    limit = Limit(base.context_length - how.max_new_tokens, key="")
+    rows, _ = tokenised.prompt_rows(records, base.chat, limit, dropped)
+    if dropped.total:
+        what = f"{dropped.sentence()}: no room for {how.max_new_tokens} new ones in the model's context."
+        raise RlhfError(Problem("DAT020", where, what, "shorter prompts, or fewer --max-new-tokens"))
     repeated = [row for row in rows for _ in range(samples)]
     engine = HfEngine(roles, "policy", base.chat, SamplingSection().concurrency)
     return measure.respond(engine, base.chat, repeated, how)

@@ -10,6 +10,7 @@ from typing import Any
 
 from rlhf.data.chat import ChatFormat
 from rlhf.data.records import Comparison, Demonstration, Prompt
+from rlhf.data.rows import EQUAL, SPECIAL_TOKEN, TOO_LONG
 from rlhf.errors import Problem, RlhfError
 from rlhf.progress import track
 from rlhf.start import choose
@@ -18,8 +19,7 @@ from rlhf.start.facts import Lengths, Limit, Options, Tokens
 from rlhf.start.parts import SHARES, Parts, require
 from rlhf.start.reading import File
 
-OF_A_ROW = ("DAT060", "MOD013")  # what the chat format refuses in one row: a special token, a sequence of roles
-SAME = "two differently ranked responses are the same tokens"
+REFUSED = {"DAT060": SPECIAL_TOKEN, "MOD013": "turns that the chat template refuses"}  # by the chat format, in one row
 
 
 @dataclass(frozen=True)
@@ -38,16 +38,13 @@ class _Measured:
     file: File
     tokens: tuple[Tokens, ...]
 
-    def num_longer(self, limit: int) -> int:
-        return sum(one.whole > limit for one in self.tokens)
-
-    def share_left_out(self, limit: int) -> float:
-        return self.file.share_left_out(self.num_longer(limit))
-
-    def within(self, limit: int) -> File:
+    def longer(self, limit: int) -> list[Any]:
+        """The records that are longer."""
         rows = zip(self.file.records, self.tokens, strict=True)
-        why = f"longer than {limit:,} tokens"
-        return self.file.without({record.where: why for record, one in rows if one.whole > limit})
+        return [record for record, one in rows if one.whole > limit]
+
+    def share_dropped(self, limit: int) -> float:
+        return self.file.share_dropped(sum(record.num_rows for record in self.longer(limit)))
 
 
 def fitting(files: Sequence[File], chat: ChatFormat, options: Options, is_large: bool) -> Fitting:
@@ -65,13 +62,14 @@ def fitting(files: Sequence[File], chat: ChatFormat, options: Options, is_large:
     lengths = [one.whole for file in measured for one in file.tokens]
     limits = [given] if given else choose.limits(lengths, context, is_large)
     bound = options.max_dropped_fraction
-    enough = [one for one in limits if all(file.share_left_out(one) <= bound for file in measured)]
+    enough = [one for one in limits if all(file.share_dropped(one) <= bound for file in measured)]
     limit = (enough or limits[-1:])[0]
     if problems := [problem for file in measured if (problem := _refusal(file, limit, options))]:
         raise RlhfError(*problems)
+    fit = tuple(file.file.without({row.where: TOO_LONG for row in file.longer(limit)}) for file in measured)
     by_place = {row.where: one for found in measured for row, one in zip(found.file.records, found.tokens, strict=True)}
     note = _note(limit, lengths, options, is_large)
-    return Fitting(tuple(file.within(limit) for file in measured), Limit(limit, note, given is not None), by_place)
+    return Fitting(fit, Limit(limit, note, given is not None), by_place)
 
 
 def _measure(file: File, chat: ChatFormat) -> _Measured:
@@ -82,18 +80,19 @@ def _measure(file: File, chat: ChatFormat) -> _Measured:
         try:
             found = _tokens(record, chat)
         except RlhfError as error:
-            if error.problems[0].code not in OF_A_ROW:
+            code = error.problems[0].code
+            if code not in REFUSED:
                 raise
-            refused[record.where] = error.problems[0].what.rstrip(".")
+            refused[record.where] = REFUSED[code]
             continue
         if found is None:
-            refused[record.where] = SAME
+            refused[record.where] = EQUAL
         else:
             tokens.append(found)
     kept = file.without(refused)
     if not tokens:
         raise RlhfError(
-            Problem("DAT013", file.path, f"no rows left: {'; '.join(kept.reasons())}.", "other rows, or another model")
+            Problem("DAT013", file.path, f"no row is left: {kept.dropped.sentence()}.", "other rows, or another model")
         )
     return _Measured(kept, tuple(tokens))
 
@@ -116,27 +115,28 @@ def _tokens(record: Any, chat: ChatFormat) -> Tokens | None:
 
 def _refusal(found: _Measured, limit: int, options: Options) -> Problem | None:
     """What is to be decided before a file can be used, with the figures of each choice."""
-    file, bound, num_longer = found.file, options.max_dropped_fraction, found.num_longer(limit)
-    num_fit = len(found.tokens) - num_longer
-    if not num_fit:
+    file, bound, longer = found.file, options.max_dropped_fraction, found.longer(limit)
+    num_records = len(file.records)
+    if len(longer) == num_records:
         median = statistics.median_low([one.whole for one in found.tokens])
-        what = f"all {len(found.tokens)} {file.kind} are longer than {limit:,} tokens (median {median:,})."
+        what = f"all {num_records:,} {file.kind} are longer than {limit:,} tokens (median {median:,})."
         fix = "a larger --max-length" if options.max_length else "a model with a longer context, or shorter rows"
         return Problem("DAT051", file.path, what, fix)
+    bad, share = file.share_dropped(), found.share_dropped(limit)
     is_decided = options.max_length is not None
-    share = file.share_left_out(0 if is_decided else num_longer)
-    if share <= bound:
+    if (bad if is_decided else share) <= bound:
         return None
-    longer = [] if is_decided or not num_longer else [f"longer than the context of {limit:,} tokens: {num_longer:,}"]
-    what = f"{share:.1%} of it would be left out, more than {bound:.0%}: {'; '.join([*longer, *file.reasons()])}."
-    bad = file.share_left_out()
-    flags = f"--max-dropped-fraction {math.ceil(100 * bad) / 100:g}" if bad > bound else ""
-    if not longer:
-        return Problem("DAT020", file.path, what, f"repair the rows, or go on without them: {flags}")
-    flags = f"--max-length {limit}" + (f" {flags}" if flags else "")
+    needed = _needed(found, bound)
+    file.without({record.where: TOO_LONG for record in longer})
+    what = f"{file.dropped.sentence()}; {bound:.0%} of the rows may be."
+    flags = [f"--max-dropped-fraction {math.ceil(100 * bad - 1e-9) / 100:g}"] if bad > bound else []
+    if is_decided or not longer:
+        return Problem("DAT020", file.path, what, f"repair the rows, or go on without them: {flags[0]}")
+    what = f"{what} The model's context is {limit:,} tokens."
+    kept = f"{num_records - len(longer):,} {file.kind}"
     fix = (
-        f"{flags} goes on with the {num_fit:,} of {file.num_records:,} {file.kind} that fit; "
-        f"or a model with a context of at least {_needed(found, bound):,} tokens, which keeps the data"
+        f"{' '.join([f'--max-length {limit}', *flags])} goes on with the {kept} that fit; or a model with a context of "
+        f"at least {needed:,} tokens, which keeps the data"
     )
     return Problem("DAT020", file.path, what, fix)
 
@@ -144,7 +144,7 @@ def _refusal(found: _Measured, limit: int, options: Options) -> Problem | None:
 def _needed(found: _Measured, bound: float) -> int:
     """The least length that leaves out no more than the allowed share, or else only the longest."""
     lengths = sorted(one.whole for one in found.tokens)
-    return next((length for length in lengths if found.share_left_out(length) <= bound), lengths[-1])
+    return next((length for length in lengths if found.share_dropped(length) <= bound), lengths[-1])
 
 
 def _note(limit: int, lengths: Sequence[int], options: Options, is_large: bool) -> str:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
 from rlhf.config.sections import DataSection
 from rlhf.data import files as rows_of
 from rlhf.data import forms, sources
+from rlhf.data.dropped import DroppedRows
 from rlhf.data.records import Comparison
-from rlhf.data.rows import RowError, names
+from rlhf.data.rows import BadLine, RowError, names
 from rlhf.errors import Problem, RlhfError
 from rlhf.start.facts import Options, Rows
 
@@ -22,54 +23,31 @@ READERS = {
     "prompts": sources.load_prompts,
 }  # fmt: skip
 LOOKED_AT = 200
+TYPED = {"unpaired": ("label", bool), "transcripts": ("text", list)}  # other kinds have these fields with other values
 PAIR = ("prompt", "chosen", "rejected")
 FORMS = "prompt with chosen and rejected, with responses and ranks or ratings, with completion, or alone; or messages"
 
 
 @dataclass(frozen=True)
-class LeftOut:
-    """How many, and the place of the first."""
-
-    count: int
-    first: str
-
-
-@dataclass(frozen=True)
 class File:
-    """One file as records.
-
-    Args:
-        num_rows: rows that were read, of which the reader dropped ``num_bad``.
-        num_records: what the other rows gave; ``records`` are those that are still in use.
-        left_out: by reason, in rows where the reader dropped them, else in records.
-    """
+    """One file: its records that are in use, and the rows that are dropped, in which a record may count for several."""
 
     path: str
     kind: str
-    num_rows: int
-    num_bad: int
-    num_records: int
     records: tuple[Any, ...]
-    left_out: Mapping[str, LeftOut] = field(default_factory=dict)
+    dropped: DroppedRows
     notes: tuple[str, ...] = ()
 
-    def share_left_out(self, num_more: int = 0) -> float:
-        """Of its rows, if ``num_more`` records were left out too."""
-        used = (len(self.records) - num_more) / self.num_records
-        return 1 - (1 - self.num_bad / self.num_rows) * used
-
-    def reasons(self) -> list[str]:
-        """What was left out, in words."""
-        return [f"{why}: {one.count:,} (first {one.first})" for why, one in self.left_out.items()]
+    def share_dropped(self, num_more: int = 0) -> float:
+        """Of its rows, if ``num_more`` were dropped too."""
+        return (self.dropped.total + num_more) / self.dropped.num_rows
 
     def without(self, reasons: Mapping[str, str]) -> File:
-        """The same without some records: place of the record -> why."""
-        found = dict(self.left_out)
-        for where, why in reasons.items():
-            earlier = found.get(why, LeftOut(0, where))
-            found[why] = LeftOut(earlier.count + 1, earlier.first)
-        kept = tuple(record for record in self.records if record.where not in reasons)
-        return replace(self, records=kept, left_out=found)
+        """The same without the records at some places: place -> why."""
+        for record in self.records:
+            if record.where in reasons:
+                self.dropped.add(reasons[record.where], record.where, record.num_rows)
+        return replace(self, records=tuple(record for record in self.records if record.where not in reasons))
 
 
 def files(paths: Sequence[str], options: Options) -> list[File]:
@@ -85,7 +63,7 @@ def files(paths: Sequence[str], options: Options) -> list[File]:
     looked: list[dict[str, Any]] = []
     for path in paths:
         try:
-            looked = [row for _, row in islice(rows_of.read(DataSection(path=path), [], []), LOOKED_AT)]
+            looked = _first_rows(path)
             present[path] = list(dict.fromkeys(name for row in looked for name in row))
             columns = {ours: theirs for ours, theirs in options.columns.items() if theirs in present[path]}
             kind = kind_of([rows_of.renamed(row, columns) for row in looked], path)
@@ -145,11 +123,17 @@ def example(looked: Sequence[Mapping[str, Any]]) -> str:
     return "say which columns they are: --columns OURS=THEIRS"
 
 
+def _first_rows(path: str) -> list[dict[str, Any]]:
+    rows = (row for _, row in rows_of.read(DataSection(path=path), []) if not isinstance(row, BadLine))
+    return list(islice(rows, LOOKED_AT))
+
+
 def _kind(row: Mapping[str, Any]) -> str | None:
     """What a row is by its fields; what it holds decides only between demonstrations and prompts."""
     for form in forms.FORMS["comparisons"]:
         is_shown = form.sole and row.keys() & set(form.shown_by)
-        if form.name == "unpaired" and type(row.get("label")) is not bool:
+        field, needed = TYPED.get(form.name, ("", object))
+        if not isinstance(row.get(field), needed):
             continue
         if is_shown or row.keys() >= set(form.needs):
             return "comparisons"
@@ -175,7 +159,4 @@ def _file(kind: str, data: DataSection) -> File:
         what = f"{len(named)} rows, the first {named[0]}, have labels of attributes, and init sets up no heads."
         fix = "init with overall labels, then heads: in train-rm.yaml"
         raise RlhfError(Problem("DAT056", loaded.source, what, fix))
-    num_bad = sum(loaded.num_dropped.values())
-    bad = {reason: LeftOut(count, "") for reason, count in loaded.num_dropped.items()}
-    records = tuple(loaded.records)
-    return File(loaded.source, kind, loaded.num_rows, num_bad, len(records), records, bad, tuple(loaded.warnings))
+    return File(loaded.source, kind, loaded.records, loaded.dropped, loaded.warnings)

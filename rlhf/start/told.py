@@ -24,9 +24,9 @@ def of_data(files: Sequence[File], split: Parts, basis: Basis) -> list[tuple[str
     """What each file held, what of it was left out and why, and how many rows and prompts each part has."""
     found: list[tuple[str, str]] = []
     for file in files:
-        found.append(("data", f"{file.path}: {file.num_rows:,} rows read, {len(file.records):,} {file.kind} used"))
-        found += [("left out", reason) for reason in file.reasons()]
-        found += [("note", f"{file.path}: {note}") for note in file.notes]
+        rows = f"{file.dropped.num_rows:,} rows read, {len(file.records):,} {file.kind} used"
+        found.append(("data", "; ".join((f"{file.path}: {rows}", *file.notes))))
+        found += [("dropped", file.dropped.sentence())] if file.dropped.total else []
     counts = [
         f"{name} {rows:,} ({prompts:,} prompts)" for name, (rows, prompts) in basis.parts.counts().items() if rows
     ]
