@@ -519,7 +519,7 @@ def test_a_few_rows_beyond_the_context_are_left_out_and_counted(tmp_path, monkey
     lines(tmp_path / "p.jsonl", rows_)
     code, text = here("init", "new", "--data", "p.jsonl", "--model", "m")
     assert code == 3 and "6 of 102 rows dropped: 2 with a special token in the text (first: p.jsonl:101), " in text
-    assert "4 with too many tokens (first: p.jsonl:1); 5% of the rows may be" in text
+    assert "4 with too many tokens (first: p.jsonl:1). That is 5.9%" in text
     lines(tmp_path / "p.jsonl", rows_[:101])
     code, text = here("init", "new", "--data", "p.jsonl", "--model", "m")
     assert code == 0 and "5 of 101 rows dropped: 1 with a special token" in text

@@ -128,7 +128,7 @@ def _refusal(found: _Measured, limit: int, options: Options) -> Problem | None:
         return None
     needed = _needed(found, bound)
     file.without({record.where: TOO_LONG for record in longer})
-    what = f"{file.dropped.sentence()}; {bound:.0%} of the rows may be."
+    what = f"{file.dropped.sentence()}. That is {file.share_dropped():.1%}, and {bound:.0%} may be."
     flags = [f"--max-dropped-fraction {math.ceil(100 * bad - 1e-9) / 100:g}"] if bad > bound else []
     if is_decided or not longer:
         return Problem("DAT020", file.path, what, f"repair the rows, or go on without them: {flags[0]}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -63,12 +63,13 @@ def files(paths: Sequence[str], options: Options) -> list[File]:
     looked: list[dict[str, Any]] = []
     for path in paths:
         try:
-            looked = _first_rows(path)
-            present[path] = list(dict.fromkeys(name for row in looked for name in row))
-            columns = {ours: theirs for ours, theirs in options.columns.items() if theirs in present[path]}
-            kind = kind_of([rows_of.renamed(row, columns) for row in looked], path)
-            data = DataSection(path=path, columns=columns, limit=options.limit, max_dropped_fraction=1.0)
-            found.append(_file(kind, data))
+            data = DataSection(path=path, limit=options.limit, max_dropped_fraction=1.0)
+            if options.columns:
+                present[path] = list(dict.fromkeys(name for row in _rows(data) for name in row))
+                columns = {ours: theirs for ours, theirs in options.columns.items() if theirs in present[path]}
+                data = data.model_copy(update={"columns": columns})
+            looked = list(islice(_rows(data), LOOKED_AT))
+            found.append(_file(kind_of(looked, path), data))
         except RlhfError as error:
             problems += error.problems
     for ours, theirs in options.columns.items():
@@ -123,9 +124,11 @@ def example(looked: Sequence[Mapping[str, Any]]) -> str:
     return "say which columns they are: --columns OURS=THEIRS"
 
 
-def _first_rows(path: str) -> list[dict[str, Any]]:
-    rows = (row for _, row in rows_of.read(DataSection(path=path), []) if not isinstance(row, BadLine))
-    return list(islice(rows, LOOKED_AT))
+def _rows(data: DataSection) -> Iterator[dict[str, Any]]:
+    """The rows as they stand there, under our names."""
+    for _, row in islice(rows_of.read(data, []), data.limit):
+        if not isinstance(row, BadLine):
+            yield rows_of.renamed(row, data.columns)
 
 
 def _kind(row: Mapping[str, Any]) -> str | None:
