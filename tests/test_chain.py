@@ -43,6 +43,7 @@ def chain(tmp_path_factory):
             "num_prompts: 64": "num_prompts: 16", "batch_size: 64": "batch_size: 16",
             "minibatch_size: 32": "minibatch_size: 8",
             "pretrain_steps: 8": "pretrain_steps: 1", "save_every: 14": "save_every: 2",
+            "weight: 1.0": "accept: failed",
         },
         "eval-rm": {"size=300": "size=40", "num_resamples: 2000": "num_resamples: 200"},
         "collect": {"size=200": "size=12"}, "pipeline": {},

@@ -24,8 +24,8 @@ ReportTo = Annotated[
 
 
 GATE: dict[str, Any] = {"gate": True}
-"""``json_schema_extra`` of a field that bounds or accepts what a run measured. It changes no result, so it is not part
-of a run's identity: a finished run is judged again from the figures in its manifest."""
+"""``json_schema_extra`` of a field that bounds or accepts what a run read or measured. It changes no result, so it is
+not part of a run's identity: a finished run is judged again from the figures in its manifest."""
 
 
 class Section(BaseModel):
@@ -114,7 +114,9 @@ class DataSection(SourceSection):
         None, description="rows drawn from a mixture with weights; null: as many as its sources hold"
     )
     on_bad_row: Literal["drop", "error"] = Field(
-        "drop", description="a row that cannot be read, or whose responses are equal: drop and count it, or stop"
+        "drop",
+        json_schema_extra=GATE,
+        description="a row that cannot be read, or whose responses are equal: drop and count it, or stop",
     )
     max_dropped_fraction: Fraction = Field(
         0.05,

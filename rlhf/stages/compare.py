@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rlhf import runtime, storage
+from rlhf import examined, runtime, storage
 from rlhf.config.sections import RuntimeSection
 from rlhf.config.suite import CaseSection
 from rlhf.config.suite import read as read_suite
@@ -57,6 +57,7 @@ def compare(
     seed = runtime.derived_seed(how.seed, "resamples")
     found = {
         "rewards": list(rewards),
+        "accepted": examined.marks_of(policies),
         **comparison.report(baseline, candidate, labels, seed, num_resamples, num_worst),
     }  # fmt: skip
     if cases:
@@ -114,7 +115,8 @@ def print_report(found: Mapping[str, Any]) -> None:
         ("characters", f"{a['characters']:.0f} -> {b['characters']:.0f}"),
         ("cut off", f"{a['cut_off']} -> {b['cut_off']}"),
     ]
-    show(table(f"{a['name']} (baseline) -> {b['name']} (candidate)", ("figure", "value"), rows))
+    title, note = f"{a['name']} (baseline) -> {b['name']} (candidate)", "\n".join(found["accepted"])
+    show(table(title, ("figure", "value"), rows, note))
     for name, slices in found["slices"].items():
         parts = [
             (entry["slice"], str(entry["prompts"]), _rate(entry["win_rate"]) + (" (few)" if entry["few"] else ""),

@@ -89,7 +89,7 @@ def run(config: EvalRmConfig, plan: Plan, run: Run) -> Manifest:
     report |= _rubric(config, run)
     report |= {"suite": _suite(config, subject, cases)} if cases else {}
     verdicts = judging.judge(report, config.thresholds)
-    report["verdict"], report["verdicts"] = judging.overall(verdicts), [vars(one) for one in verdicts]
+    report |= judging.table(verdicts)
     storage.write_json(run.path / artifacts.EXAMINATION, report)
     _draw(report, run.path / artifacts.PLOTS)
     console.print(examination.figures_table(report))
@@ -100,8 +100,7 @@ def run(config: EvalRmConfig, plan: Plan, run: Run) -> Manifest:
         if one.verdict != judging.PASS:
             log.warning("%s: %s, %.3f. %s.", one.verdict, one.says, one.estimate, one.do[0].upper() + one.do[1:])
     suite.refuse_failed(report.get("suite", []), config.suite or "")
-    failed = [one.key for one in verdicts if one.verdict == judging.FAIL]
-    details = {"rows": vars(lengths), "verdict": report["verdict"], "failed": failed}
+    details = {"rows": vars(lengths), "verdict": report["verdict"], "failed": judging.failed(verdicts)}
     return _finish(config, plan, run, started, examination.metrics(report), details)
 
 

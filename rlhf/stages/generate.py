@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from rlhf import artifacts, names, runtime
+from rlhf import artifacts, examined, names, runtime
 from rlhf.config.sections import ModelSection, RuntimeSection, SamplingSection
 from rlhf.data import lines, sources, tokenised
 from rlhf.data.dropped import DroppedRows
@@ -21,6 +22,8 @@ from rlhf.models.roles import SharedBase
 from rlhf.rollouts.engine import Sampling
 from rlhf.rollouts.hf import HfEngine
 from rlhf.scoring.scorer import Sample
+
+log = logging.getLogger("rlhf")
 
 
 def generate(source: str, prompts: str, out: str, samples: int, template: str | None, how: Sampling) -> None:
@@ -65,10 +68,16 @@ def is_run(source: str) -> bool:
 
 
 def refuse_other_kinds(source: str, template: str | None) -> None:
-    """Raise CKP004 for a run that is no policy, CFG040 for a template beside a run, which has its own."""
+    """Raise CKP004 for a run that is not a policy, CFG040 for a template with a run, which has its own.
+
+    A policy that was optimised against a reward that failed its examination is named.
+    """
     if not is_run(source):
         return
-    artifacts.verify(Path(source), artifacts.read(source, "policy"))
+    manifest = artifacts.read(source, "policy")
+    artifacts.verify(Path(source), manifest)
+    for mark in examined.marks(manifest):
+        log.warning("%s.", mark)
     if template is not None:
         what = f"{source} is a run, which says how it was trained."
         raise RlhfError(Problem("CFG040", "--chat-template", what, "leave it out"))

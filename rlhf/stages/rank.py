@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlhf import runtime
+from rlhf import examined, runtime
 from rlhf.config.sections import RuntimeSection
 from rlhf.data import lines, sources
 from rlhf.data.records import prompt_key
@@ -45,7 +45,8 @@ def rank(
     keys = [prompt_key(response.prompt) for response in responses[::samples]]
     lines.write(out, _rows(responses, found, judged, samples, top))
     return {
-        "policy": policy, "rewards": list(rewards), "judge": judge, "prompts": len(records), "samples": samples,
+        "policy": policy, "accepted": examined.marks_of([policy]), "rewards": list(rewards), "judge": judge,
+        "prompts": len(records), "samples": samples,
         "cut_off": num_cut, "best_of": worth(responses, found, judged, samples, keys, how.seed),
     }  # fmt: skip
 
@@ -98,4 +99,5 @@ def print_report(found: Mapping[str, Any]) -> None:
         figures = [f"{entry[name]['estimate']:.3f} [{entry[name]['ci95'][0]:.3f}, {entry[name]['ci95'][1]:.3f}]"
                    for name in names]  # fmt: skip
         rows.append((f"best of {entry['n']}", f"{entry['kl_bound']:.2f}", *figures))
-    show(table(f"{found['policy']}, {found['prompts']} prompts", ("", "KL at most, nats", *names), rows))
+    title, note = f"{found['policy']}, {found['prompts']} prompts", "\n".join(found["accepted"])
+    show(table(title, ("", "KL at most, nats", *names), rows, note))
