@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import math
 import os
@@ -391,34 +392,55 @@ def test_a_template_that_writes_earlier_turns_anew_makes_loss_on_the_last_turn(t
 # ---- whole ----
 
 
-def test_preferences_alone_run_to_the_end_with_no_hand_edits(tmp_path, monkeypatch, here):
+def talk(number, answer, more=""):
+    return f"\n\nHuman: q{number}{more}\n\nAssistant: {answer}"
+
+
+def as_published(path):
+    """150 transcripts in pairs, and among them a row of each fault that such files have; two rows are only unusual."""
+    rows_ = [{"chosen": talk(n, "ok" + "!" * (n % 2)), "rejected": talk(n, f"no{n % 3}")} for n in range(148)]
+    twice = "\n\nHuman: and?"  # two turns of one speaker in a row
+    rows_ += [{"chosen": talk(n, "ok", twice), "rejected": talk(n, "no", twice)} for n in (148, 149)]
+    rows_[0:0] = [{"chosen": talk(150, ""), "rejected": talk(150, "no")}]
+    rows_.insert(40, {"chosen": talk(151, "ok"), "rejected": talk(152, "no")})
+    rows_.insert(60, {"chosen": talk(153, "same"), "rejected": talk(153, "same")})
+    rows_.insert(80, {"chosen": talk(154, "ok"), "rejected": talk(154, "no" * 99)})
+    rows_.append({"chosen": talk(155, "<|im_end|>"), "rejected": talk(155, "no")})
+    text = "".join(json.dumps(row) + "\n" for row in rows_)
+    path.write_bytes(gzip.compress((text + '{"chosen": "cut off in the mid').encode()))
+
+
+def test_preferences_as_published_run_to_the_verdict_of_the_examination_with_no_hand_edits(tmp_path, monkeypatch, here):
     tiny.build(tmp_path / "m", "llama")
-    lines(tmp_path / "prefs.jsonl", map(pair, range(150)))
     monkeypatch.chdir(tmp_path)
-    code, text = here("init", "new", "--data", "prefs.jsonl", "--model", "m")
-    assert (
-        code == 0 and "prefs.jsonl: 150 rows read, 150 comparisons used" in text and "no prompt is in two parts" in text
-    )
+    as_published(Path("prefs.jsonl.gz"))
+    code, text = here("init", "new", "--data", "prefs.jsonl.gz", "--model", "m")
+    assert code == 0, text
+    assert "prefs.jsonl.gz: 156 rows read, 150 comparisons used; 2 rows (first: prefs.jsonl.gz:153)" in text
+    dropped = {"an empty answer": 1, "no shared prompt": 41, "equal responses": 61, "too many tokens": 81,
+               "a special token in the text": 155, "a broken line": 156}  # fmt: skip
+    assert "6 of 156 rows dropped: " in text
+    assert all(f"1 with {reason} (first: prefs.jsonl.gz:{line})" in text for reason, line in dropped.items()), text
+    assert "no prompt is in two parts" in text and "loss on the last turn" in text
     assert "never pretrained" in text and "'<|pad|>', distinct from the end token" in text
     monkeypatch.chdir(tmp_path / "new")
     code, text = here("check")
     assert code == 0 and text.count("a sound ") == len(CONFIGS)
-    written = {name: Path(f"configs/{name}.yaml").read_text() for name in CONFIGS}
-    assert all(text.count("# ") >= (1 if name == "pipeline" else 3) for name, text in written.items())
-    sets = [set() for _ in range(4)]
-    for found, name in zip(sets, ("sft", "preferences", "prompts", "eval"), strict=True):
-        found |= {json.loads(line)["prompt"] for line in Path(f"data/{name}.jsonl").read_text().splitlines()}
-    assert sum(map(len, sets)) == len(set().union(*sets)) == 150
+    configs, data = written(Path())
+    assert all(text.count("# ") >= (1 if name == "pipeline" else 3) for name, text in configs.items())
+    asked = [{json.dumps(row["prompt"]) for row in rows_} for rows_ in data.values()]
+    assert sum(map(len, asked)) == len(set().union(*asked)) == 150 and "max_dropped_fraction" not in str(configs)
     for stage in CONFIGS[:3]:
         code, text = here(stage)
         assert code == 0, text
     code, text = here("ppo")
-    assert code == 7 and "runs/eval-rm: the reward model failed" in text  # what a random base learns is no reward model
+    assert code == 7 and "GRD030" in text and "runs/train-rm failed" in text  # a random base learns to rank nothing
     code, text = here("ppo", "--set", "rewards.0.accept=failed")
     assert code == 0, text
     manifests = {name: json.loads(Path(f"runs/{name}/manifest.json").read_text()) for name in CONFIGS[:4]}
     assert manifests["sft"]["metrics"]["eval/end_token_rate"] >= 0.2
-    assert manifests["train-rm"]["details"]["rows"]["num_dropped"] == 0
+    assert all(not manifest["details"]["dropped"]["data"]["dropped"] for name, manifest in manifests.items()
+               if name in ("sft", "train-rm"))  # fmt: skip
     sft = load.load(SftConfig, Path("configs/sft.yaml"))
     assert sft.lora.train_tokens == ["<|im_end|>", "<|im_start|>"] and Path(sft.model.path) == (tmp_path / "m")
     longest = max(len(f"<|im_start|>user\nq{n}<|im_end|>") for n in (99, 149))
