@@ -44,7 +44,11 @@ class Input:
 
 @dataclass(frozen=True)
 class Needs:
-    """All that a stage reads from outside its config."""
+    """All that a stage reads from outside its config.
+
+    Args:
+        settled: from the parents to the config keys, with their values, that the config leaves to them.
+    """
 
     parents: tuple[Parent, ...] = ()
     inputs: tuple[Input, ...] = ()
@@ -55,6 +59,7 @@ class Needs:
     members: int = 1
     trains_whole: bool = False
     heads: tuple[str, ...] = ()
+    settled: Callable[[Mapping[str, Manifest]], Mapping[str, Any]] = lambda _: {}
 
 
 @dataclass(frozen=True)
@@ -116,7 +121,7 @@ def prepare(config: StageConfig, needs: Needs, parents_may_be_missing: bool = Fa
     digests = {key: origins.model_digest(key, model, problems, unchecked) for key, model in models}
     digests |= {key: origins.directory_digest(key, path, problems) for key, path in needs.directories}
     warnings = examined.check(needs.rewards, parents, digests, problems, unchecked)
-    identity = {} if problems else _identity(config, data, parents, digests)
+    identity = {} if problems else {**_identity(config, data, parents, digests), **needs.settled(parents)}
     figures: list[str] = []
     spec: Spec | None = None
     if problems or not _is_current(config.run_dir, identity):

@@ -30,6 +30,11 @@ class Sample:
     scored_ids: list[int]
     logprobs: list[float] | None = None
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether it has no text, so that no reader of data takes it for a response."""
+        return not self.response.strip()
+
 
 @dataclass(frozen=True)
 class Scores:

@@ -11,10 +11,10 @@ from rlhf.config.sections import RuntimeSection
 from rlhf.data import lines, sources
 from rlhf.data.records import prompt_key
 from rlhf.metrics import best_of_n, intervals
+from rlhf.policy_sampling import Asked
 from rlhf.progress import show, table
-from rlhf.rollouts.engine import Sampling
 from rlhf.scoring.scorer import Sample, Scores
-from rlhf.stages.generate import refuse_other_kinds, sample
+from rlhf.stages.generate import refuse_other_kinds, sample, settle
 from rlhf.stages.score import scored_rows
 from rlhf.stages.scorers import check_names, open_scorer
 
@@ -24,7 +24,7 @@ NUM_RESAMPLES = 1000
 
 def rank(
     policy: str, prompts: str, rewards: Sequence[str], judge: str | None, samples: int, top: int | None,
-    template: str | None, how: Sampling, micro_batch_size: int, out: str,
+    template: str | None, asked: Asked, micro_batch_size: int, out: str,
 ) -> dict[str, Any]:  # fmt: skip
     """Write the responses to each prompt best first, and return what the best of 1, 2, 4 ... ``samples`` is worth.
 
@@ -33,6 +33,7 @@ def rank(
         top: responses of each prompt that are written; None: all.
     """
     refuse_other_kinds(policy, template)
+    how = settle(policy, asked)
     check_names([*rewards, *([judge] if judge else [])])
     records = lines.load(sources.load_prompts, prompts)
     responses = sample(policy, template, records, samples, how, prompts)
