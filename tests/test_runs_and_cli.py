@@ -27,7 +27,7 @@ LAYERS = [
         "data.deep", "data.rankings", "data.attributes", "data.consensus", "data.agreement", "interrupts", "runs",
         "progress", "config.suite",
     ],
-    ["model_files"],
+    ["model_files", "policy_sampling"],
     ["planning.shape"],
     ["planning"],
     ["resources"],
