@@ -32,8 +32,8 @@ class Sample:
 
     @property
     def is_empty(self) -> bool:
-        """Whether it has no text, so that no reader of data takes it for a response."""
-        return not self.response.strip()
+        """Whether it has no text that a data set may hold: it is blank, or has a NUL character."""
+        return not self.response.strip() or "\0" in self.response
 
 
 @dataclass(frozen=True)

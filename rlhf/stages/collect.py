@@ -65,7 +65,7 @@ def run(config: CollectConfig, plan: Plan, run: Run) -> Manifest:
     storage.write_text(run.path / artifacts.PREFERENCES, text)
     log.info(
         "%d prompts ranked; %d groups dropped because nothing in them was preferred; of the responses %d were left out "
-        "as cut off and %d as empty.",
+        "as cut off and %d as without text.",
         len(rows), num_alike, num_unfinished, num_empty,
     )  # fmt: skip
     metrics = {

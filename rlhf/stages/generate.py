@@ -31,7 +31,11 @@ def generate(source: str, prompts: str, out: str, samples: int, template: str | 
     refuse_other_kinds(source, template)
     how = settle(source, asked)
     records = lines.load(sources.load_prompts, prompts)
-    lines.write(out, measure.sample_rows(sample(source, template, records, samples, how, prompts)))
+    responses = sample(source, template, records, samples, how, prompts)
+    num_cut, num_empty = sum(not one.finished for one in responses), sum(one.is_empty for one in responses)
+    if num_cut or num_empty:
+        log.warning("Of %d responses %d were cut off and %d have no text.", len(responses), num_cut, num_empty)
+    lines.write(out, measure.sample_rows(responses))
 
 
 def own_sampling(source: str) -> Own:
