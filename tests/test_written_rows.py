@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import shlex
+import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -47,6 +51,23 @@ STAGE_CONFIGS = {  # reader -> stage, data section, fields that it reads of what
 UNJUDGED, RANKED = "nobody has compared with another: rlhf collect", "a ranking, which rlhf train-rm reads"
 
 
+def run(command, patch):
+    """The exit code of a command in this process."""
+    patch.setattr(cli.interrupts, "install", lambda: None)
+    patch.setattr(sys, "argv", ["rlhf", *command])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    return stop.value.code
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _log_as_it_was():
+    logger = logging.getLogger("rlhf")
+    before = logger.handlers[:], logger.level, logger.propagate
+    yield
+    logger.handlers[:], logger.level, logger.propagate = before
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     """Everything that is written, in a working directory of its own; responses of which some are cut off."""
@@ -58,17 +79,10 @@ def written(tmp_path_factory):
     (where / "collect.yaml").write_text(
         "prompts: {path: p.jsonl}\nsamples_per_prompt: 4\nlabeller: {function: 'lengths:shortest'}\n"
     )
-    logger = logging.getLogger("rlhf")
-    before = logger.handlers[:], logger.level, logger.propagate
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(where)
-        patch.setattr(cli.interrupts, "install", lambda: None)
         for command in WRITERS.values():
-            patch.setattr(sys, "argv", ["rlhf", *command])
-            with pytest.raises(SystemExit) as stop:
-                cli.main()
-            assert stop.value.code == 0, command
-    logger.handlers[:], logger.level, logger.propagate = before
+            assert run(command, patch) == 0, command
     return where
 
 
@@ -168,3 +182,53 @@ def test_a_sample_without_text_can_be_scored_and_is_dropped_by_filter_but_an_emp
         Path(source).write_text(json.dumps({"prompt": "hi", "response": text}) + "\n")
         with pytest.raises(RlhfError, match="DAT004.*'response'"):
             score.read(source)
+
+
+SFT = """
+model: {path: m}
+data: {path: sft.jsonl}
+max_length: 100
+steps: 2
+batch: {batch_size: 2, micro_batch_size: 2}
+sampling: {max_new_tokens: 8}
+min_end_token_rate: 0
+require_improvement: false
+"""
+
+
+def recipe():
+    """The commands of the block in the documentation that ranks, filters and trains on what is kept."""
+    text = (Path(__file__).parents[1] / "docs/reward-models.md").read_text()
+    (block,) = [part for part in text.split("\n\n") if "    rlhf rank " in part]
+    return [line.split("#")[0].strip() for line in block.splitlines()]
+
+
+def test_the_documented_recipe_runs_as_it_stands(written, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("m", "runs/sft", "runs/train-rm"):
+        shutil.copytree(written / name, tmp_path / name)
+    shutil.copytree(written / "runs/sft", tmp_path / "runs/ppo")
+    words = ["red", "blue", "old", "new", "lost", "broken", "late", "small"]
+    rows = [{"prompt": f"the {one} {other} chair is here", "topic": one} for one in words for other in words]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:12]))
+    (tmp_path / "prompts.jsonl").write_text(
+        "".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows[20:32])
+    )
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs/sft.yaml").write_text(SFT)
+    commands = recipe()
+    assert [line.split()[1] for line in commands] == ["compare", "rank", "filter", "sft", "generate", "check"]
+    for line in commands:
+        given = ""
+        for part in line.split(" | "):
+            program, *command = shlex.split(part)
+            monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(given.encode())))
+            code = run(command, monkeypatch)
+            shown = capsys.readouterr()
+            given = shown.out
+            assert (program, code) == ("rlhf", 0), f"{part}\n{shown.err}"
+    best, kept = (
+        [json.loads(row) for row in Path(name).read_text().splitlines()] for name in ("best.jsonl", "sft.jsonl")
+    )
+    assert len(best) == 12 and 0 < len(kept) <= sum(row["finished"] for row in best)
+    assert len(Path("scored.jsonl").read_text().splitlines()) == 12
