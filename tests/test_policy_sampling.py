@@ -19,6 +19,7 @@ from rlhf.config import load
 from rlhf.config.sections import PolicySamplingSection, SamplingSection
 from rlhf.config.stages import CollectConfig
 from rlhf.errors import RlhfError
+from rlhf.planning import specs
 from rlhf.stages.registry import STAGES
 
 PROMPTS = [f"where is chair {n} ?" for n in range(12)]
@@ -174,3 +175,20 @@ def test_what_collect_left_open_is_no_change_to_a_run_that_wrote_it_down(world):
         "sampling.max_new_tokens": 40, "sampling.temperature": 1.0, "sampling.concurrency": 64,
         "sampling.engine": "hf", "sampling.stop_tokens": [],
     }  # fmt: skip
+
+
+def test_what_is_planned_for_collect_is_as_long_as_the_policy_is_sampled(world, tmp_path):
+    configs = {
+        "sft": f"run_dir: runs/a\nmodel: {{path: {world / 'm'}}}\ndata: {{path: d}}\nsteps: 1\n"
+        "sampling: {max_new_tokens: 24}\n",
+        "ppo": "run_dir: runs/b\npolicy: runs/a\nprompts: {path: d}\nsampling: {max_new_tokens: 48}\n",
+    }
+    for name, text in configs.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+
+    def planned(policy, sampling=""):
+        config = load.load_text(CollectConfig, f"policy: {policy}\nprompts: {{path: d}}\n{sampling}", "c.yaml")
+        return specs.spec(config, specs.find(policy, tmp_path), {}, "cpu", "base").response
+
+    assert (planned("runs/a"), planned("runs/b"), planned(str(world / "runs/short"))) == (24, 48, 4)
+    assert planned("runs/b", "sampling: {max_new_tokens: 7}\n") == 7
