@@ -46,7 +46,11 @@ class Input:
 
 @dataclass(frozen=True)
 class Needs:
-    """All that a stage reads from outside its config."""
+    """All that a stage reads from outside its config.
+
+    Args:
+        settled: from the parents to the config keys, with their values, that the config leaves to them.
+    """
 
     parents: tuple[Parent, ...] = ()
     inputs: tuple[Input, ...] = ()
@@ -57,6 +61,7 @@ class Needs:
     members: int = 1
     trains_whole: bool = False
     heads: tuple[str, ...] = ()
+    settled: Callable[[Mapping[str, Manifest]], Mapping[str, Any]] = lambda _: {}
 
 
 @dataclass(frozen=True)
@@ -148,7 +153,8 @@ def prepare(config: StageConfig, needs: Needs, parents_may_be_missing: bool = Fa
     digests |= {key: origins.directory_digest(key, path, problems) for key, path in needs.directories}
     warnings, unnamed = examined.check(needs.rewards, parents, digests, problems, unchecked, nearby)
     warnings += dict.fromkeys(mark for manifest in parents.values() for mark in examined.marks(manifest))
-    inputs = Identity({}) if problems else identity.of(config, _digests(data, parents, digests))
+    more = {**_digests(data, parents, digests), **needs.settled(parents)}
+    inputs = Identity({}) if problems else identity.of(config, more)
     figures: list[str] = []
     spec: Spec | None = None
     if problems or not _is_current(config.run_dir, inputs):

@@ -30,7 +30,7 @@ LAYERS = [
         "data.dropped", "data.opening", "data.reading", "data.tables", "data.trl", "data.turns", "interrupts", "runs",
         "progress", "config.suite",
     ],
-    ["model_files"],
+    ["model_files", "policy_sampling"],
     ["planning.shape"],
     ["planning"],
     ["resources"],

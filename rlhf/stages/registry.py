@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from rlhf import artifacts
+from rlhf import artifacts, policy_sampling
+from rlhf.artifacts import Manifest
 from rlhf.config import load, rubric, suite
 from rlhf.config import stages as configs
 from rlhf.config.rewards import ClassifierSection, RewardSource
+from rlhf.config.sections import PolicySamplingSection
 from rlhf.config.stages import StageConfig
 from rlhf.config.train_rm import COMBINED, RewardConfig
 from rlhf.data import labels, sources
@@ -73,7 +75,14 @@ def _collect(config: configs.CollectConfig) -> Needs:
         inputs=(Input("prompts", config.prompts, sources.load_prompts),),
         scorers=_models("labeller.model", config.labeller),
         rewards={"labeller": config.labeller},
+        settled=partial(_settled_sampling, config.sampling),
     )  # fmt: skip
+
+
+def _settled_sampling(section: PolicySamplingSection, parents: Mapping[str, Manifest]) -> dict[str, Any]:
+    """Two policies with equal weights may sample differently, so what they say is named, and not only whose it is."""
+    own = policy_sampling.own(parents.get("policy"))
+    return {f"sampling.{key}": value for key, value in load.flatten(section.of(own.section)).items()}
 
 
 def _ppo(config: configs.PpoConfig) -> Needs:
