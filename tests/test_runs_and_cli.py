@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import ast
 import json
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -107,10 +107,10 @@ def rlhf(*args, cwd=ROOT, stdin=None):
 
 
 def test_help_is_quick_and_neither_it_nor_check_imports_torch(tmp_path):
-    started = time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     shown = rlhf("--help")
-    took = time.perf_counter() - started
-    assert shown.returncode == 0 and took < 2.5
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert shown.returncode == 0 and after.ru_utime - before.ru_utime < 2.5  # CPU seconds: others may use the machine
     for command in ("sft", "train-rm", "collect", "ppo", "eval-rm", "generate", "score", "pipeline", "check", "show"):
         assert f" {command} " in shown.stdout
     (tmp_path / "sft.yaml").write_text("data: {path: 'demo:demonstrations?size=20'}\nepochs: 1\n")
