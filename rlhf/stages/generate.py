@@ -60,7 +60,7 @@ def sample(
         RlhfError: DAT051 or DAT020 where a prompt leaves no room for the new tokens: none is dropped.
     """
     base, roles = open_policy(source, template, runtime.set_up(RuntimeSection(), how.seed))
-    opening.require_context(base.chat, 1, how.max_new_tokens, f"{source}: max_new_tokens")
+    opening.require_context(base.chat, 1, how.max_new_tokens, "--max-new-tokens")
     rows, _ = tokenised.prompt_rows(records, base.chat, base.context_length - how.max_new_tokens, 0.0, where)
     repeated = [row for row in rows for _ in range(samples)]
     engine = HfEngine(roles, "policy", base.chat, SamplingSection().concurrency)
