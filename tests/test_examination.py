@@ -378,7 +378,7 @@ def looked_at(source, examination=None, run=None, digests=None):
     parents = {"rewards.0": run or made("reward"), **({"rewards.0.examination": examination} if examination else {})}
     problems, unchecked = [], []
     rewards = {"rewards.0": RewardSource.model_validate(source)}
-    warnings = examined.check(rewards, parents, digests or {}, problems, unchecked)
+    warnings, _ = examined.check(rewards, parents, digests or {}, problems, unchecked, tuple)
     return warnings, problems, unchecked
 
 

@@ -14,27 +14,33 @@ import pytest
 from rlhf import artifacts, runs, storage
 from rlhf.artifacts import BaseIdentity, Manifest
 from rlhf.errors import Problem, RlhfError, render
+from rlhf.identity import Identity
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
     ["errors", "masking"],
-    ["storage", "names", "installed"],
-    ["config", "artifacts", "data.records"],
-    ["demo"],
+    ["storage", "names", "installed", "neighbours"],
+    ["artifacts"],
+    ["config", "data.records"],
+    ["demo", "identity"],
     [
         "data.sources", "data.files", "data.forms", "data.labelled", "data.rows", "data.benchmarks", "data.mixture",
         "data.jsonl", "data.hub", "data.settings", "data.labels", "data.lines", "data.duplicates", "data.selection",
-        "data.deep", "data.rankings", "data.attributes", "data.consensus", "data.agreement", "interrupts", "runs",
+        "data.deep", "data.rankings", "data.attributes", "data.consensus", "data.agreement", "data.conversations",
+        "data.dropped", "data.opening", "data.reading", "data.tables", "data.trl", "data.turns", "interrupts", "runs",
         "progress", "config.suite",
     ],
     ["model_files", "policy_sampling"],
     ["planning.shape"],
     ["planning"],
     ["resources"],
-    ["room", "origins", "examined"],
+    ["room", "origins", "examined", "gates"],
     ["preflight"],
     ["ppo.tensors", "ppo.objective", "metrics", "reward"],
-    ["data.chat", "data.batches", "data.tokenised", "snapshots", "guards", "runtime", "optimizer", "tracking"],
+    [
+        "data.chat", "data.batches", "data.fitting", "data.tokenised", "snapshots", "guards", "runtime", "optimizer",
+        "tracking",
+    ],
     ["checkpoints"],
     ["models"],
     ["rollouts", "scoring"],
@@ -44,7 +50,7 @@ LAYERS = [
         "reward.outcome", "reward.objective", "reward.combining", "reward.contradicted", "reward.annotators",
         "reward.starts", "reward.length", "reward.teacher",
     ],
-    ["start"],
+    ["start", "settling"],
     ["stages"],
     ["commands"],
     ["cli"],
@@ -185,18 +191,19 @@ def test_what_is_no_finished_run_is_refused(tmp_path):
 
 def test_an_unchanged_run_is_current_a_changed_one_named_and_moved_aside(tmp_path):
     run_dir = tmp_path / "run"
-    with runs.open_run(run_dir, "sft", {"a": 1}, "") as run:
+    same, other = Identity({"a": 1}), Identity({"a": 2})
+    with runs.open_run(run_dir, "sft", same, "") as run:
         run.finish(manifest())
-    assert runs.status(run_dir, {"a": 1}) is None
-    assert runs.status(run_dir, {"a": 2, "b": 3}) == ["a: 1 -> 2", "b: None -> 3"]
+    assert runs.status(run_dir, same) is None
+    assert runs.status(run_dir, Identity({"a": 2, "b": 3})) == ["a: 1 -> 2", "b: nothing -> 3"]
     with pytest.raises(RlhfError, match="a: 1 -> 2"):
-        runs.open_run(run_dir, "sft", {"a": 2}, "")
-    runs.open_run(run_dir, "sft", {"a": 2}, "", overwrite=True).close()
-    assert artifacts.is_finished(tmp_path / "run.old-1") and runs.status(run_dir, {"a": 2}) == ["no run yet"]
+        runs.open_run(run_dir, "sft", other, "")
+    runs.open_run(run_dir, "sft", other, "", overwrite=True).close()
+    assert artifacts.is_finished(tmp_path / "run.old-1") and runs.status(run_dir, other) == ["no run yet"]
 
 
 def test_metrics_never_hide_what_is_not_finite(tmp_path):
-    with runs.open_run(tmp_path / "run", "sft", {}, "") as run:
+    with runs.open_run(tmp_path / "run", "sft", Identity({}), "") as run:
         run.write_metrics(1, {"loss": float("nan"), "kl": float("inf"), "score": 0.5})
     assert runs.read_metrics(tmp_path / "run") == [{"step": 1, "loss": "nan", "kl": "inf", "score": 0.5}]
 
@@ -212,5 +219,5 @@ def test_a_staged_directory_appears_whole_or_not_at_all(tmp_path):
 
 
 def test_many_problems_are_cut_with_their_number():
-    text = render([Problem("DAT001", f"row {i}", "bad.") for i in range(25)])
+    text = render([Problem("DAT001", f"row {i}", "bad.", "good") for i in range(25)])
     assert len(text.splitlines()) == 21 and text.endswith("... and 5 more")

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import tiny
 
-from rlhf import cli
 from rlhf.config import load
 from rlhf.config.sections import DataSection
 from rlhf.config.stages import PpoConfig, SftConfig
@@ -16,8 +15,9 @@ from rlhf.config.train_rm import RewardConfig
 from rlhf.data import sources
 from rlhf.data.chat import ChatFormat
 from rlhf.errors import RlhfError
+from rlhf.identity import Identity
 from rlhf.preflight import Input, Needs, Plan
-from rlhf.stages import inspection, showing
+from rlhf.stages import inspection, showing, starting
 from rlhf.stages.registry import STAGES, Stage
 
 TWO_TURNS = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, "abcd", strict=True)]
@@ -38,7 +38,7 @@ def rows_of(tmp_path, config_class, rows, kind, count=3, **options):
     read = getattr(sources, f"load_{kind}")
     section = getattr(config, key)
     needs = Needs(inputs=(Input(key, section, read),), model=SftConfig.model_fields["model"].default_factory())
-    return showing.rows(config, needs, Plan({}, {key: read(section)}, {}, ()), count)[key]
+    return showing.rows(config, needs, Plan({}, {key: read(section)}, Identity({}), ()), count)[key]
 
 
 def marked(row):
@@ -83,8 +83,12 @@ def test_a_row_that_is_cut_is_shown_cut(tmp_path, chat):
 
 
 def test_what_the_template_refuses_is_named_by_row(tmp_path, chat):
+    rows = [{"prompt": "a"}, {"prompt": "<|im_end|>"}]
+    options = {"prompts": {"path": str(tmp_path / "d.jsonl"), "on_bad_row": "error"}}
     with pytest.raises(RlhfError, match=r"DAT060.*d.jsonl:2"):
-        rows_of(tmp_path, PpoConfig, [{"prompt": "a"}, {"prompt": "<|im_end|>"}], "prompts")
+        rows_of(tmp_path, PpoConfig, rows, "prompts", **options)
+    _, dropped = rows_of(tmp_path, PpoConfig, rows, "prompts")
+    assert dropped["about"].endswith("special token '<|im_end|>': the row is dropped") and dropped["parts"] == []
 
 
 def test_lines_mark_with_brackets_or_colour_and_let_no_control_character_through():
@@ -110,9 +114,9 @@ def test_check_shows_a_data_set_of_the_world_and_says_which_run_it_waits_for(tmp
 def test_a_limit_sets_the_key_of_every_data_set_and_is_refused_where_there_is_none(tmp_path):
     path = tmp_path / "ppo.yaml"
     path.write_text("prompts: {path: a.jsonl, limit: 50}\nevaluation: {data: {path: b.jsonl}}\n")
-    overrides = cli.limits(STAGES["ppo"], path, [], 5)
+    overrides = starting.limits(STAGES["ppo"], path, [], 5)
     config = load.load(PpoConfig, path, overrides)
     assert (config.prompts.limit, config.evaluation.data.limit) == (5, 5)
     without = Stage("none", PpoConfig, "policy", lambda config: Needs(), "Nothing.")
     with pytest.raises(RlhfError, match="--limit: rlhf none reads no data set"):
-        cli.limits(without, path, [], 5)
+        starting.limits(without, path, [], 5)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from rlhf.config.examination import Bound, ThresholdSection
@@ -31,6 +31,16 @@ class Verdict:
 def overall(verdicts: Sequence[Verdict]) -> str:
     """The worst of them."""
     return max((one.verdict for one in verdicts), key=ORDER.index, default=PASS)
+
+
+def failed(verdicts: Sequence[Verdict]) -> list[str]:
+    """Keys of the figures that failed."""
+    return [one.key for one in verdicts if one.verdict == FAIL]
+
+
+def table(verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    """What an examination's report says of them."""
+    return {"verdict": overall(verdicts), "verdicts": [asdict(one) for one in verdicts]}
 
 
 def judge(report: Mapping[str, Any], thresholds: ThresholdSection) -> list[Verdict]:

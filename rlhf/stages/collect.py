@@ -11,7 +11,8 @@ from rlhf import artifacts, policy_sampling, runtime, storage
 from rlhf.artifacts import Manifest
 from rlhf.config.sections import SamplingSection
 from rlhf.config.stages import CollectConfig
-from rlhf.data import tokenised
+from rlhf.data import fitting, tokenised
+from rlhf.data.fitting import Limit
 from rlhf.data.tokenised import LengthReport, PromptRow
 from rlhf.evaluation import policy as measure
 from rlhf.models import opening
@@ -35,6 +36,8 @@ def run(config: CollectConfig, plan: Plan, run: Run) -> Manifest:
     runtime.set_threads(config.runtime, base.model, device)
     sampling = _sampling(config, plan)
     prompts, report = _prompts(config, plan, base.chat, sampling)
+    for line in plan.dropped_lines():
+        log.info(line)
     roles = SharedBase(base)
     roles.add("policy", adapter=artifacts.adapter_of(config.policy), trained=False)
     parent = plan.parents.get("labeller")
@@ -76,7 +79,8 @@ def run(config: CollectConfig, plan: Plan, run: Run) -> Manifest:
         Manifest(
             kind="preferences", stage="collect", seed=config.seed, identity=plan.identity, metrics=metrics,
             seconds=time.perf_counter() - started, base=policy.base,
-            parents=plan.parents_table(STAGES["collect"].needs(config)), details={"rows": vars(report)},
+            parents=plan.parents_table(STAGES["collect"].needs(config)),
+            details={"rows": vars(report), "dropped": plan.dropped()},
         )
     )  # fmt: skip
 
@@ -98,8 +102,9 @@ def _sampling(config: CollectConfig, plan: Plan) -> SamplingSection:
 def _prompts(
     config: CollectConfig, plan: Plan, chat: Any, sampling: SamplingSection
 ) -> tuple[list[PromptRow], LengthReport]:
-    records, dropped = plan.data["prompts"].records, config.prompts.max_dropped_fraction
-    rows, report = tokenised.prompt_rows(records, chat, chat.context_length or 10**9, dropped, "prompts")
+    loaded, limit = fitting.usable(plan.data["prompts"], chat), Limit(chat.context_length or 10**9, key="")
+    rows, report = tokenised.prompt_rows(loaded.records, chat, limit, loaded.dropped, loaded.left_out)
+    plan.check_dropped()
     opening.require_context(chat, report.longest, sampling.max_new_tokens, "sampling.max_new_tokens")
     return rows, report
 

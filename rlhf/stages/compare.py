@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rlhf import runtime, storage
+from rlhf import examined, runtime, storage
 from rlhf.config.sections import RuntimeSection
 from rlhf.config.suite import CaseSection
 from rlhf.config.suite import read as read_suite
@@ -68,6 +68,7 @@ def compare(
     seed = runtime.derived_seed(asked.seed, "resamples")
     found = {
         "rewards": list(rewards),
+        "accepted": examined.marks_of(policies),
         **comparison.report(baseline, candidate, labels, seed, num_resamples, num_worst),
     }  # fmt: skip
     if cases:
@@ -133,7 +134,8 @@ def refuse_if_worse(found: Mapping[str, Any]) -> None:
 def print_report(found: Mapping[str, Any]) -> None:
     """Tables and the worst regressions, on standard error."""
     a, b = found["baseline"], found["candidate"]
-    show(table(f"{a['name']} (baseline) -> {b['name']} (candidate)", ("figure", "value"), _figures(found)))
+    title, note = f"{a['name']} (baseline) -> {b['name']} (candidate)", "\n".join(found["accepted"])
+    show(table(title, ("figure", "value"), _figures(found), note))
     if found["contradiction"]:
         log.warning("%s", found["contradiction"])
     for name, slices in found["slices"].items():

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import torch
 
-from rlhf import artifacts, names, policy_sampling, runtime
+from rlhf import artifacts, examined, names, policy_sampling, runtime
 from rlhf.config.sections import ModelSection, RuntimeSection, SamplingSection
 from rlhf.data import lines, sources, tokenised
+from rlhf.data.dropped import DroppedRows
+from rlhf.data.fitting import Limit
 from rlhf.data.records import Prompt
 from rlhf.errors import Problem, RlhfError
 from rlhf.evaluation import policy as measure
@@ -61,7 +63,12 @@ def sample(
     """
     base, roles = open_policy(source, template, runtime.set_up(RuntimeSection(), how.seed))
     opening.require_context(base.chat, 1, how.max_new_tokens, "--max-new-tokens")
-    rows, _ = tokenised.prompt_rows(records, base.chat, base.context_length - how.max_new_tokens, 0.0, where)
+    dropped = DroppedRows(where, 0.0, False, len(records))
+    limit = Limit(base.context_length - how.max_new_tokens, key="")
+    rows, _ = tokenised.prompt_rows(records, base.chat, limit, dropped)
+    if dropped.total:
+        what = f"{dropped.sentence()}: no room for {how.max_new_tokens} new ones in the model's context."
+        raise RlhfError(Problem("DAT020", where, what, "shorter prompts, or fewer --max-new-tokens"))
     repeated = [row for row in rows for _ in range(samples)]
     engine = HfEngine(roles, "policy", base.chat, SamplingSection().concurrency)
     return measure.respond(engine, base.chat, repeated, how)
@@ -81,10 +88,16 @@ def is_run(source: str) -> bool:
 
 
 def refuse_other_kinds(source: str, template: str | None) -> None:
-    """Raise CKP004 for a run that is no policy, CFG040 for a template beside a run, which has its own."""
+    """Raise CKP004 for a run that is not a policy, CFG040 for a template with a run, which has its own.
+
+    A policy that was optimised against a reward that failed its examination is named.
+    """
     if not is_run(source):
         return
-    artifacts.verify(Path(source), artifacts.read(source, "policy"))
+    manifest = artifacts.read(source, "policy")
+    artifacts.verify(Path(source), manifest)
+    for mark in examined.marks(manifest):
+        log.warning("%s.", mark)
     if template is not None:
         what = f"{source} is a run, which says how it was trained."
         raise RlhfError(Problem("CFG040", "--chat-template", what, "leave it out"))

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlhf import runtime
+from rlhf import examined, runtime
 from rlhf.config.sections import RuntimeSection
 from rlhf.data import lines, sources
 from rlhf.data.records import prompt_key
@@ -46,7 +46,8 @@ def rank(
     judged = open_scorer([judge], device, micro_batch_size).score(ranked).mean.tolist() if judge else None
     lines.write(out, _rows(ranked, found, judged, samples, top))
     return {
-        "policy": policy, "rewards": list(rewards), "judge": judge, "prompts": len(records), "samples": samples,
+        "policy": policy, "accepted": examined.marks_of([policy]), "rewards": list(rewards), "judge": judge,
+        "prompts": len(records), "samples": samples,
         "cut_off": sum(not response.finished for response in responses),
         "empty": sum(response.is_empty for response in responses),
         "prompts_without_text": len(records) - len(ranked) // samples,
@@ -128,4 +129,5 @@ def print_report(found: Mapping[str, Any]) -> None:
                    for name in names]  # fmt: skip
         rows.append((f"best of {entry['n']}", f"{entry['kl_bound']:.2f}", *figures))
     num_prompts = found["prompts"] - found["prompts_without_text"]
-    show(table(f"{found['policy']}, {num_prompts} prompts", ("", "KL at most, nats", *names), rows))
+    title, note = f"{found['policy']}, {num_prompts} prompts", "\n".join(found["accepted"])
+    show(table(title, ("", "KL at most, nats", *names), rows, note))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 from rlhf import artifacts, policy_sampling
@@ -16,6 +17,8 @@ from rlhf.config.sections import PolicySamplingSection
 from rlhf.config.stages import StageConfig
 from rlhf.config.train_rm import COMBINED, RewardConfig
 from rlhf.data import labels, sources
+from rlhf.errors import RlhfError
+from rlhf.neighbours import Nearby, Neighbour
 from rlhf.origins import START
 from rlhf.preflight import Input, Needs, Parent
 
@@ -116,6 +119,26 @@ def _eval_rm(config: configs.EvalRmConfig) -> Needs:
         directories=(("suite", config.suite),) if config.suite else (),
         heads=(config.head,) if config.head else (),
     )
+
+
+def neighbours(paths: Iterable[Path]) -> list[Neighbour]:
+    """What the configs among some files make; a file that is none of ours, or not sound, makes nothing."""
+    found = []
+    for path in dict.fromkeys(paths):
+        named = [stage for stage in STAGES.values() if path.stem == stage.id]
+        for stage in [*named, *(one for one in STAGES.values() if one not in named)]:
+            try:
+                config = load.load(stage.config_class, path)
+            except (RlhfError, OSError):
+                continue
+            found.append(Neighbour(stage.id, stage.makes, str(path), config.run_dir))
+            break
+    return found
+
+
+def around(path: Path, others: Iterable[Path] = ()) -> Nearby:
+    """The same for ``others`` and the config files next to ``path``, once somebody asks."""
+    return cache(lambda: neighbours([*others, *sorted(path.parent.glob("*.yaml"))]))
 
 
 def _reward_runs(key: str, source: RewardSource) -> tuple[Parent, ...]:
