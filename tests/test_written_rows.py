@@ -24,7 +24,7 @@ from rlhf.stages.registry import STAGES
 
 REWARD = "runs/train-rm"
 SHORTEST = "def shortest(prompts, responses):\n    return [-float(len(one)) for one in responses]\n"
-SAMPLED = ("--prompts", "p.jsonl", "-n", "3", "--seed", "6")  # of this seed some are cut off and none is empty
+SAMPLED = ("--prompts", "p.jsonl", "-n", "3")  # some are cut off, and some have no text
 WRITERS = {
     "generate": ("generate", "runs/sft", *SAMPLED, "--out", "generate.jsonl"),
     "rank": ("rank", "runs/sft", *SAMPLED, "--reward", REWARD, "--out", "rank.jsonl"),
@@ -92,6 +92,10 @@ def rows_of(name):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def has_text(response):
+    return bool(response.strip()) and "\0" not in response
+
+
 def read(reader, path):
     """Number of records, and the notes of a data section."""
     if reader in ("score", "filter"):
@@ -114,7 +118,7 @@ def read(reader, path):
 
 def wanted(writer, reader, rows):
     """How many records a reader finds, or why it refuses them."""
-    ended = sum(row.get("finished") is not False for row in rows)
+    ended = sum(row.get("finished") is not False and has_text(row["response"]) for row in rows if "response" in row)
     is_ranked, takes_prompts = "collect" in writer, reader in ("ppo", "collect", "generate", "rank", "compare")
     if takes_prompts:
         return len(rows)
@@ -144,13 +148,16 @@ def test_what_is_written_is_read_or_refused_for_the_right_reason(writer, reader,
         assert said == ([f"ignored fields: {', '.join(sorted(unread))}"] if unread else [])
 
 
-def test_what_is_written_has_responses_that_were_cut_off_and_none_that_is_empty(written, monkeypatch):
+def test_what_is_written_has_responses_that_were_cut_off_and_some_without_text(written, monkeypatch):
     monkeypatch.chdir(written)
     for name in ("generate", "rank", "score", "compare"):
         assert {row["finished"] for row in rows_of(name)} == {True, False}, name
     assert all(row.get("finished", True) for name in ("filter", "filter without reward") for row in rows_of(name))
-    for name in WRITERS:
-        assert all(text.strip() for row in rows_of(name) for text in row.get("responses", [row.get("response")]))
+    texts = {
+        name: [text for row in rows_of(name) for text in row.get("responses", [row.get("response")])] for name in WRITERS
+    }
+    lacking = {name for name, own in texts.items() if not all(map(has_text, own))}
+    assert "generate" in lacking <= {"generate", "score", "compare"}
 
 
 def test_a_response_that_was_cut_off_scores_the_same_wherever_it_is_scored(written, monkeypatch):

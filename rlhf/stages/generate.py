@@ -62,7 +62,7 @@ def sample(
         RlhfError: DAT051 or DAT020 where a prompt leaves no room for the new tokens: none is dropped.
     """
     base, roles = open_policy(source, template, runtime.set_up(RuntimeSection(), how.seed))
-    opening.require_context(base.chat, 1, how.max_new_tokens, f"{source}: max_new_tokens")
+    opening.require_context(base.chat, 1, how.max_new_tokens, "--max-new-tokens")
     dropped = DroppedRows(where, 0.0, False, len(records))
     limit = Limit(base.context_length - how.max_new_tokens, key="")
     rows, _ = tokenised.prompt_rows(records, base.chat, limit, dropped)
