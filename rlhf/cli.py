@@ -117,8 +117,8 @@ def _run_stage(stage: Stage, path: Path, overrides: list[str], start: Start, as_
     run_dir = Path(config.run_dir)
     reasons = runs.status(run_dir, plan.identity)
     if start.dry_run:
-        lines = [f"{note}." for note in (*plan.notes(), *plan.figures)]
-        lines += importlib.import_module(stage.module).dry_run(config, plan)
+        counted = importlib.import_module(stage.module).dry_run(config, plan)  # adds too long rows to the notes' counts
+        lines = [*(f"{note}." for note in (*plan.notes(), *plan.figures)), *counted]
         lines += [f"run_dir {run_dir}: {'up to date' if reasons is None else '; '.join(reasons)}."]
         typer.echo(json.dumps({"stage": stage.id, "plan": lines}) if as_json else "\n".join(lines))
         return
