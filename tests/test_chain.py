@@ -85,6 +85,10 @@ def test_a_run_directory_holds_what_it_should(chain, stage, files):
     for name in ["manifest.json", "config.yaml", "run.log", *files]:
         assert (run / name).stat().st_size > 0, name
     assert not [path for path in run.rglob("*") if path.suffix in (".bin", ".pt", ".pth", ".pkl")]
+    key, rows = {"sft": ("data", 240), "train-rm": ("data", 60), "ppo": ("prompts", 120), "eval-rm": ("data", 40)}[
+        stage
+    ]
+    assert manifest(chain, stage)["details"]["dropped"] == {key: {"rows": rows, "dropped": {}}}
 
 
 def test_the_rounds_of_ppo_say_what_matters(chain):

@@ -26,7 +26,8 @@ LAYERS = [
     [
         "data.sources", "data.files", "data.forms", "data.labelled", "data.rows", "data.benchmarks", "data.mixture",
         "data.jsonl", "data.hub", "data.settings", "data.labels", "data.lines", "data.duplicates", "data.selection",
-        "data.deep", "data.rankings", "data.attributes", "data.consensus", "data.agreement", "interrupts", "runs",
+        "data.deep", "data.rankings", "data.attributes", "data.consensus", "data.agreement", "data.conversations",
+        "data.dropped", "data.opening", "data.reading", "data.tables", "data.trl", "data.turns", "interrupts", "runs",
         "progress", "config.suite",
     ],
     ["model_files"],
@@ -36,7 +37,10 @@ LAYERS = [
     ["room", "origins", "examined", "gates"],
     ["preflight"],
     ["ppo.tensors", "ppo.objective", "metrics", "reward"],
-    ["data.chat", "data.batches", "data.tokenised", "snapshots", "guards", "runtime", "optimizer", "tracking"],
+    [
+        "data.chat", "data.batches", "data.fitting", "data.tokenised", "snapshots", "guards", "runtime", "optimizer",
+        "tracking",
+    ],
     ["checkpoints"],
     ["models"],
     ["rollouts", "scoring"],
@@ -215,5 +219,5 @@ def test_a_staged_directory_appears_whole_or_not_at_all(tmp_path):
 
 
 def test_many_problems_are_cut_with_their_number():
-    text = render([Problem("DAT001", f"row {i}", "bad.") for i in range(25)])
+    text = render([Problem("DAT001", f"row {i}", "bad.", "good") for i in range(25)])
     assert len(text.splitlines()) == 21 and text.endswith("... and 5 more")

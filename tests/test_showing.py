@@ -83,8 +83,12 @@ def test_a_row_that_is_cut_is_shown_cut(tmp_path, chat):
 
 
 def test_what_the_template_refuses_is_named_by_row(tmp_path, chat):
+    rows = [{"prompt": "a"}, {"prompt": "<|im_end|>"}]
+    options = {"prompts": {"path": str(tmp_path / "d.jsonl"), "on_bad_row": "error"}}
     with pytest.raises(RlhfError, match=r"DAT060.*d.jsonl:2"):
-        rows_of(tmp_path, PpoConfig, [{"prompt": "a"}, {"prompt": "<|im_end|>"}], "prompts")
+        rows_of(tmp_path, PpoConfig, rows, "prompts", **options)
+    _, dropped = rows_of(tmp_path, PpoConfig, rows, "prompts")
+    assert dropped["about"].endswith("special token '<|im_end|>': the row is dropped") and dropped["parts"] == []
 
 
 def test_lines_mark_with_brackets_or_colour_and_let_no_control_character_through():

@@ -16,6 +16,7 @@ from rlhf.config.migration import Migration
 from rlhf.config.rubric import RubricConfig
 from rlhf.config.sections import Section
 from rlhf.config.stages import PipelineConfig
+from rlhf.data.deep import FIXES
 from rlhf.demo import registry as demo
 from rlhf.errors import Problem, RlhfError
 from rlhf.preflight import Checked
@@ -57,7 +58,7 @@ def check(
 def refuse_found(results: Sequence[Mapping[str, Any]]) -> None:
     """Raise what a deep check found to be an error."""
     found = [entry for result in results for data in result.get("data", {}).values() for entry in data.get("found", [])]
-    if errors := [Problem(one["code"], one["where"], one["what"]) for one in found if one["code"]]:
+    if errors := [Problem(one["code"], one["where"], one["what"], FIXES[one["code"]]) for one in found if one["code"]]:
         raise RlhfError(*errors)
 
 

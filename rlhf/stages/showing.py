@@ -36,7 +36,13 @@ def rows(config: StageConfig, needs: Needs, plan: Plan, count: int) -> dict[str,
             try:
                 found[item.key] += _shown(record, chat, config, item.section)
             except RlhfError as error:
-                problems += [replace(problem, where=f"{record.where} ({problem.where})") for problem in error.problems]
+                if plan.data[item.key].dropped.drops_bad_rows and all(p.code == "DAT060" for p in error.problems):
+                    said = f"{error.problems[0].what[:-1]}: the row is dropped"
+                    found[item.key].append({"where": record.where, "about": said, "parts": []})
+                else:
+                    problems += [
+                        replace(problem, where=f"{record.where} ({problem.where})") for problem in error.problems
+                    ]
     if problems:
         raise RlhfError(*problems)
     return found

@@ -48,12 +48,13 @@ class Ready:
 
     def lines(self) -> list[str]:
         """What it would do: notes about the data, figures, token counts, and the state of its run directory."""
-        found = [f"{note}." for note in (*self.plan.notes(), *self.plan.figures)]
         if len(self.plan.parents) == len(self.needs.parents):
-            found += importlib.import_module(self.stage.module).dry_run(self.config, self.plan)
+            # Before the notes are asked for, because it adds rows that are too long to their counts.
+            counted = importlib.import_module(self.stage.module).dry_run(self.config, self.plan)
         else:
-            found += [f"{note}." for note in self.plan.unchecked[:-1]]
-            found += ["tokens are counted with the tokenizer of these runs, once they are made."]
+            counted = [f"{note}." for note in self.plan.unchecked[:-1]]
+            counted += ["tokens are counted with the tokenizer of these runs, once they are made."]
+        found = [*(f"{note}." for note in (*self.plan.notes(), *self.plan.figures)), *counted]
         return [*found, f"run_dir {self.run_dir}: {'up to date' if self.reasons is None else '; '.join(self.reasons)}."]
 
     def settle(self) -> None:

@@ -182,7 +182,7 @@ def _read(data: DataSection, form: str) -> tuple[list[Any], list[str]]:
         try:
             records.append(rankings.ranking(_ranked(row, values), where))
         except RowError as error:
-            problems.append(Problem("DAT004", where, str(error)))
+            problems.append(Problem("DAT004", where, str(error), "fix the row, or remove it"))
     if problems:
         raise RlhfError(*problems)
     return records, [f"{even} rows dropped: all ratings equal"] if even else []
