@@ -49,7 +49,7 @@ class Ready:
     def lines(self) -> list[str]:
         """What it would do: notes about the data, figures, token counts, and the state of its run directory."""
         if len(self.plan.parents) == len(self.needs.parents):
-            # It comes first: it adds the rows that are too long to the counts in the notes.
+            # Before the notes are asked for, because it adds rows that are too long to their counts.
             counted = importlib.import_module(self.stage.module).dry_run(self.config, self.plan)
         else:
             counted = [f"{note}." for note in self.plan.unchecked[:-1]]
