@@ -154,7 +154,8 @@ def test_what_is_written_has_responses_that_were_cut_off_and_some_without_text(w
         assert {row["finished"] for row in rows_of(name)} == {True, False}, name
     assert all(row.get("finished", True) for name in ("filter", "filter without reward") for row in rows_of(name))
     texts = {
-        name: [text for row in rows_of(name) for text in row.get("responses", [row.get("response")])] for name in WRITERS
+        name: [text for row in rows_of(name) for text in row.get("responses", [row.get("response")])]
+        for name in WRITERS
     }
     lacking = {name for name, own in texts.items() if not all(map(has_text, own))}
     assert "generate" in lacking <= {"generate", "score", "compare"}
