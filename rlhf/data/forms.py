@@ -11,7 +11,18 @@ from typing import Any
 from rlhf.data import benchmarks, conversations, rankings, trl, turns
 from rlhf.data.labelled import Labelled
 from rlhf.data.records import Comparison, Demonstration, Message, Messages, Prompt
-from rlhf.data.rows import EMPTY_ANSWER, SPEAKER, TWO_FORMS, UNUSABLE, CutOff, Row, RowError, need, text_of
+from rlhf.data.rows import (
+    EMPTY_ANSWER,
+    NO_PREFERENCE,
+    SPEAKER,
+    TWO_FORMS,
+    UNUSABLE,
+    CutOff,
+    Row,
+    RowError,
+    need,
+    text_of,
+)
 
 UNTURNED = (
     "'text': one text without turns (language modelling): training is on responses, so a row needs prompt and "
@@ -172,7 +183,7 @@ def _ranked(row: Row, where: str) -> Any:
 
 
 def _unjudged(row: Row, where: str) -> Any:
-    raise RowError(UNJUDGED)
+    raise RowError(UNJUDGED, NO_PREFERENCE)
 
 
 def _response_demonstration(row: Row, where: str) -> Demonstration:
@@ -230,10 +241,11 @@ FORMS: dict[str, tuple[Form, ...]] = {
         Form("sharegpt", ("conversations", "chosen", "rejected"), _sharegpt_pair, ("system", *_LABELS)),
         Form("alpaca", ("instruction", "chosen", "rejected"), _alpaca_pair, (*_BESIDE, *_LABELS)),
         Form("ranking", ("prompt", "responses", "ranks"), rankings.ranking, _RANKED, ("responses", "ranks"), sole=True),
-        Form("transcripts", ("text", "score"), rankings.transcripts, _OF_ROW, ("text", "score")),
         Form("rated", ("prompt", "response", "attributes"), rankings.rated, (), ("attributes",), alone=True),
-        Form("unpaired", ("prompt", "completion", "label"), _unpaired, alone=True),
+        # What else has a response is refused as a sample: its other needs only keep it from being read next to a pair.
         Form("sample", ("prompt", "response", "chosen", "rejected"), _unjudged, (), ("response",), alone=True),
+        Form("transcripts", ("text", "score"), rankings.transcripts, _OF_ROW, ("text", "score")),
+        Form("unpaired", ("prompt", "completion", "label"), _unpaired, alone=True),
         _STEPS,
     ),
     "prompts": (
