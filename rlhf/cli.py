@@ -21,7 +21,7 @@ from rlhf.commands.options import ConfigFile, Json, Sets
 from rlhf.config import load
 from rlhf.errors import Problem, RlhfError
 from rlhf.stages import inspection, pipeline
-from rlhf.stages.registry import STAGES, Stage
+from rlhf.stages.registry import STAGES, Stage, open_config
 
 log = logging.getLogger("rlhf")
 ANYWHERE = ("--debug", "--json-errors")
@@ -104,14 +104,14 @@ class Start:
 
 def limits(stage: Stage, path: Path, overrides: list[str], limit: int) -> list[str]:
     """``--limit N`` as overrides: the key of every data set that the stage reads."""
-    inputs = stage.needs(load.load(stage.config_class, path, overrides)).inputs
+    inputs = stage.needs(open_config(stage.id, path, overrides)).inputs
     if not inputs:
         raise RlhfError(Problem("CFG005", "--limit", f"rlhf {stage.id} reads no data set.", "leave it out"))
     return [f"{item.key}.limit={limit}" for item in inputs]
 
 
 def _run_stage(stage: Stage, path: Path, overrides: list[str], start: Start, as_json: bool) -> None:
-    config = load.load(stage.config_class, path, overrides)
+    config = open_config(stage.id, path, overrides)
     needs = stage.needs(config)
     plan = preflight.prepare(config, needs)
     run_dir = Path(config.run_dir)
@@ -172,7 +172,7 @@ def _examine(
     overrides += limits(stage, path, overrides, limit) if limit else []
     _run_stage(stage, path, overrides, start, as_json)
     if fail_on and not dry_run:
-        verdict.require(load.load(stage.config_class, path, overrides).run_dir, fail_on)
+        verdict.require(open_config(stage.id, path, overrides).run_dir, fail_on)
 
 
 for _stage in STAGES.values():

@@ -18,7 +18,7 @@ from rlhf.errors import Problem, RlhfError, render
 ROOT = Path(__file__).parents[1]
 LAYERS = [
     ["errors", "masking"],
-    ["storage", "names", "installed"],
+    ["storage", "names", "installed", "connection"],
     ["config", "artifacts", "data.records"],
     ["demo"],
     [

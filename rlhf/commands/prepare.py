@@ -17,13 +17,22 @@ from rlhf.commands.options import Json, Sets
 from rlhf.errors import Problem, RlhfError
 from rlhf.stages import inspection
 
+Files = Annotated[list[Path] | None, typer.Argument(help="Config files; none: all of configs/.")]
+MoreFiles = Annotated[
+    list[Path] | None, typer.Option("-c", "--config", help="The same as FILES. Repeatable.", show_default=False)
+]
+OfStage = Annotated[
+    str | None,
+    typer.Option(
+        "--stage", help="Whose configs they are, where neither their names nor their keys say.", show_default=False
+    ),
+]
+
 
 def check(
-    files: Annotated[list[Path] | None, typer.Argument(help="Config files; none: all of configs/.")] = None,
-    config: Annotated[list[Path] | None, typer.Option("-c", "--config", help="The same as FILES.")] = None,
-    stage: Annotated[
-        str | None, typer.Option("--stage", help="Whose config it is, where the name does not say.")
-    ] = None,
+    files: Files = None,
+    config: MoreFiles = None,
+    stage: OfStage = None,
     sets: Sets = None,
     show: Annotated[
         int, typer.Option("--show", min=0, help="Print N rows of each data set as the model will see them.")
@@ -98,10 +107,9 @@ def init(
 
 
 def plan(
-    config: Annotated[Path, typer.Option("-c", "--config", help="Config file of one stage.")],
-    stage: Annotated[
-        str | None, typer.Option("--stage", help="Whose config it is, where the name does not say.")
-    ] = None,
+    files: Files = None,
+    config: MoreFiles = None,
+    stage: OfStage = None,
     gpu: Annotated[
         str | None, typer.Option("--gpu", help="Memory to fit into, such as 24GB; else this machine's.")
     ] = None,
@@ -111,10 +119,14 @@ def plan(
     sets: Sets = None,
     as_json: Json = False,
 ) -> None:
-    """Predict memory and time of a stage from its config. What would make it fit is said."""
+    """Predict memory and time of stages from their configs. What would make them fit is said."""
     module = importlib.import_module("rlhf.stages.plan")
-    outcome = module.plan(config, stage or config.stem, sets or [], gpu, flops, bandwidth, measure)
-    typer.echo(json.dumps(outcome) if as_json else "\n".join(module.lines(outcome)))
+    device = module.Device(gpu, flops, bandwidth, measure)
+    outcome = module.plans([*(files or []), *(config or [])], stage, sets or [], device)
+    if as_json:
+        typer.echo(json.dumps(outcome))
+        return
+    typer.echo("\n\n".join("\n".join(module.lines(one)) for one in outcome))
 
 
 COMMANDS: dict[str, Callable[..., None]] = {

@@ -142,7 +142,7 @@ def _override(config: dict[str, Any], item: str, origins: dict[Path_, str]) -> N
 
 def _secrets(source: _Source, config_class: type[Section]) -> Iterator[Problem]:
     """A key that asks for a secret and is none of ours, and text that holds one; the message never shows it."""
-    known = {key.rpartition(".")[2] for key in _keys(config_class)}
+    known = {key.rpartition(".")[2] for key in keys_of(config_class)}
     for path, value in _leaves((), source.value):
         asks = value is not None and any(masking.is_secret_name(str(part)) and part not in known for part in path)
         if asks or any(masking.holds_secret(str(part)) for part in (*path, value)):
@@ -199,7 +199,7 @@ def _existing(loc: Sequence[str | int], value: Any) -> Path_:
 
 
 def _suggestion(path: Path_, config_class: type[Section]) -> str:
-    keys = list(_keys(config_class))
+    keys = list(keys_of(config_class))
     parent = ".".join(str(part) for part in path[:-1] if not isinstance(part, int))
     leaf = str(path[-1])
     siblings = {key.rpartition(".")[2]: key for key in keys if key.rpartition(".")[0] == parent}
@@ -213,11 +213,12 @@ def _suggestion(path: Path_, config_class: type[Section]) -> str:
     return f"known keys here: {', '.join(sorted(siblings))}" if siblings else ""
 
 
-def _keys(config_class: type[BaseModel], prefix: str = "") -> Iterator[str]:
+def keys_of(config_class: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every dotted key of a config, sections before what they hold; places in lists are left out."""
     for name, field in config_class.model_fields.items():
         yield prefix + name
         for inner in sections_in(field.annotation):
-            yield from _keys(inner, f"{prefix}{name}.")
+            yield from keys_of(inner, f"{prefix}{name}.")
 
 
 def sections_in(annotation: Any) -> Iterator[type[BaseModel]]:

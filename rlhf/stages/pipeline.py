@@ -9,10 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rlhf import interrupts, preflight, runs
-from rlhf.config import load
-from rlhf.config.stages import PipelineConfig, PipelineStep
+from rlhf.config.stages import PipelineStep
 from rlhf.errors import Problem, RlhfError
-from rlhf.stages.registry import STAGES
+from rlhf.stages.registry import STAGES, open_config
 
 log = logging.getLogger("rlhf")
 
@@ -25,7 +24,7 @@ def run(path: Path) -> list[dict[str, str]]:
     Raises:
         RlhfError: for problems in any config, before the first stage starts; or the failed stage's exit code.
     """
-    steps = load.load(PipelineConfig, path).stages
+    steps = open_config("pipeline", path).stages
     problems = [problem for step in steps for problem in _problems(step, path)]
     if problems:
         raise RlhfError(*problems)
@@ -36,7 +35,7 @@ def _problems(step: PipelineStep, path: Path) -> tuple[Problem, ...]:
     if step.stage not in STAGES:
         return (Problem("CFG008", str(path), f"no stage is called '{step.stage}'.", f"one of {', '.join(STAGES)}"),)
     try:
-        load.load(STAGES[step.stage].config_class, Path(step.config))
+        open_config(step.stage, Path(step.config), fix=f"stage: {{kind}} in {path}")
     except RlhfError as error:
         return error.problems
     return ()
@@ -49,7 +48,7 @@ def bring_up_to_date(stage_id: str, path: Path, overrides: Sequence[str] = ()) -
         SystemExit: with the stage's exit code, where it failed.
     """
     stage = STAGES[stage_id]
-    config = load.load(stage.config_class, path, overrides)
+    config = open_config(stage_id, path, overrides)
     plan = preflight.prepare(config, stage.needs(config))
     reasons = runs.status(Path(config.run_dir), plan.identity)
     if reasons is None:
