@@ -81,7 +81,7 @@ def migrate(
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Directory to write to.")],
     size: Annotated[int, typer.Option("--size", min=1, help="Rows of each data set.")] = 200,
-    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the data.")] = 0,
 ) -> None:
     """Write the embedded world's data sets as files to look at."""
     for path, rows in inspection.write_demo(out, size, seed).items():

@@ -15,9 +15,9 @@ from rlhf.errors import Problem, RlhfError
 
 Policy = Annotated[str, typer.Argument(help="Policy run, or directory or hub id of a causal language model.")]
 Temperature = Annotated[float, typer.Option("--temperature", min=0.0, max=100.0, help="0 is greedy.")]
-NewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1)]
-TopP = Annotated[float, typer.Option("--top-p", min=1e-6, max=1.0)]
-Seed = Annotated[int, typer.Option("--seed", min=0)]
+NewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest response, in tokens.")]
+TopP = Annotated[float, typer.Option("--top-p", min=1e-6, max=1.0, help="Sample from the likeliest tokens alone.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the sampling.")]
 Template = Annotated[
     str | None, typer.Option("--chat-template", help="chatml or plain, for a model whose tokenizer has none.")
 ]
@@ -72,7 +72,7 @@ def score(
     ],
     data: Annotated[str, typer.Option("--in", help="JSONL of prompt and response, or - for stdin.")] = "-",
     out: Annotated[str, typer.Option("--out", help="JSONL file, or - for stdout.")] = "-",
-    micro_batch_size: Annotated[int, typer.Option("--micro-batch-size", min=1)] = 32,
+    micro_batch_size: Annotated[int, typer.Option("--micro-batch-size", min=1, help="Responses a forward pass.")] = 32,
     label: Annotated[str | None, typer.Option("--label", help="Label of a classifier that has several.")] = None,
 ) -> None:
     """Score responses with a reward run or any classifier."""
