@@ -21,6 +21,7 @@ ADAPTER, MODEL, HEAD, MEMBERS, TOKENIZER, CHECKPOINTS, SAMPLES, PLOTS = (
 )  # fmt: skip
 PREFERENCES, EXAMINATION, CONTRADICTED = "preferences.jsonl", "eval.json", "contradicted.jsonl"
 ANNOTATORS, RUBRIC = "annotators.json", "rubric.yaml"
+PARTS = (ADAPTER, MODEL, HEAD, MEMBERS, TOKENIZER, CHECKPOINTS, SAMPLES, PLOTS)
 HASHED = (ADAPTER, MODEL, HEAD, MEMBERS, TOKENIZER, PREFERENCES, EXAMINATION, RUBRIC)
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "safetensors")
 

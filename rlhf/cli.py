@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +20,7 @@ from rlhf.commands.options import Bare, ConfigFile, Json, Sets
 from rlhf.commands.parsing import ANYWHERE, Command, Group, StageCommand, example
 from rlhf.config import load
 from rlhf.errors import Problem, RlhfError
-from rlhf.stages import inspection, pipeline
+from rlhf.stages import inspection, listing, pipeline
 from rlhf.stages.registry import STAGES, Stage, open_config
 
 log = logging.getLogger("rlhf")
@@ -195,9 +195,22 @@ def _pipeline(config: ConfigFile = None, as_json: Json = False) -> None:
 
 
 @app.command("show", cls=Command)
-def _show(run: Annotated[Path, typer.Argument(help="Run directory.")], as_json: Json = False) -> None:
-    """What a run is: kind, parents, metrics, lineage."""
-    typer.echo(json.dumps(inspection.summary(run)) if as_json else inspection.describe(run))
+def _show(
+    run: Annotated[
+        Path | None, typer.Argument(help="A run, or a directory that holds some; none: runs/.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """What a run is: kind, parents, metrics, lineage; or the runs of a directory, a line each."""
+    entries = [] if run and artifacts.is_finished(run) else listing.below(run or listing.RUNS)
+    if run and run.is_dir() and not entries and not artifacts.is_finished(run):
+        raise RlhfError(Problem("CKP001", str(run), "is not a run and holds none.", "rlhf show lists those in runs/"))
+    if run and not entries:
+        typer.echo(json.dumps(inspection.summary(run)) if as_json else inspection.describe(run))
+    elif as_json:
+        typer.echo(json.dumps([asdict(entry) for entry in entries]))
+    else:
+        typer.echo("\n".join(listing.lines(entries, run or listing.RUNS)))
 
 
 def main() -> None:

@@ -98,6 +98,7 @@ def init(
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Write configs that run for your data and model. Each key has its reason beside it."""
+    inspection.require_reachable(model, data or [])
     project = importlib.import_module("rlhf.start.project").make(directory, data or [], model)
     if as_json:
         typer.echo(json.dumps({"directory": str(directory), "files": list(project.files), "figures": project.figures}))

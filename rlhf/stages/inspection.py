@@ -9,11 +9,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rlhf import artifacts, preflight, storage
+from rlhf import artifacts, connection, names, preflight, storage
 from rlhf.artifacts import Manifest
 from rlhf.config import load, migrate, reference, rubric, yaml_reader
 from rlhf.config.migration import Migration
+from rlhf.config.sections import DataSection
 from rlhf.config.stages import PipelineConfig
+from rlhf.data import sources
 from rlhf.demo import registry as demo
 from rlhf.errors import Problem, RlhfError
 from rlhf.preflight import Checked
@@ -100,6 +102,25 @@ def reference_of(stage_id: str | None, schema: bool) -> str:
     refuse_unknown(stage_id or "", "rlhf config", "one of")
     config_class = KINDS[stage_id or ""]
     return json.dumps(reference.schema(config_class), indent=2) if schema else reference.table(config_class)
+
+
+def require_reachable(model: str | None, data: Sequence[str]) -> None:
+    """Raise for names of the hub that neither it nor its cache gives, before slow libraries are imported."""
+    problems: list[Problem] = []
+    if model is not None and _is_hub_name(model) and (away := connection.model_problem(model, model, None)):
+        problems.append(away)
+    for path in data:
+        if _is_hub_name(path) and not path.endswith(preflight.DATA_FILES) and connection.trouble():
+            try:
+                next(sources.raw_rows(DataSection(path=path)), None)
+            except RlhfError as error:
+                problems += error.problems
+    if problems:
+        raise RlhfError(*problems)
+
+
+def _is_hub_name(name: str) -> bool:
+    return not demo.is_demo(name) and not names.exists(name) and names.refused(name, "", "MOD001") is None
 
 
 def migrated(path: Path, stage_id: str | None) -> Migration:
