@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,21 @@ def make_run(home, kind, architecture="llama", tie=True, names=("score",), train
         return run, model(input_ids=sequences.ids, attention_mask=sequences.attention_mask).logits
 
 
+def modes_in(directory):
+    """Of the files in it, and of the directories with its own."""
+    paths = [directory, *directory.rglob("*")]
+    found = [{path.stat().st_mode & 0o777 for path in paths if path.is_dir() == is_dir} for is_dir in (False, True)]
+    return tuple(found)
+
+
+@pytest.fixture(autouse=True)
+def umask():
+    """The usual one; a test may set another."""
+    before = os.umask(0o022)
+    yield os.umask
+    os.umask(before)
+
+
 def batch():
     sequences = collate(PROMPTS, RESPONSES, 0, torch.device("cpu"))
     return {"input_ids": sequences.ids, "attention_mask": sequences.attention_mask}
@@ -62,6 +78,7 @@ def test_a_merged_policy_gives_the_logits_of_the_run(tmp_path, architecture, tie
     run, wanted = make_run(tmp_path, "policy", architecture, tie)
     before = artifacts.model_digest(tmp_path / "model")
     outcome = export(str(run), tmp_path / "out", adapter_only=False)
+    assert modes_in(tmp_path / "out") == ({0o644}, {0o755})
     with torch.no_grad():
         found = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()(**batch()).logits
     kept = batch()["attention_mask"].bool()
@@ -88,9 +105,11 @@ def test_an_exported_reward_model_gives_the_scores_of_the_run_but_for_its_consta
     assert "-3.2: the class has no bias" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_an_adapter_alone_is_read_by_peft(tmp_path):
+def test_an_adapter_alone_is_read_by_peft(tmp_path, umask):
     run, wanted = make_run(tmp_path, "policy", train_tokens=())
+    umask(0o027)
     export(str(run), tmp_path / "out", adapter_only=True)
+    assert modes_in(tmp_path / "out") == ({0o640}, {0o750})
     assert json.loads((tmp_path / "out/adapter_config.json").read_text())["base_model_name_or_path"] == str(
         tmp_path / "model"
     )
