@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,7 @@ from rlhf.models import forward, hub, opening
 from rlhf.models.heads import ScalarHead
 from rlhf.models.roles import SharedBase
 from rlhf.stages.export import export
+from rlhf.stages.score import score
 
 PROMPTS, RESPONSES = [[70, 71, 72, 73, 74], [80, 81]], [[90, 91, 2], [95, 2]]
 
@@ -102,7 +104,26 @@ def test_an_exported_reward_model_gives_the_scores_of_the_run_but_for_its_consta
     assert found.shape == (2, 1) and outcome["constant"] == pytest.approx((0.7 - 1.5) / 0.25)
     assert torch.allclose(found[:, 0] + outcome["constant"], wanted, atol=1e-4) and outcome["max_difference"] < 1e-4
     assert model.config.num_labels == 1 and model.config.pad_token_id != 2
-    assert "-3.2: the class has no bias" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_constant_that_is_printed_turns_the_logit_into_rlhf_scores_number(tmp_path, caplog):
+    caplog.set_level("INFO", "rlhf")
+    run, _ = make_run(tmp_path, "reward")
+    export(str(run), tmp_path / "out", adapter_only=False)
+    said = "rlhf score's number is the logit plus -3.2: the class has no bias"
+    card = (tmp_path / "out/README.md").read_text()
+    assert f"{said}." in caplog.messages and f"- {said}\n" in card and "rlhf score EXAMINATION takes it off" in card
+    given = [{"prompt": f"hi {number}", "response": "ok" * number} for number in (1, 2, 9)]
+    (tmp_path / "given.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given))
+    score(str(run), str(tmp_path / "given.jsonl"), str(tmp_path / "scored.jsonl"), 2, None)
+    wanted = [json.loads(line)["score"] for line in (tmp_path / "scored.jsonl").read_text().splitlines()]
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    constant = float(re.search(r"logit plus (\S+):", card)[1])
+    for row, number in zip(given, wanted, strict=True):
+        text = f"<|im_start|>user\n{row['prompt']}<|im_end|>\n<|im_start|>assistant\n{row['response']}<|im_end|>"
+        logit = float(model(**tokenizer(text, return_tensors="pt")).logits.detach())
+        assert logit + constant == pytest.approx(number, abs=1e-4) and abs(constant) > 1
 
 
 def test_an_adapter_alone_is_read_by_peft(tmp_path, umask):
