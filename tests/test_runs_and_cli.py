@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from rlhf.identity import Identity
 ROOT = Path(__file__).parents[1]
 LAYERS = [
     ["errors", "masking"],
-    ["storage", "names", "installed", "neighbours"],
+    ["storage", "names", "installed", "neighbours", "connection"],
     ["artifacts"],
     ["config", "data.records"],
     ["demo", "identity"],
@@ -216,6 +217,28 @@ def test_a_staged_directory_appears_whole_or_not_at_all(tmp_path):
         (staging / "a").write_text("2")
         _ = 1 / 0
     assert (target / "a").read_text() == "1" and sorted(p.name for p in tmp_path.iterdir()) == ["target"]
+
+
+@pytest.mark.parametrize(("umask", "of_files", "of_directories"), [(0o022, 0o644, 0o755), (0o027, 0o640, 0o750)])
+def test_what_is_written_has_the_mode_that_the_umask_gives(tmp_path, umask, of_files, of_directories):
+    before = os.umask(umask)
+    try:
+        target = tmp_path / "staged"
+        with storage.staged_directory(target) as staging:
+            (staging / "inner").mkdir(mode=0o700)
+            for name in ("private", "inner/private"):
+                (staging / name).touch(0o600)
+        storage.copy_directory(target, tmp_path / "copy")
+        with runs.open_run(tmp_path / "run", "sft", {}, "a: 1") as run:
+            run.write_metrics(1, {"a": 1.0})
+            run.write_samples("s", [{"a": 1}])
+            run.finish(manifest())
+    finally:
+        os.umask(before)
+    paths = [path for name in ("staged", "copy", "run") for path in (tmp_path / name, *(tmp_path / name).rglob("*"))]
+    assert len(paths) > 12
+    for path in paths:
+        assert path.stat().st_mode & 0o777 == (of_directories if path.is_dir() else of_files), path
 
 
 def test_many_problems_are_cut_with_their_number():
