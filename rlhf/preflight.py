@@ -117,12 +117,13 @@ class Plan:
 
 @dataclass(frozen=True)
 class Checked:
-    """A sound config of a stage, and what was read for it."""
+    """A sound config of a stage, what was read for it, and the folders whose configs belong to it, its own first."""
 
     stage: str
     config: StageConfig
     needs: Needs
     plan: Plan
+    folders: tuple[Path, ...] = (Path(),)
 
 
 def prepare(config: StageConfig, needs: Needs, parents_may_be_missing: bool = False, nearby: Nearby = tuple) -> Plan:
@@ -160,6 +161,7 @@ def prepare(config: StageConfig, needs: Needs, parents_may_be_missing: bool = Fa
     if problems or not _is_current(config.run_dir, inputs):
         problems += beyond
         figures, spec = _resources(config, needs, data, parents, problems, unchecked)
+        problems += [] if parents_may_be_missing else origins.not_reached(models, parents)
     if problems:
         raise RlhfError(*problems)
     unchecked.append("token lengths and model weights (a --dry-run counts tokens)")

@@ -100,20 +100,25 @@ def _slot(tensors: Mapping[str, StoredTensor], start: Manifest, trains_whole: bo
 
 def run_dir_problem(run_dir: str) -> Problem | None:
     """Why the run directory cannot be made or written to; None if nothing speaks against it."""
-    where, path = f"run_dir: {names.shown(run_dir)}", Path(run_dir)
-    if not run_dir.isprintable():
+    return directory_problem(run_dir, f"run_dir: {names.shown(run_dir)}", "run_dir")
+
+
+def directory_problem(directory: str, where: str, called: str) -> Problem | None:
+    """The same for any directory; ``called`` is what messages call it."""
+    path = Path(directory)
+    if not directory.isprintable():
         return Problem("SEC006", where, "has a control character.", "name a directory")
     if any(len(os.fsencode(part)) > MAX_NAME for part in path.parts):
         return Problem("RES002", where, f"has a part longer than {MAX_NAME} bytes.", "a shorter name")
     place = nearest_existing(path)
     if not place.is_dir():
-        what = "run_dir is a file." if place == path else f"cannot be made: {place} is a file."
+        what = f"{called} is a file." if place == path else f"cannot be made: {place} is a file."
         return Problem("RES002", where, what, "name a directory")
     if path.is_symlink() and place != path:
         return Problem("RES002", where, "is a symbolic link to what is not there.", "name a directory")
     if not os.access(place, os.W_OK | os.X_OK):
         what = "cannot be written to." if place == path else f"cannot be made: {place} is not writable."
-        return Problem("RES002", where, what, "another run_dir, or the right to write there")
+        return Problem("RES002", where, what, f"another {called}, or the right to write there")
     return None
 
 

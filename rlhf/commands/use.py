@@ -39,7 +39,7 @@ StopTokens = Annotated[
     ),
 ]  # fmt: skip
 TopP = Annotated[float, typer.Option("--top-p", min=1e-6, max=1.0, help="Sample from the likeliest tokens alone.")]
-Seed = Annotated[int, typer.Option("--seed", min=0)]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the sampling.")]
 Template = Annotated[
     str | None, typer.Option("--chat-template", help="chatml or plain, for a model whose tokenizer has none.")
 ]
@@ -100,7 +100,7 @@ def score(
     ],
     data: Annotated[str, typer.Option("--in", help="JSONL of prompt and response, or - for stdin.")] = "-",
     out: Annotated[str, typer.Option("--out", help="JSONL file, or - for stdout.")] = "-",
-    micro_batch_size: Annotated[int, typer.Option("--micro-batch-size", min=1)] = 32,
+    micro_batch_size: Annotated[int, typer.Option("--micro-batch-size", min=1, help="Responses a forward pass.")] = 32,
     label: Annotated[str | None, typer.Option("--label", help="Label of a classifier that has several.")] = None,
 ) -> None:
     """Score responses with a reward run or any classifier."""

@@ -6,15 +6,14 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 from rlhf import artifacts, policy_sampling
 from rlhf.artifacts import Manifest
-from rlhf.config import load, rubric
+from rlhf.config import recognition, rubric
 from rlhf.config.rewards import RewardSource
-from rlhf.config.sections import LoraSection, SamplingSection
+from rlhf.config.sections import LoraSection, SamplingSection, Section
 from rlhf.config.stages import CollectConfig, EvalRmConfig, PpoConfig, SftConfig, StageConfig
 from rlhf.config.train_rm import RewardConfig
 from rlhf.errors import Problem, RlhfError
@@ -23,6 +22,7 @@ from rlhf.planning.memory import Numbers
 from rlhf.planning.phases import Spec
 
 NO_LIMIT = 2048  # what a prompt of rlhf collect is taken to be at most where the base sets no limit
+MAKERS: dict[str, type[Section]] = {"sft": SftConfig, "train-rm": RewardConfig, "ppo": PpoConfig}
 WIDTH = {"float32": 4, "bfloat16": 2}
 ADAPTER_CONFIG = f"{artifacts.ADAPTER}/adapter_config.json"
 
@@ -71,26 +71,38 @@ def of_run(run_dir: str, manifest: Manifest) -> Origin:
     return Origin(base.source, base.dtype, base.quantize, adapter["r"], targets, len(rows), run_dir, sampling)
 
 
-def find(run_dir: str, beside: Path) -> Origin:
-    """What the run ``run_dir`` is or will be made on: from its manifest, else from its config in the folder ``beside``.
+def find(run_dir: str, folder: Path) -> Origin:
+    """What the run ``run_dir`` is or will be made on: from its manifest, else from its config in ``folder``.
 
     Raises:
         RlhfError: CKP001 where neither is there.
     """
-    if artifacts.is_finished(Path(run_dir)):
-        return of_run(run_dir, artifacts.read(run_dir))
-    classes: tuple[type[SftConfig | RewardConfig | PpoConfig], ...] = (SftConfig, RewardConfig, PpoConfig)
-    for path, config_class in product(sorted(beside.glob("*.yaml")), classes):
-        try:
-            found = load.load(config_class, path)
-        except RlhfError:
-            continue  # another stage's config
-        if found.run_dir == run_dir:
-            if isinstance(found, SftConfig):
-                return of_sft(found, str(path))
-            return replace(find(found.policy, beside), sampling=found.sampling)
-    what = f"no such run, and no config in {beside} makes it."
-    raise RlhfError(Problem("CKP001", run_dir, what, "run its stage first, or put its config beside this one"))
+    root = root_of(run_dir, folder)
+    origin = of_run(root, artifacts.read(root)) if isinstance(root, str) else of_sft(root[1], str(root[0]))
+    made_by = None if root == run_dir else recognition.maker_of(run_dir, folder, MAKERS)
+    return replace(origin, sampling=made_by[1].sampling) if made_by else origin
+
+
+def root_of(run_dir: str, folder: Path) -> str | tuple[Path, SftConfig]:
+    """What ``run_dir`` goes back to: the nearest finished run, or the SFT config in ``folder`` that will make one.
+
+    Raises:
+        RlhfError: CKP001 where a run on the way is not there, and no config in ``folder`` makes it.
+    """
+    seen: list[str] = []
+    here: str | None = run_dir
+    while here is not None and here not in seen:
+        if artifacts.is_finished(Path(here)):
+            return here
+        seen.append(here)
+        if (made_by := recognition.maker_of(here, folder, MAKERS)) is None:
+            break
+        path, config = made_by
+        if isinstance(config, SftConfig):
+            return path, config
+        here = parent_of(config)
+    what = f"no such run, and no config in {folder} makes it."
+    raise RlhfError(Problem("CKP001", seen[-1], what, "run its stage first, or put its config next to this one"))
 
 
 def started_from(config: StageConfig, parents: Mapping[str, Manifest]) -> Origin:

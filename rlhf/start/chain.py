@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from rlhf.config.stages import SftConfig
 from rlhf.data.records import split_by_prompt
 from rlhf.start import choose
 from rlhf.start.basis import Basis
@@ -13,6 +14,7 @@ from rlhf.start.render import Choice, Tree
 
 SEED = 0
 MEASURED = 15  # times in a training
+NUM_SAMPLES = SftConfig.model_fields["end_token_samples"].default
 DATA = {
     "sft": "data/sft.jsonl", "reward": "data/preferences.jsonl", "ppo": "data/prompts.jsonl", "eval": "data/eval.jsonl",
 }  # fmt: skip
@@ -33,9 +35,11 @@ def sft(basis: Basis) -> Tree:
     length = _length(basis, "sft", "prompt and answer")
     share, num_train = _held_out(basis, "sft", 0.05, 64)
     batch = choose.batch_size(num_train, 32)
-    epochs = choose.epochs(num_train, batch, size.steps, size.passes)
+    steps, passes = choose.least_steps(model)
+    epochs = choose.epochs(num_train, batch, steps, passes)
     tokens, why_tokens = choose.train_tokens(model)
-    least_end, why_end = choose.least_end_rate(model, basis.share_that_fits, basis.as_it_is)
+    num_samples = min(NUM_SAMPLES, len(records) - num_train)
+    least_end, why_end = choose.least_end_rate(model, basis.share_that_fits, num_samples, basis.as_it_is)
     return {
         "run_dir": "runs/sft",
         "seed": SEED,
@@ -54,7 +58,7 @@ def sft(basis: Basis) -> Tree:
         },
         "batch": _batch(batch, length.value, size, num_train, "demonstrations"),
         **({"steps": Choice(0, "an instruct model without demonstrations: taken as it is, its endings measured here")}
-           if basis.as_it_is else _training(num_train, batch, epochs, _why_epochs(epochs, size.steps))),
+           if basis.as_it_is else _training(num_train, batch, epochs, _why_epochs(epochs, steps))),
         "sampling": basis.sampling,
         "min_end_token_rate": Choice(least_end, why_end),
         **basis.runtime,
