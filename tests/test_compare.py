@@ -177,6 +177,8 @@ def test_worse_is_the_whole_interval_of_the_score_or_of_a_win_rate(found, worse)
             "[+0.100, +1.000].",
         ),
         (figures((0.1, 1), (0.6, 0.8), cut_off=(33, 0), few=True), "in the only 7 comparisons in which both ended"),
+        (figures((0.1, 1), (0.6, 0.8), ended_score=(-1, 1), cut_off=(9, 0)), None),
+        (figures((0.1, 1), (0.6, 0.8), ended_score=(-1, -0.5), cut_off=(9, 0)), "the score difference -0.750"),
         (figures((0.1, 1), (0.6, 0.8), cut_off=(40, 0)), "there is no comparison in which both ended."),
         (
             figures((0.1, 1), (0.6, 0.8), equal=(0.4, 0.7)),

@@ -12,8 +12,8 @@ def sentence(report: Mapping[str, Any]) -> str | None:
     """None where the figures agree.
 
     They contradict each other where win rate and score difference say opposite things, each with the whole of its
-    interval, and where either says something else without the responses that were cut off. Failing that, length
-    explains a win rate that at equal length no longer says what it says.
+    interval; and where without the responses that were cut off the win rate says something else, or the score the
+    opposite. Failing that, length explains a win rate that at equal length no longer says what it says.
     """
     rate, difference = report["win_rate"], report["score_difference"]
     by_rate, by_score = verdict(rate, 0.5), verdict(difference, 0.0)
@@ -25,7 +25,8 @@ def sentence(report: Mapping[str, Any]) -> str | None:
             f"the candidate is {by_rate} by the win rate, {shown(rate)}, and {by_score} by the score, "
             f"{shown(difference, '+.3f')}"
         )
-    if cut_off and (is_opposite or (by_rate, by_score) != _without_cut_off(report)):
+    rate_without, score_without = _without_cut_off(report)
+    if cut_off and (is_opposite or rate_without != by_rate or {by_score, score_without} == {BETTER, WORSE}):
         parts.append(_of_cut_off(report))
     if parts:
         return f"The figures contradict each other: {'; '.join(parts)}."
