@@ -223,6 +223,7 @@ def test_the_card_names_base_parents_data_figures_and_limits(tmp_path):
     found = json.loads((run / "manifest.json").read_text())
     found["identity"] = {"data.path": "mine.jsonl", "data.rows": "abc" * 10}
     found["parents"] = {"policy": {"run_dir": "runs/gone", "digest": "d" * 64}}
+    found["details"] = {"held_out_figures": "optimistic: these rows also chose the step"}
     (run / "manifest.json").write_text(json.dumps(found))
     outcome = export(str(run), tmp_path / "out", False)
     card = (tmp_path / "out/README.md").read_text()
@@ -231,6 +232,14 @@ def test_the_card_names_base_parents_data_figures_and_limits(tmp_path):
         "library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["rlhf", "sft"],
     }  # fmt: skip
     data = "data: mine.jsonl (rows' digest abcabcabcabcabca)"
-    for words in (data, "made from policy: runs/gone", "| eval/loss | 1.0 |", "in bfloat16:", "## Limits", "digest"):
+    for words in (
+        data,
+        "are optimistic: these rows also chose",
+        "made from policy: runs/gone",
+        "| eval/loss | 1.0 |",
+        "in bfloat16:",
+        "## Limits",
+        "digest",
+    ):
         assert words in text, words
     assert outcome["max_difference"] < 1e-4 < outcome["max_difference_bfloat16"] < 1.0

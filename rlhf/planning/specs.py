@@ -151,7 +151,7 @@ def spec(config: StageConfig, origin: Origin, data: Mapping[str, Sequence[Any]],
         return common.with_(
             micro=min(config.batch.micro_batch_size, config.batch.batch_size), batch=config.batch.batch_size,
             length=config.max_length, response=config.sampling.max_new_tokens, concurrency=config.sampling.concurrency,
-            steps=_num_steps(config, rows),
+            steps=_num_steps(config, rows), **_measurements(config, rows, 1),
         )  # fmt: skip
     if isinstance(config, RewardConfig):
         return _of_reward(config, common, rows)
@@ -178,7 +178,7 @@ def _of_reward(config: RewardConfig, common: Spec, rows: Sequence[Any] | None) -
         ), group=group,
         batch=group * config.batch.batch_size, length=config.max_length, response=config.sampling.max_new_tokens,
         concurrency=config.sampling.concurrency, members=config.members, steps=_num_steps(config, rows),
-        heads=len(rubric.heads_of(config)) or 1,
+        heads=len(rubric.heads_of(config)) or 1, **_measurements(config, rows, group),
         value_rank=max((rank for rank in config.ranks if rank), default=_rank_of(config.init_from)),
     )  # fmt: skip
 
@@ -213,6 +213,16 @@ def _num_steps(config: SftConfig | RewardConfig, rows: Sequence[Any] | None) -> 
     if config.steps is not None or rows is None:
         return config.steps and members * config.steps
     return members * max(1, math.ceil(len(rows) * (config.epochs or 0) / config.batch.batch_size))
+
+
+def _measurements(config: SftConfig | RewardConfig, rows: Sequence[Any] | None, group: int) -> dict[str, int]:
+    """Held-out sequences, ``group`` of them a row, and how often they are measured during training."""
+    steps, every = _num_steps(config, rows), config.evaluation.every
+    if not every or not steps or rows is None:
+        return {}
+    members = config.members if isinstance(config, RewardConfig) else 1
+    times = members * (1 + math.ceil(steps / members / every))
+    return {"measured": group * max(1, round(config.holdout_fraction * len(rows))), "measurements": times}
 
 
 def reward_runs(config: StageConfig) -> list[str]:

@@ -40,6 +40,8 @@ def of(run_dir: str, manifest: Manifest, proof: dict[str, Any], adapter_only: bo
     lines += _label_lines(proof) + _rubric_lines(run_dir)
     lines += ["", "## What was measured", "", "| figure | value |", "|---|---|"]
     lines += [f"| {name} | {json.dumps(value)} |" for name, value in manifest.metrics.items()]
+    if label := manifest.details.get("held_out_figures"):
+        lines += ["", f"Figures on held-out rows are {label}."]
     lines += [
         "", "## Limits", "",
         "These figures are of the data that the run was measured on. A reward model is a guess at preferences, and a",

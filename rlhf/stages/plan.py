@@ -93,10 +93,13 @@ def plan(path: Path, stage_id: str, overrides: Sequence[str], device: Device) ->
             {"set": change.text, "peak": phases.peak(change.spec).total} for change in advice.alternatives(spec)
         ],
         "together": _together(spec, budget), "steps": spec.steps, "work": None,
+        "measuring": None,
     }  # fmt: skip
     if speed:
         outcome |= {"flops": speed.flops, "bandwidth": speed.bandwidth}
         outcome["work"] = [vars(work) for work in clock.step(spec, speed)]
+        if work := clock.measuring(spec, speed):
+            outcome["measuring"] = {**vars(work), "times": spec.measurements}
     return outcome
 
 
@@ -142,6 +145,12 @@ def _time_lines(outcome: dict[str, Any]) -> list[str]:
     if outcome["steps"]:
         shown.append(
             f"{outcome['steps']} steps of {clock.duration(step)}: at least {clock.duration(outcome['steps'] * step)}."
+        )
+    if held_out := outcome["measuring"]:
+        times, each = held_out["times"], held_out["seconds"]
+        shown.append(
+            f"{times} measurements of the held-out loss, {clock.duration(each)} each, on top: at least "
+            f"{clock.duration(times * each)}."
         )
     return shown
 
