@@ -133,7 +133,8 @@ def test_the_configs_of_a_base_are_sound(name, monkeypatch, here):
 def test_a_stage_does_not_start_without_the_rows_that_check_could_not_reach(tmp_path, monkeypatch, here):
     monkeypatch.chdir(tmp_path)
     code, text = here("sft", "-c", ROOT / "configs/qwen2.5-0.5b/sft.yaml", "model.path=demo:base")
-    assert code == 3 and "error[DAT015] trl-lib/tldr: the hub cannot be reached. Fix: go online" in text
+    assert code == 3 and "error[DAT015] trl-lib/tldr: not in the cache, and HF_HUB_OFFLINE is set." in text
+    assert "hf download trl-lib/tldr --repo-type dataset" in text
     assert not Path("runs").exists()
 
 

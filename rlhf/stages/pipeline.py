@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from rlhf import artifacts, examined, interrupts, masking
-from rlhf.config import load, yaml_reader
-from rlhf.config.stages import PipelineConfig
+from rlhf.config import yaml_reader
 from rlhf.errors import Problem, RlhfError
 from rlhf.neighbours import Nearby, command
 from rlhf.preflight import Needs
 from rlhf.stages import starting
-from rlhf.stages.registry import STAGES, Stage, around
+from rlhf.stages.registry import STAGES, Stage, around, open_config
 from rlhf.stages.starting import Ready
 
 log = logging.getLogger("rlhf")
@@ -126,7 +125,7 @@ def _refuse_failed(found: Ready, examinations: Sequence[str]) -> None:
 def _steps(path: Path, part: Part) -> list[Step]:
     """The stages to run with their overrides; every config is sound, and every run that one is made from is there or
     made by an earlier one."""
-    named = load.load(PipelineConfig, path).stages
+    named = open_config("pipeline", path).stages
     if unknown := [step.stage for step in named if step.stage not in STAGES]:
         known = f"one of {', '.join(STAGES)}"
         raise RlhfError(*(Problem("CFG008", str(path), f"no stage is called '{one}'.", known) for one in unknown))
@@ -149,7 +148,7 @@ def _steps(path: Path, part: Part) -> list[Step]:
     if left_out := [item for step in steps for item in overrides[step.number] if not first <= step.number <= last]:
         what = "is of a stage that --from and --to leave out."
         raise RlhfError(*(Problem("CFG005", _place(item), what, "leave it out too") for item in left_out))
-    return _checked(chosen, part.limit)
+    return _checked(path, chosen, part.limit)
 
 
 def _place(item: str) -> str:
@@ -168,16 +167,18 @@ def _named(steps: Sequence[Step], name: str, where: str) -> Step:
     return found[0]
 
 
-def _checked(steps: Sequence[Step], limit: int | None) -> list[Step]:
+def _checked(path: Path, steps: Sequence[Step], limit: int | None) -> list[Step]:
     problems: list[Problem] = []
     found: list[Step] = []
     nearby = around(steps[0].path, [step.path for step in steps])
     made: set[str] = set()
     for step in steps:
         try:
+            fix = f"stage: {{kind}} in {path}"
+            open_config(step.stage.id, step.path, step.overrides, fix)
             limits = starting.limits(step.stage, step.path, step.overrides, limit) if limit else []
             step = replace(step, overrides=(*step.overrides, *limits))
-            config = load.load(step.stage.config_class, step.path, step.overrides)
+            config = open_config(step.stage.id, step.path, step.overrides)
             problems += _unmade(step, step.stage.needs(config), made, nearby)
             made.add(config.run_dir)
         except RlhfError as error:

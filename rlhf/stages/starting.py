@@ -14,7 +14,7 @@ from rlhf.config import load
 from rlhf.config.stages import StageConfig
 from rlhf.errors import Problem, RlhfError
 from rlhf.preflight import Needs, Plan
-from rlhf.stages.registry import Stage, around
+from rlhf.stages.registry import Stage, around, open_config
 
 log = logging.getLogger("rlhf")
 
@@ -88,7 +88,7 @@ def ready(
     Args:
         others: configs besides those next to ``path`` that messages may name.
     """
-    config = load.load(stage.config_class, path, overrides)
+    config: StageConfig = open_config(stage.id, path, overrides)
     needs = stage.needs(config)
     plan = preflight.prepare(config, needs, parents_may_be_missing, around(path, others))
     return Ready(stage, config, needs, plan, runs.status(Path(config.run_dir), plan.inputs))
@@ -96,7 +96,7 @@ def ready(
 
 def limits(stage: Stage, path: Path, overrides: Sequence[str], limit: int) -> list[str]:
     """``--limit N`` as overrides: the key of every data set that the stage reads."""
-    inputs = stage.needs(load.load(stage.config_class, path, overrides)).inputs
+    inputs = stage.needs(open_config(stage.id, path, overrides)).inputs
     if not inputs:
         raise RlhfError(Problem("CFG005", "--limit", f"rlhf {stage.id} reads no data set.", "leave it out"))
     return [f"{item.key}.limit={limit}" for item in inputs]
