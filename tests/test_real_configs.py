@@ -29,7 +29,7 @@ QWEN = (
 )
 SIZES = {
     "sft": ["max_length=200", "batch.batch_size=4", "batch.micro_batch_size=2", "sampling.max_new_tokens=12",
-            "end_token_samples=4", "save_every=null"],
+            "end_token_samples=4", "save_every=null", "require_improvement=false"],
     "train-rm": ["max_length=200", "batch.batch_size=4", "batch.micro_batch_size=1", "sampling.max_new_tokens=12",
                  "standardise_samples=8", "save_every=null"],
     "eval-rm": ["max_length=200", "num_resamples=100"],

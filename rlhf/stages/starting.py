@@ -63,7 +63,7 @@ class Ready:
         runs.mark_current(self.run_dir)
 
     def run(self, start: Start) -> None:
-        """Train, measure or examine, unless the run is up to date; then judge by the settling."""
+        """Train, measure or examine, unless the run is up to date; then judge by the gates of its config."""
         if self.reasons is None:
             self.settle()
             log.info("%s is up to date.", self.run_dir)
