@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import logging
 import os
 import signal
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from rlhf import __version__, artifacts, errors, interrupts, masking, preflight, progress, runs
+from rlhf import __version__, artifacts, errors, interrupts, masking, progress, runs
 from rlhf.commands import curve, judge, prepare, use, verdict
 from rlhf.commands.options import Bare, ConfigFile, Json, Sets
 from rlhf.commands.parsing import ANYWHERE, Command, Group, StageCommand, example
-from rlhf.config import load
 from rlhf.errors import Problem, RlhfError
-from rlhf.stages import inspection, listing, pipeline
+from rlhf.stages import inspection, listing, pipeline, starting
 from rlhf.stages.registry import STAGES, Stage, open_config
+from rlhf.stages.starting import Start
 
 log = logging.getLogger("rlhf")
 
@@ -74,58 +73,25 @@ def _add_stage(stage: Stage) -> None:
         limit: Limit = None,
         as_json: Json = False,
     ) -> None:
-        start = Start(dry_run, overwrite, resume, tuple(allow_change or ()))
+        start = Start(overwrite, resume, tuple(allow_change or ()))
         path, overrides = config or _default_config(stage.default_config), [*(sets or []), *(bare or [])]
-        overrides += limits(stage, path, overrides, limit) if limit else []
-        _run_stage(stage, path, overrides, start, as_json)
+        overrides += starting.limits(stage, path, overrides, limit) if limit else []
+        _run_stage(stage, path, overrides, start, as_json, dry_run)
 
     app.command(stage.id, cls=StageCommand, help=f"{stage.summary} Without -c, reads {stage.default_config}.")(command)
 
 
-@dataclass(frozen=True)
-class Start:
-    """How a stage is started: only planned, over what stands there, or where it was cut off."""
-
-    dry_run: bool = False
-    overwrite: bool = False
-    resume: bool = False
-    allowed: tuple[str, ...] = ()
-
-
-def limits(stage: Stage, path: Path, overrides: list[str], limit: int) -> list[str]:
-    """``--limit N`` as overrides: the key of every data set that the stage reads."""
-    inputs = stage.needs(open_config(stage.id, path, overrides)).inputs
-    if not inputs:
-        raise RlhfError(Problem("CFG005", "--limit", f"rlhf {stage.id} reads no data set.", "leave it out"))
-    return [f"{item.key}.limit={limit}" for item in inputs]
-
-
-def _run_stage(stage: Stage, path: Path, overrides: list[str], start: Start, as_json: bool) -> None:
-    config = open_config(stage.id, path, overrides)
-    needs = stage.needs(config)
-    plan = preflight.prepare(config, needs)
-    run_dir = Path(config.run_dir)
-    reasons = runs.status(run_dir, plan.identity)
-    if start.dry_run:
-        lines = [f"{note}." for note in (*plan.notes(), *plan.figures)]
-        lines += importlib.import_module(stage.module).dry_run(config, plan)
-        lines += [f"run_dir {run_dir}: {'up to date' if reasons is None else '; '.join(reasons)}."]
+def _run_stage(
+    stage: Stage, path: Path, overrides: list[str], start: Start, as_json: bool, dry_run: bool = False
+) -> None:  # fmt: skip
+    found = starting.ready(stage, path, overrides)
+    if dry_run:
+        lines = found.lines()
         typer.echo(json.dumps({"stage": stage.id, "plan": lines}) if as_json else "\n".join(lines))
         return
-    if reasons is None:
-        runs.mark_current(run_dir)
-        log.info("%s is up to date.", run_dir)
-    else:
-        text = load.dump(config)
-        with runs.open_run(
-            run_dir, stage.id, plan.identity, text, overwrite=start.overwrite, resume=start.resume,
-            allowed=start.allowed,
-        ) as run:  # fmt: skip
-            for note in plan.notes():
-                log.warning("%s.", note)
-            importlib.import_module(stage.module).run(config, plan, run)
+    found.run(start)
     if as_json:
-        typer.echo(json.dumps(inspection.summary(run_dir)))
+        typer.echo(json.dumps(inspection.summary(found.run_dir)))
 
 
 def _default_config(name: str) -> Path:
@@ -155,12 +121,12 @@ def _examine(
 ) -> None:
     if fail_on not in (None, "warn", "fail"):
         raise RlhfError(Problem("CFG005", "--fail-on", f"no verdict {fail_on}.", "warn or fail"))
-    stage, start = STAGES["eval-rm"], Start(dry_run, overwrite, resume, tuple(allow_change or ()))
+    stage, start = STAGES["eval-rm"], Start(overwrite, resume, tuple(allow_change or ()))
     path, overrides = config or _default_config(stage.default_config), [*(sets or []), *(bare or [])]
     overrides += [f"benchmark={benchmark}"] if benchmark else []
     overrides += [f"data.path={data}"] if data else []
-    overrides += limits(stage, path, overrides, limit) if limit else []
-    _run_stage(stage, path, overrides, start, as_json)
+    overrides += starting.limits(stage, path, overrides, limit) if limit else []
+    _run_stage(stage, path, overrides, start, as_json, dry_run)
     if fail_on and not dry_run:
         verdict.require(open_config(stage.id, path, overrides).run_dir, fail_on)
 
@@ -187,9 +153,31 @@ def _resume(
 
 
 @app.command("pipeline", cls=Command)
-def _pipeline(config: ConfigFile = None, as_json: Json = False) -> None:
-    """Run stages in order, each in its own process. What is finished and unchanged is skipped."""
-    outcome = pipeline.run(config or _default_config("configs/pipeline.yaml"))
+def _pipeline(
+    config: ConfigFile = None,
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", help="Override one key of a stage: STAGE.a.b=c. Repeatable.")
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option("--limit", min=1, show_default=False, help="Read only the first N rows of each data set of every "
+                     "stage, for a trial. These are other runs: finished ones are moved aside and made anew."),
+    ] = None,
+    first: Annotated[str | None, typer.Option("--from", metavar="STAGE", help="Begin with this stage.")] = None,
+    last: Annotated[str | None, typer.Option("--to", metavar="STAGE", help="End with this stage.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan of each stage; run nothing.")] = False,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Run stages in order, each in its own process. What is finished and unchanged is skipped. STAGE is the name of a
+    stage, or its number where the pipeline has the stage more than once."""
+    path = config or _default_config("configs/pipeline.yaml")
+    part = pipeline.Part(tuple(sets or ()), limit, first, last)
+    if dry_run:
+        plans = pipeline.plans(path, part)
+        lines = [line for plan in plans for line in (f"{plan['title']}:", *(f"  {line}" for line in plan["plan"]))]
+        typer.echo(json.dumps(plans) if as_json else "\n".join(lines))
+        return
+    outcome = pipeline.run(path, part)
     if as_json:
         typer.echo(json.dumps(outcome))
 

@@ -65,9 +65,9 @@ def track(items: Iterable[Item], title: str, total: int) -> Iterator[Item]:
             progress.advance(progress.task_ids[0])
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """A table for ``show``; the first column is text, the others are numbers."""
-    shown = Table(title=title, title_justify="left", title_style="bold")
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], note: str = "") -> Table:
+    """A table for ``show``; the first column is text, the others are numbers. ``note`` stands below it."""
+    shown = Table(title=title, title_justify="left", title_style="bold", caption=note or None, caption_justify="left")
     for index, column in enumerate(columns):
         shown.add_column(column, justify="left" if index == 0 else "right")
     for row in rows:

@@ -21,6 +21,8 @@ import quickstart as q
 from rlhf import artifacts, progress, runtime, storage
 from rlhf.config.sections import DataSection, RuntimeSection
 from rlhf.data import sources, tokenised
+from rlhf.data.dropped import DroppedRows
+from rlhf.data.fitting import Limit
 from rlhf.data.records import prompt_key
 from rlhf.evaluation import figures
 from rlhf.evaluation import reward as examine
@@ -97,7 +99,9 @@ def measure(out: Path, seed: int, prompts: int = PROMPTS, compared: int = COMPAR
 def _on_comparisons(run: Path, rankings: Any, device: Any) -> dict[str, Any]:
     """What ``eval-rm`` says of accuracy and calibration, and of each comparison whether it is ordered rightly."""
     base = opening.reopen_base(artifacts.read(run), device)
-    groups, _ = tokenised.groups(rankings, base.chat, MAX_LENGTH, "drop", 0.0, "data")
+    dropped = DroppedRows("data", 0.0, False, len(rankings))
+    groups, _ = tokenised.groups(rankings, base.chat, Limit(MAX_LENGTH), dropped)
+    assert not dropped.total, dropped.sentence()
     scores = examine.score(open_run(str(run), SharedBase(base), 32, raw=True), groups)
     pairs = examine.pairs_of(groups, scores)
     said = figures.report(pairs, examine.responses_of(groups, scores), HOW)

@@ -26,7 +26,8 @@ import torch
 from rlhf import artifacts, progress, runs, runtime
 from rlhf.config.sections import DataSection, RuntimeSection
 from rlhf.data import sources, tokenised
-from rlhf.data.rows import prompt_of
+from rlhf.data.fitting import Limit
+from rlhf.data.turns import prompt_of
 from rlhf.demo import gold, probes
 from rlhf.evaluation import plots
 from rlhf.evaluation import policy as measure
@@ -83,7 +84,7 @@ def run_stage(stage: str, out: Path, seed: int, *overrides: str) -> None:
 def test_prompts(base: Base, size: int, seed: int) -> list[tokenised.PromptRow]:
     """Prompts of the test split, which no stage trains on or chooses by."""
     loaded = sources.load_prompts(DataSection(path=f"demo:prompts?split=test&size={size}&seed={seed}"))
-    return tokenised.prompt_rows(loaded.records, base.chat, base.context_length, 0.0, "prompts")[0]
+    return tokenised.prompt_rows(loaded.records, base.chat, Limit(base.context_length), loaded.dropped)[0]
 
 
 def sample(

@@ -24,6 +24,7 @@ import quickstart as q
 from rlhf import artifacts, progress, runs, runtime, storage
 from rlhf.config.sections import DataSection
 from rlhf.data import sources, tokenised
+from rlhf.data.fitting import Limit
 from rlhf.models.roles import SharedBase
 from rlhf.scoring.shared import SharedScorer
 
@@ -45,8 +46,8 @@ def compare(out: Path, seed: int) -> None:
     found["ppo_on_gold"] = q.judge(q.sample(roles, "ceiling", base, prompts, 1.0, seed)).mean()
 
     path = f"demo:prompts?size={BEST_OF_PROMPTS}&seed={seed + 5000}"
-    records = sources.load_prompts(DataSection(path=path)).records
-    train = tokenised.prompt_rows(records, base.chat, base.context_length, 0.0, "prompts")[0]
+    loaded = sources.load_prompts(DataSection(path=path))
+    train = tokenised.prompt_rows(loaded.records, base.chat, Limit(base.context_length), loaded.dropped)[0]
     answers = best_of(roles, base, train, seed)
     rows = [{"prompt": s.prompt[-1].content, "completion": s.response} for s in answers if s.finished and s.response]
     storage.write_text(out / "best_of_n.jsonl", "".join(json.dumps(row) + "\n" for row in rows))

@@ -43,6 +43,7 @@ def chain(tmp_path_factory):
             "num_prompts: 64": "num_prompts: 16", "batch_size: 64": "batch_size: 16",
             "minibatch_size: 32": "minibatch_size: 8",
             "pretrain_steps: 8": "pretrain_steps: 1", "save_every: 14": "save_every: 2",
+            "weight: 1.0": "accept: failed",
         },
         "eval-rm": {"size=300": "size=40", "num_resamples: 2000": "num_resamples: 200"},
         "collect": {"size=200": "size=12"}, "pipeline": {},
@@ -84,6 +85,10 @@ def test_a_run_directory_holds_what_it_should(chain, stage, files):
     for name in ["manifest.json", "config.yaml", "run.log", *files]:
         assert (run / name).stat().st_size > 0, name
     assert not [path for path in run.rglob("*") if path.suffix in (".bin", ".pt", ".pth", ".pkl")]
+    key, rows = {"sft": ("data", 240), "train-rm": ("data", 60), "ppo": ("prompts", 120), "eval-rm": ("data", 40)}[
+        stage
+    ]
+    assert manifest(chain, stage)["details"]["dropped"] == {key: {"rows": rows, "dropped": {}}}
 
 
 def test_the_rounds_of_ppo_say_what_matters(chain):

@@ -19,6 +19,8 @@ from rlhf.config.sections import ModelSection, RuntimeSection
 from rlhf.config.stages import SftConfig
 from rlhf.data import tokenised
 from rlhf.data.chat import ChatFormat
+from rlhf.data.dropped import DroppedRows
+from rlhf.data.fitting import Limit
 from rlhf.data.records import Demonstration, Message, Prompt
 from rlhf.errors import RlhfError
 from rlhf.evaluation import stopping
@@ -94,14 +96,15 @@ TRAPS = {
     "a system turn that is refused": (
         lambda: tokenised.prompt_rows(
             [Prompt(USER, "d.jsonl:1"), Prompt((Message("system", "be kind"), *USER), "d.jsonl:2")],
-            ChatFormat(tokenizer(NO_SYSTEM)), 99, 0.0, "prompts",
+            ChatFormat(tokenizer(NO_SYSTEM)), Limit(99), DroppedRows("prompts", 0.0, True),
         ),
         ["MOD013", "d.jsonl:2 (chat template)", "refuses a conversation of system, user: no system turn",
          "leave that turn out of the data"],
     ),
     "earlier turns written anew": (
         lambda: tokenised.dialogues(
-            [Demonstration(TALK, "d.jsonl:7")], ChatFormat(tokenizer(THINKING)), False, 99, "drop", 0.0, "data"
+            [Demonstration(TALK, "d.jsonl:7")], ChatFormat(tokenizer(THINKING)), False, Limit(99),
+            DroppedRows("data", 0.0, True),
         ),
         ["MOD012", "d.jsonl:7 (chat template)", "writes an earlier turn differently", "loss_on: last_turn"],
     ),
@@ -150,7 +153,7 @@ def test_padding_that_is_the_end_token_takes_no_loss_from_it(tmp_path, pad):
         {"data": {"path": "x"}, "epochs": 1.0, "max_length": 64, "batch": {"batch_size": 2, "micro_batch_size": 2}}
     )
     records = [Demonstration((*USER, Message("assistant", text)), "x:1") for text in ("a", "a long answer")]
-    rows, _ = tokenised.dialogues(records, base.chat, False, 64, "drop", 0.0, "data")
+    rows, _ = tokenised.dialogues(records, base.chat, False, Limit(64), DroppedRows("data", 0.0, True))
     model = get_peft_model(base.model, tiny.lora(base))
     trainer = sft._trainer(config, model, base, rows, SimpleNamespace(path=tmp_path))
     batch = next(iter(trainer.get_train_dataloader()))

@@ -217,7 +217,7 @@ def test_any_lines_are_records_or_refused(folder, kind, rows, seed, columns):
     data = "\n".join(texts).encode("utf-8", "surrogatepass")
     path = folder / "d.jsonl"
     path.write_bytes(spoiled(data, rng) if rng.random() < 0.5 else data)
-    section = DataSection(path=str(path), drop_equal=rng.random() < 0.5, columns=columns)
+    section = DataSection(path=str(path), on_bad_row=rng.choice(["drop", "error"]), columns=columns)
     loaded = settled(lambda: LOADERS[kind](section), (3,))
     if loaded is not None:
         assert loaded.records and loaded.num_rows == len(loaded.records) + sum(loaded.num_dropped.values())

@@ -31,6 +31,7 @@ from rlhf.config.stages import PpoConfig, SftConfig
 from rlhf.data import hub, jsonl, sources
 from rlhf.demo import registry as demo
 from rlhf.errors import RlhfError
+from rlhf.identity import Identity
 from rlhf.models import adapters, opening
 from rlhf.models.base import load_base, load_tokenizer
 from rlhf.stages.registry import STAGES
@@ -542,7 +543,7 @@ def test_no_secret_given_on_the_command_line_is_shown(tmp_path, arguments, code,
 def test_a_run_log_holds_no_secret(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "kcanary-log")
     progress.log_to_console()
-    with runs.open_run(tmp_path / "run", "sft", {}, ""):
+    with runs.open_run(tmp_path / "run", "sft", Identity({}), ""):
         logging.getLogger("rlhf").warning("the token %s at %s", "kcanary-log", URLS[0])
     text = (tmp_path / "run" / "run.log").read_text("utf-8")
     assert "the token *** at https://***@host/x" in text and not holds_canary(text)

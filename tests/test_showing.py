@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import tiny
 
-from rlhf import cli
 from rlhf.config import load
 from rlhf.config.sections import DataSection, ModelSection
 from rlhf.config.stages import PpoConfig, SftConfig
@@ -16,8 +15,9 @@ from rlhf.config.train_rm import RewardConfig
 from rlhf.data import sources
 from rlhf.data.chat import ChatFormat
 from rlhf.errors import RlhfError
+from rlhf.identity import Identity
 from rlhf.preflight import Checked, Input, Needs, Plan
-from rlhf.stages import inspection, showing
+from rlhf.stages import inspection, showing, starting
 from rlhf.stages.registry import STAGES, Stage
 
 TWO_TURNS = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, "abcd", strict=True)]
@@ -38,7 +38,7 @@ def rows_of(tmp_path, config_class, rows, kind, count=3, **options):
     read = getattr(sources, f"load_{kind}")
     section = getattr(config, key)
     needs = Needs(inputs=(Input(key, section, read),), model=ModelSection())
-    checked = Checked("none", config, needs, Plan({}, {key: read(section)}, {}, ()))
+    checked = Checked("none", config, needs, Plan({}, {key: read(section)}, Identity({}), ()))
     return showing.rows(checked, count, needs.model)[key]
 
 
@@ -84,8 +84,12 @@ def test_a_row_that_is_cut_is_shown_cut(tmp_path, chat):
 
 
 def test_what_the_template_refuses_is_named_by_row(tmp_path, chat):
+    rows = [{"prompt": "a"}, {"prompt": "<|im_end|>"}]
+    options = {"prompts": {"path": str(tmp_path / "d.jsonl"), "on_bad_row": "error"}}
     with pytest.raises(RlhfError, match=r"DAT060.*d.jsonl:2"):
-        rows_of(tmp_path, PpoConfig, [{"prompt": "a"}, {"prompt": "<|im_end|>"}], "prompts")
+        rows_of(tmp_path, PpoConfig, rows, "prompts", **options)
+    _, dropped = rows_of(tmp_path, PpoConfig, rows, "prompts")
+    assert dropped["about"].endswith("special token '<|im_end|>': the row is dropped") and dropped["parts"] == []
 
 
 def test_lines_mark_with_brackets_or_colour_and_let_no_control_character_through():
@@ -140,9 +144,9 @@ def test_rows_are_shown_as_text_where_nothing_gives_a_tokenizer_and_the_reason_i
 def test_a_limit_sets_the_key_of_every_data_set_and_is_refused_where_there_is_none(tmp_path):
     path = tmp_path / "ppo.yaml"
     path.write_text("prompts: {path: a.jsonl, limit: 50}\nevaluation: {data: {path: b.jsonl}}\n")
-    overrides = cli.limits(STAGES["ppo"], path, [], 5)
+    overrides = starting.limits(STAGES["ppo"], path, [], 5)
     config = load.load(PpoConfig, path, overrides)
     assert (config.prompts.limit, config.evaluation.data.limit) == (5, 5)
     without = Stage("ppo", PpoConfig, "policy", lambda config: Needs(), "Nothing.")
     with pytest.raises(RlhfError, match="--limit: rlhf ppo reads no data set"):
-        cli.limits(without, path, [], 5)
+        starting.limits(without, path, [], 5)

@@ -6,7 +6,7 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -95,16 +95,48 @@ def init(
                                        "prompts; demo: for the embedded world. Repeatable.")
     ] = None,
     model: Annotated[str | None, typer.Option("--model", help="Directory or hub id of the base.")] = None,
+    columns: Annotated[
+        list[str] | None, typer.Option("--columns", metavar="OURS=THEIRS", help="Our name of a column that has another "
+                                       "one in your files, such as prompt=question. Repeatable.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="Read only the first N rows of each file, for a trial.",
+                                 show_default=False)
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option("--max-length", min=8, help="Longest row in tokens; longer ones are left out, however "
+                                 "many there are.", show_default=False)
+    ] = None,
+    max_dropped_fraction: Annotated[
+        float | None, typer.Option("--max-dropped-fraction", min=0.0, max=1.0, help="Share of a file's rows that may "
+                                   "be left out as bad, equal or too long; else 0.05.", show_default=False)
+    ] = None,
     as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Write configs that run for your data and model. Each key has its reason beside it."""
+    """Write configs that run for your data and model. Each key has its reason next to it."""
     inspection.require_reachable(model, data or [])
-    project = importlib.import_module("rlhf.start.project").make(directory, data or [], model)
+    options = importlib.import_module("rlhf.start.facts").Options
+    given = {"limit": limit, "max_length": max_length, "max_dropped_fraction": max_dropped_fraction}
+    wanted = options(_renamed(columns or []), **{name: value for name, value in given.items() if value is not None})
+    project = importlib.import_module("rlhf.start.project").make(directory, data or [], model, wanted)
     if as_json:
         typer.echo(json.dumps({"directory": str(directory), "files": list(project.files), "figures": project.figures}))
         return
     typer.echo("\n".join(f"{name:<16}{text}" for name, text in project.figures))
     typer.echo(f"\nWrote {', '.join(project.files)}.\nNext: cd {directory} && rlhf pipeline")
+
+
+def _renamed(columns: Sequence[str]) -> dict[str, str]:
+    """Our field name -> the name in the files."""
+    found: dict[str, str] = {}
+    for text in columns:
+        ours, sign, theirs = text.partition("=")
+        if not (ours and sign and theirs):
+            raise RlhfError(Problem("CFG005", "--columns", f"'{text}' is not OURS=THEIRS.", "prompt=question"))
+        if ours in found:
+            raise RlhfError(Problem("CFG005", "--columns", f"names {ours} twice.", "one column for each field"))
+        found[ours] = theirs
+    return found
 
 
 def plan(

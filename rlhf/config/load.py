@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import difflib
 import re
-import types
-import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +12,8 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from rlhf import masking
-from rlhf.config import foreign, yaml_reader
+from rlhf import artifacts, masking
+from rlhf.config import fields, foreign, yaml_reader
 from rlhf.config.sections import Section
 from rlhf.errors import Problem, RlhfError
 
@@ -47,11 +45,15 @@ class _Source:
 def load(config_class: type[Config], path: Path | None, overrides: Sequence[str] = ()) -> Config:
     """Read and validate a stage config; precedence is defaults, file, ``overrides`` ('a.b=c').
 
+    The config that a run has recorded may be of an older version: keys that are gone are translated there.
+
     Raises:
         RlhfError: with every problem, in the order of the file, then of the overrides; SEC alone, where a secret
             stands in it, and without the secret.
     """
     value, places = yaml_reader.read_file(path) if path else ({}, {})
+    if path and artifacts.is_recorded_config(path):
+        value = fields.update(config_class, value)
     return _settled(config_class, value, places, str(path) if path else "config", overrides)
 
 
@@ -88,18 +90,21 @@ def dump(config: Section) -> str:
 
 def flatten(config: Section) -> dict[str, Any]:
     """Dotted key -> value, for comparing two configs key by key."""
+    return dict(flattened("", config))
 
-    def walk(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
-        if isinstance(value, dict) and value:
-            for key, item in value.items():
-                yield from walk(f"{prefix}.{key}" if prefix else key, item)
-        elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
-            for index, item in enumerate(value):
-                yield from walk(f"{prefix}.{index}", item)
-        else:
-            yield prefix, value
 
-    return dict(walk("", config.model_dump(mode="json")))
+def flattened(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """The same for a value of a config, whose keys stand below ``key``."""
+    if isinstance(value, BaseModel):
+        value = value.model_dump(mode="json")
+    if isinstance(value, dict) and value:
+        for name, item in value.items():
+            yield from flattened(f"{key}.{name}" if key else name, item)
+    elif isinstance(value, list) and any(isinstance(item, dict | BaseModel) for item in value):
+        for index, item in enumerate(value):
+            yield from flattened(f"{key}.{index}", item)
+    else:
+        yield key, value
 
 
 def _override(config: dict[str, Any], item: str, origins: dict[Path_, str]) -> None:
@@ -162,7 +167,8 @@ def _problem(entry: Any, config_class: type[Section], source: _Source) -> tuple[
     given = entry.get("input")
     match entry["type"]:
         case "extra_forbidden":
-            return order, Problem("CFG001", where, "unknown key.", _suggestion(path, config_class))
+            fix = fields.advice(config_class, path, given) or _suggestion(path, config_class)
+            return order, Problem("CFG001", where, "unknown key.", fix)
         case "missing":
             return order, Problem("CFG006", where, "required, and not set.", f"set {'.'.join(map(str, path))}")
         case "value_error":
@@ -211,11 +217,7 @@ def keys_of(config_class: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 def sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
     """The sections that a type holds, alone or in a list or a union."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    elif typing.get_origin(annotation) in (typing.Union, types.UnionType, list, typing.Annotated):
-        for inner in typing.get_args(annotation):
-            yield from sections_in(inner)
+    return (section for _, section in fields.places_in(annotation))
 
 
 def _fix(given: Any, kind: str) -> str:

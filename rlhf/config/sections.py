@@ -24,8 +24,8 @@ ReportTo = Annotated[
 
 
 GATE: dict[str, Any] = {"gate": True}
-"""``json_schema_extra`` of a field that bounds or accepts what a run measured. It changes no result, so it is not part
-of a run's identity: a finished run is judged again from the figures in its manifest."""
+"""``json_schema_extra`` of a field that bounds or accepts what a run read or measured. It changes no result, so it is
+not part of a run's identity: a finished run is judged again from the figures in its manifest."""
 
 
 class Section(BaseModel):
@@ -74,14 +74,17 @@ class RoleLoraSection(Section):
 
 FormName = Literal[
     "prompt-completion", "prompt-response", "messages", "sharegpt", "alpaca", "text", "chosen", "pair", "shared-head",
-    "ranking", "rated", "unpaired", "prompt",
+    "ranking", "transcripts", "rated", "unpaired", "prompt",
 ]  # fmt: skip
+
+
+PATHS = "JSONL, JSON array, CSV or TSV (also .gz), parquet, a directory, a hub id, or demo:NAME?size=N&seed=S"
 
 
 class SourceSection(Section):
     """One place that rows come from."""
 
-    path: Text = Field(description="JSONL (also .gz), parquet, a directory, a hub id, or demo:NAME?size=N&seed=S")
+    path: Text = Field(description=PATHS)
     name: str | None = Field(None, description="subset of a hub data set")
     split: str | None = Field(None, description="split of a hub data set or saved directory")
     revision: str | None = Field(None, description="hub revision")
@@ -102,7 +105,7 @@ class DataSection(SourceSection):
     """Rows from one place, or drawn from several."""
 
     path: Text | None = Field(  # type: ignore[assignment]
-        None, description="JSONL (also .gz), parquet, a directory, a hub id, or demo:NAME?size=N&seed=S; or mixture"
+        None, description=f"{PATHS}; or mixture"
     )
     mixture: Annotated[list[MixtureSource], Field(min_length=1)] | None = Field(
         None, description="several sources instead of path, each with its weight"
@@ -111,9 +114,10 @@ class DataSection(SourceSection):
         None, description="rows drawn from a mixture with weights; null: as many as its sources hold"
     )
     on_bad_row: Literal["drop", "error"] = Field(
-        "drop", description="a row that cannot be read, or whose responses are equal: drop and count it, or stop"
+        "drop",
+        json_schema_extra=GATE,
+        description="a row that cannot be read, or whose responses are equal: drop and count it, or stop",
     )
-    drop_equal: bool = Field(False, description="drop and count pairs of equal texts instead of refusing them")
     max_dropped_fraction: Fraction = Field(
         0.05,
         json_schema_extra=GATE,
@@ -155,17 +159,43 @@ class OptimSection(Section):
     max_grad_norm: Positive = Field(1.0, description="gradient norm is clipped to this, per role")
 
 
+EngineName = Literal["hf", "continuous"]
+CONCURRENCY: Any = Field(64, description="responses sampled at a time")
+ENGINE: Any = Field(
+    "hf", description="hf: a row's samples depend on no other row; continuous: faster, ended rows leave the batch"
+)
+
+
 class SamplingSection(Section):
     max_new_tokens: Count = Field(64, description="longest response, in tokens")
     temperature: Positive = Field(1.0, description="sampling temperature; logprobs and KL are of the tempered policy")
-    concurrency: Count = Field(64, description="responses sampled at a time")
-    engine: Literal["hf", "continuous"] = Field(
-        "hf",
-        description="hf: a row's samples depend on no other row; continuous: faster, ended rows leave the batch",
-    )
+    concurrency: Count = CONCURRENCY
+    engine: EngineName = ENGINE
     stop_tokens: list[Text] = Field(
-        default_factory=list, description="tokens that end a response too, beside the one that the chat template writes"
+        default_factory=list,
+        description="tokens that end a response too, besides the one that the chat template writes",
     )
+
+
+class PolicySamplingSection(Section):
+    """How a finished policy is sampled: as its own run samples it, where a setting is null."""
+
+    max_new_tokens: Count | None = Field(None, description="longest response, in tokens; null: as the policy's run")
+    temperature: Positive | None = Field(None, description="sampling temperature; null: as the policy's run")
+    concurrency: Count = CONCURRENCY
+    engine: EngineName = ENGINE
+    stop_tokens: list[Text] | None = Field(
+        None, description="tokens that end a response too; null: as the policy's run"
+    )
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The settings that are not null."""
+        return {key: value for key, value in self if value is not None}
+
+    def of(self, trained: SamplingSection) -> SamplingSection:
+        """All settings: those of ``trained`` where these are null."""
+        return trained.model_copy(update=self.given)
 
 
 class RuntimeSection(Section):

@@ -30,6 +30,7 @@ from rlhf.config.sections import (
     LoraSection,
     ModelSection,
     OptimSection,
+    PolicySamplingSection,
     Positive,
     ReportTo,
     RoleLoraSection,
@@ -164,7 +165,7 @@ class CollectConfig(StageConfig):
     policy: Text = Field("runs/sft", description="run whose policy is sampled")
     prompts: DataSection = Field(description="prompts to answer")
     samples_per_prompt: Annotated[int, Field(ge=2)] = Field(4, description="responses a prompt")
-    sampling: SamplingSection = Field(default_factory=SamplingSection)
+    sampling: PolicySamplingSection = Field(default_factory=PolicySamplingSection)
     labeller: RewardSource = Field(
         default_factory=lambda: RewardSource(function="rlhf.demo.gold:noisy_reward"),
         description="what ranks the responses: the higher its number, the better; equal numbers are ties",

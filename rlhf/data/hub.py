@@ -1,4 +1,4 @@
-"""Rows through the datasets library: parquet, csv, saved directories, hub ids."""
+"""Rows through the datasets library: parquet, saved directories, hub ids."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from rlhf.data.settings import NOT_REACHED, refuse_settings
 from rlhf.errors import Problem, RlhfError
 
 FILE_SUFFIXES = {".parquet", ".csv", ".json", ".tsv", ".txt", ".arrow", ".gz", ".zst", ".zip"}
-FORMATS = {".parquet": "parquet", ".csv": "csv", ".json": "json"}
 
 
 def read(data: SourceSection) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -32,9 +31,9 @@ def read(data: SourceSection) -> Iterator[tuple[str, dict[str, Any]]]:
         if path.is_dir() and ((path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()):
             refuse_settings(data, "a saved data set", "name", "revision")
             found = datasets.load_from_disk(str(path))
-        elif path.is_file() and path.suffix in FORMATS:
-            refuse_settings(data, f"a {FORMATS[path.suffix]} file", "name", "split", "revision")
-            found = datasets.load_dataset(FORMATS[path.suffix], data_files=str(path))
+        elif path.is_file() and path.suffix == ".parquet":
+            refuse_settings(data, "a parquet file", "name", "split", "revision")
+            found = datasets.load_dataset("parquet", data_files=str(path))
         elif not path.exists() and data.path in packaged_modules._PACKAGED_DATASETS_MODULES:
             what = "is a format of the datasets library, which would read whatever files stand here."
             raise RlhfError(Problem("DAT010", data.path, what, "name the file"))
@@ -54,13 +53,13 @@ def read(data: SourceSection) -> Iterator[tuple[str, dict[str, Any]]]:
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise RlhfError(
-            Problem("DAT010", data.path, f"cannot be loaded: {first}", "a file, or a hub id while online")
+            Problem("DAT010", data.path, f"cannot be loaded: {first}", "name a file, or a hub id while online")
         ) from None
     if isinstance(found, datasets.DatasetDict):
         split = data.split or (next(iter(found)) if len(found) == 1 else None)
         if split not in found:
             what = f"splits are {', '.join(found)}; {'none is named' if data.split is None else f'no {data.split}'}."
-            raise RlhfError(Problem("DAT010", data.path, what, "set split"))
+            raise RlhfError(Problem("DAT010", data.path, what, f"split: {next(iter(found))}, or another of them"))
         found = found[split]
     elif data.split is not None:
         refuse_settings(data, "a data set saved without splits", "split")

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from rlhf import artifacts
+from rlhf import artifacts, policy_sampling
 from rlhf.artifacts import Manifest
 from rlhf.config import recognition, rubric
 from rlhf.config.rewards import RewardSource
-from rlhf.config.sections import LoraSection, Section
+from rlhf.config.sections import LoraSection, SamplingSection, Section
 from rlhf.config.stages import CollectConfig, EvalRmConfig, PpoConfig, SftConfig, StageConfig
 from rlhf.config.train_rm import RewardConfig
 from rlhf.errors import Problem, RlhfError
@@ -29,7 +29,7 @@ ADAPTER_CONFIG = f"{artifacts.ADAPTER}/adapter_config.json"
 
 @dataclass(frozen=True)
 class Origin:
-    """The base and the adapter that a stage starts from, and who says so."""
+    """The base and the adapter that a stage starts from, how that policy is sampled, and who says so."""
 
     source: str
     dtype: str
@@ -38,13 +38,15 @@ class Origin:
     targets: str | tuple[str, ...]
     num_tokens: int
     said_by: str
+    sampling: SamplingSection = field(default_factory=SamplingSection)
 
 
 def of_sft(config: SftConfig, said_by: str) -> Origin:
     """What an SFT config makes."""
     model, lora = config.model, config.lora or LoraSection()
     targets = "all-linear" if lora.target_modules == "all-linear" else tuple(lora.target_modules)
-    return Origin(model.path, model.dtype, model.quantize, lora.r, targets, len(lora.train_tokens), said_by)
+    num_tokens = len(lora.train_tokens)
+    return Origin(model.path, model.dtype, model.quantize, lora.r, targets, num_tokens, said_by, config.sampling)
 
 
 def of_run(run_dir: str, manifest: Manifest) -> Origin:
@@ -55,8 +57,9 @@ def of_run(run_dir: str, manifest: Manifest) -> Origin:
     """
     assert manifest.base is not None, "policies and rewards have a base"
     base = manifest.base
+    sampling = policy_sampling.own(manifest).section
     if artifacts.adapter_of(run_dir) is None:  # a model of its own: roles that start from it get a fresh adapter
-        return Origin(base.source, base.dtype, base.quantize, LoraSection().r, "all-linear", 0, run_dir)
+        return Origin(base.source, base.dtype, base.quantize, LoraSection().r, "all-linear", 0, run_dir, sampling)
     path = artifacts.members_of(run_dir)[0] / ADAPTER_CONFIG
     try:
         adapter = json.loads(path.read_text("utf-8"))
@@ -65,7 +68,7 @@ def of_run(run_dir: str, manifest: Manifest) -> Origin:
     tokens = adapter.get("trainable_token_indices") or []
     rows = next(iter(tokens.values()), []) if isinstance(tokens, dict) else tokens
     targets = tuple(adapter["target_modules"])
-    return Origin(base.source, base.dtype, base.quantize, adapter["r"], targets, len(rows), run_dir)
+    return Origin(base.source, base.dtype, base.quantize, adapter["r"], targets, len(rows), run_dir, sampling)
 
 
 def find(run_dir: str, folder: Path) -> Origin:
@@ -75,10 +78,9 @@ def find(run_dir: str, folder: Path) -> Origin:
         RlhfError: CKP001 where neither is there.
     """
     root = root_of(run_dir, folder)
-    if isinstance(root, str):
-        return of_run(root, artifacts.read(root))
-    path, config = root
-    return of_sft(config, str(path))
+    origin = of_run(root, artifacts.read(root)) if isinstance(root, str) else of_sft(root[1], str(root[0]))
+    made_by = None if root == run_dir else recognition.maker_of(run_dir, folder, MAKERS)
+    return replace(origin, sampling=made_by[1].sampling) if made_by else origin
 
 
 def root_of(run_dir: str, folder: Path) -> str | tuple[Path, SftConfig]:
@@ -156,9 +158,10 @@ def spec(config: StageConfig, origin: Origin, data: Mapping[str, Sequence[Any]],
     if isinstance(config, PpoConfig):
         return _of_ppo(config, common)
     if isinstance(config, CollectConfig):
+        sampling = config.sampling.of(origin.sampling)
         return common.with_(
-            prompt=max(1, (shape.context or NO_LIMIT) - config.sampling.max_new_tokens),
-            response=config.sampling.max_new_tokens, concurrency=config.sampling.concurrency,
+            prompt=max(1, (shape.context or NO_LIMIT) - sampling.max_new_tokens),
+            response=sampling.max_new_tokens, concurrency=sampling.concurrency,
             num_reward_runs=_num_roles(config.labeller),
         )  # fmt: skip
     assert isinstance(config, EvalRmConfig), config

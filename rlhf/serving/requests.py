@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf.data import jsonl, rows
+from rlhf.data import jsonl, rows, turns
 from rlhf.data.rows import RowError
 from rlhf.scoring.scorer import Sample, Scores
 
@@ -142,8 +142,8 @@ def _sample(item: Any, place: str) -> Sample:
     if not isinstance(item, dict):
         raise Refused(400, f"'{place}': need an object with prompt and response.")
     try:
-        prompt = rows.prompt_of(item.get("prompt"))
-        rows.check_turns(prompt, "prompt", ends_with="user")
+        prompt = turns.prompt_of(item.get("prompt"))
+        turns.check_turns(prompt, "prompt", ends_with="user")
         response = item.get("response")
         if response != "":  # a policy may end at once
             response = rows.text_of(response, "response")

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rlhf import artifacts, names
+from rlhf import artifacts, examined, names
 from rlhf.artifacts import Manifest
 from rlhf.config import rubric
 from rlhf.config.train_rm import COMBINED
@@ -28,6 +28,7 @@ def of(run_dir: str, manifest: Manifest, proof: dict[str, Any], adapter_only: bo
     lines += [f"- run: {run_dir}, digest {manifest.digest[:16]}, made on {manifest.created}, seed {manifest.seed}"]
     for key, parent in manifest.parents.items():
         lines += [f"- made from {key}: {parent['run_dir']} ({parent['digest'][:16]})"]
+    lines += [f"- note: {mark}" for mark in examined.marks(manifest)]
     lines += _data_lines(manifest)
     if manifest.base.quantize:
         lines += [f"- trained on the base in {manifest.base.quantize}" + _whole_base(proof)]

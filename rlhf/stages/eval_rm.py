@@ -18,8 +18,10 @@ from rlhf.config import rubric
 from rlhf.config.stages import EvalRmConfig
 from rlhf.config.suite import CaseSection
 from rlhf.config.suite import read as read_suite
-from rlhf.data import tokenised
+from rlhf.data import fitting, tokenised
 from rlhf.data.benchmarks import BenchmarkRow
+from rlhf.data.fitting import Limit
+from rlhf.data.sources import Loaded
 from rlhf.data.tokenised import Group
 from rlhf.errors import Problem, RlhfError
 from rlhf.evaluation import benchmarking, examination, figures, heads, lengths, plots, rankings, suite
@@ -75,7 +77,7 @@ def run(config: EvalRmConfig, plan: Plan, run: Run) -> Manifest:
     device = runtime.set_up(config.runtime, config.seed)
     cases = read_suite(config.suite) if config.suite else []
     subject = _open(config, plan, device)
-    groups, lengths = _tokenise(config, plan, subject.chat)
+    groups, lengths = _tokenise(config, plan, subject.chat, "data")
     if config.benchmark:
         report = _benchmark(config, subject, groups)
         storage.write_json(run.path / artifacts.EXAMINATION, {**report, "tokens": vars(lengths)})
@@ -87,7 +89,7 @@ def run(config: EvalRmConfig, plan: Plan, run: Run) -> Manifest:
     report |= _rubric(config, run)
     report |= {"suite": _suite(config, subject, cases)} if cases else {}
     verdicts = judging.judge(report, config.thresholds)
-    report["verdict"], report["verdicts"] = judging.overall(verdicts), [vars(one) for one in verdicts]
+    report |= judging.table(verdicts)
     storage.write_json(run.path / artifacts.EXAMINATION, report)
     _draw(report, run.path / artifacts.PLOTS)
     console.print(examination.figures_table(report))
@@ -98,14 +100,14 @@ def run(config: EvalRmConfig, plan: Plan, run: Run) -> Manifest:
         if one.verdict != judging.PASS:
             log.warning("%s: %s, %.3f. %s.", one.verdict, one.says, one.estimate, one.do[0].upper() + one.do[1:])
     suite.refuse_failed(report.get("suite", []), config.suite or "")
-    failed = [one.key for one in verdicts if one.verdict == judging.FAIL]
-    details = {"rows": vars(lengths), "verdict": report["verdict"], "failed": failed}
+    details = {"rows": vars(lengths), "verdict": report["verdict"], "failed": judging.failed(verdicts)}
     return _finish(config, plan, run, started, examination.metrics(report), details)
 
 
 def _finish(
     config: EvalRmConfig, plan: Plan, run: Run, started: float, metrics: dict[str, float], details: dict[str, Any]
 ) -> Manifest:
+    details["dropped"] = plan.dropped()
     return run.finish(
         Manifest(
             kind="examination", stage="eval-rm", seed=config.seed, identity=plan.identity, metrics=metrics,
@@ -132,10 +134,7 @@ def _drift(
 ) -> dict[str, Any]:
     """The figures on the second set, and how they differ from those on the first."""
     assert config.drift
-    groups, lengths = tokenised.groups(
-        _records(config, plan, "drift"), subject.chat, config.max_length, "drop", config.drift.max_dropped_fraction,
-        "drift",
-    )  # fmt: skip
+    groups, lengths = _tokenise(config, plan, subject.chat, "drift")
     scores = examine.score(subject.scorer, groups)
     others, other_pairs = examine.responses_of(groups, scores), examine.pairs_of(groups, scores)
     if len(other_pairs.differences):
@@ -251,20 +250,28 @@ def dry_run(config: EvalRmConfig, plan: Plan) -> list[str]:
         chat: Any = classifier.open_reader(config.model)
     else:
         chat = opening.open_chat(opening.model_of(_first(plan)))
-    groups, lengths = _tokenise(config, plan, chat)
+    groups, lengths = _tokenise(config, plan, chat, "data")
     said = [f"{len(read_suite(config.suite))} edge cases."] if config.suite else []
     return [lengths.sentence("data"), f"{sum(len(group.judgements) for group in groups)} comparisons.", *said]
 
 
-def _tokenise(config: EvalRmConfig, plan: Plan, chat: Any) -> tuple[list[Any], tokenised.LengthReport]:
-    return tokenised.groups(
-        _records(config, plan, "data"), chat, config.max_length, "drop", config.data.max_dropped_fraction, "data"
-    )
+def _tokenise(config: EvalRmConfig, plan: Plan, chat: Any, key: str) -> tuple[list[Group], tokenised.LengthReport]:
+    """The rows of a data set as ids. All rows that were read count as dropped or not, whatever head is examined."""
+    loaded = fitting.usable(plan.data[key], chat)
+    others = [*loaded.records, *loaded.left_out]
+    groups, lengths = tokenised.groups(
+        _records(config, loaded, key), chat, Limit(config.max_length), loaded.dropped, others
+    )  # fmt: skip
+    if problems := loaded.dropped.problems():
+        raise RlhfError(*problems)
+    if loaded.dropped.total:
+        log.info("%s: %s.", key, loaded.dropped.sentence())
+    return groups, lengths
 
 
-def _records(config: EvalRmConfig, plan: Plan, key: str) -> Sequence[Any]:
+def _records(config: EvalRmConfig, loaded: Loaded, key: str) -> Sequence[Any]:
     """Comparisons; of a head that is examined those in its attribute. Samples that nobody judged are of every head."""
-    records = plan.data[key].records
+    records = loaded.records
     if config.head is None or not any(record.judgements or record.attributes for record in records):
         return records
     kept = [record.only(config.head) for record in records if record.of(config.head)]

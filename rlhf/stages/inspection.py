@@ -9,18 +9,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rlhf import artifacts, connection, names, preflight, storage
+from rlhf import artifacts, connection, examined, names, preflight, storage
 from rlhf.artifacts import Manifest
 from rlhf.config import load, migrate, reference, rubric, yaml_reader
 from rlhf.config.migration import Migration
 from rlhf.config.sections import DataSection
 from rlhf.config.stages import PipelineConfig
 from rlhf.data import sources
+from rlhf.data.deep import FIXES
 from rlhf.demo import registry as demo
 from rlhf.errors import Problem, RlhfError
 from rlhf.preflight import Checked
 from rlhf.stages import reading, rows_as_text
-from rlhf.stages.registry import KINDS, STAGES, kinds_of, open_config, refuse_unknown
+from rlhf.stages.registry import KINDS, STAGES, around, kinds_of, open_config, refuse_unknown
 
 SHOWN = 5
 
@@ -56,7 +57,7 @@ def check(
 def refuse_found(results: Sequence[Mapping[str, Any]]) -> None:
     """Raise what a deep check found to be an error."""
     found = [entry for result in results for data in result.get("data", {}).values() for entry in data.get("found", [])]
-    if errors := [Problem(one["code"], one["where"], one["what"]) for one in found if one["code"]]:
+    if errors := [Problem(one["code"], one["where"], one["what"], FIXES[one["code"]]) for one in found if one["code"]]:
         raise RlhfError(*errors)
 
 
@@ -70,7 +71,7 @@ def _check_file(
     if kind not in STAGES:
         return result, None
     needs = STAGES[kind].needs(config)
-    plan = preflight.prepare(config, needs, parents_may_be_missing=True)
+    plan = preflight.prepare(config, needs, parents_may_be_missing=True, nearby=around(path))
     checked = Checked(kind, config, needs, plan, folders)
     result["data"] = {
         key: {"rows": len(loaded.records), "dropped": loaded.num_dropped, "notes": loaded.notes()}
@@ -202,12 +203,15 @@ def describe(run_dir: Path) -> str:
     lines += [
         f"  ancestor  {name}: rlhf {parent.stage}" for name, parent in _lineage(manifest)[len(manifest.parents) :]
     ]
+    lines += [f"  note      {mark}" for mark in examined.marks(manifest)]
+    lines += [f"  failed    {problem}" for problem in artifacts.failed_gates(manifest)]
     if path := artifacts.rubric_of(run_dir):
         found = rubric.read(path)
         lines.append(f"  rubric    {found.name} ({storage.sha256(path)[:16]})")
         lines += [f"  criterion {line}" for line in rubric.lines(found)]
     lines += [f"  metric    {key} = {_number(value)}" for key, value in manifest.metrics.items()]
-    lines += [f"  detail    {key} = {json.dumps(value)}" for key, value in manifest.details.items()]
+    said = (examined.ACCEPTED, artifacts.FAILED_GATES)
+    lines += [f"  detail    {key} = {json.dumps(value)}" for key, value in manifest.details.items() if key not in said]
     lines += [f"  file      {name} ({entry['size']:,} bytes)" for name, entry in manifest.files.items()]
     return "\n".join(lines)
 

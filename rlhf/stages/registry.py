@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from rlhf import artifacts
-from rlhf.config import recognition, rubric, suite
+from rlhf import artifacts, policy_sampling
+from rlhf.artifacts import Manifest
+from rlhf.config import load, recognition, rubric, suite
 from rlhf.config import stages as configs
 from rlhf.config.rewards import ClassifierSection, RewardSource
-from rlhf.config.sections import Section
+from rlhf.config.sections import PolicySamplingSection, Section
 from rlhf.config.stages import StageConfig
 from rlhf.config.train_rm import COMBINED, RewardConfig
 from rlhf.data import labels, sources
 from rlhf.errors import Problem, RlhfError
+from rlhf.neighbours import Nearby, Neighbour
 from rlhf.origins import START
 from rlhf.preflight import Input, Needs, Parent
 
@@ -75,7 +78,14 @@ def _collect(config: configs.CollectConfig) -> Needs:
         inputs=(Input("prompts", config.prompts, sources.load_prompts),),
         scorers=_models("labeller.model", config.labeller),
         rewards={"labeller": config.labeller},
+        settled=partial(_settled_sampling, config.sampling),
     )  # fmt: skip
+
+
+def _settled_sampling(section: PolicySamplingSection, parents: Mapping[str, Manifest]) -> dict[str, Any]:
+    """Two policies with equal weights may sample differently, so what they say is named, and not only whose it is."""
+    own = policy_sampling.own(parents.get("policy"))
+    return {f"sampling.{key}": value for key, value in load.flatten(section.of(own.section)).items()}
 
 
 def _ppo(config: configs.PpoConfig) -> Needs:
@@ -112,6 +122,26 @@ def _eval_rm(config: configs.EvalRmConfig) -> Needs:
         directories=(("suite", config.suite),) if config.suite else (),
         heads=(config.head,) if config.head else (),
     )
+
+
+def neighbours(paths: Iterable[Path]) -> list[Neighbour]:
+    """What the configs among some files make; a file that is none of ours, or not sound, makes nothing."""
+    found = []
+    for path in dict.fromkeys(paths):
+        named = [stage for stage in STAGES.values() if path.stem == stage.id]
+        for stage in [*named, *(one for one in STAGES.values() if one not in named)]:
+            try:
+                config = load.load(stage.config_class, path)
+            except (RlhfError, OSError):
+                continue
+            found.append(Neighbour(stage.id, stage.makes, str(path), config.run_dir))
+            break
+    return found
+
+
+def around(path: Path, others: Iterable[Path] = ()) -> Nearby:
+    """The same for ``others`` and the config files next to ``path``, once somebody asks."""
+    return cache(lambda: neighbours([*others, *sorted(path.parent.glob("*.yaml"))]))
 
 
 def _reward_runs(key: str, source: RewardSource) -> tuple[Parent, ...]:

@@ -19,9 +19,10 @@ from rlhf import artifacts, interrupts, runtime
 from rlhf.artifacts import Manifest
 from rlhf.checkpoints import Checkpoints
 from rlhf.config.stages import SftConfig
-from rlhf.data import tokenised
-from rlhf.data.records import Prompt, split_by_prompt
-from rlhf.data.tokenised import Dialogue, PromptRow
+from rlhf.data import fitting, tokenised
+from rlhf.data.fitting import Limit
+from rlhf.data.records import Demonstration, Prompt, split_by_prompt
+from rlhf.data.tokenised import Dialogue, LengthReport, PromptRow
 from rlhf.errors import Problem, RlhfError
 from rlhf.evaluation import policy as measure
 from rlhf.evaluation import stopping
@@ -47,10 +48,10 @@ def run(config: SftConfig, plan: Plan, run: Run) -> Manifest:
     base = opening.open_base(config.model, device)
     runtime.set_threads(config.runtime, base.model, device)
     stopping.warn_of_untrained_end(base, _trained_tokens(config, base))
-    train, held_out = split_by_prompt(plan.data["data"].records, config.holdout_fraction, config.seed)
-    rows, report = _tokenise(config, train, base.chat)
+    held_out, rows, report = _rows(config, plan, base.chat)
     sampled = _prompts_to_sample(config, held_out, base.chat)
-    log.info(report.sentence("Training data"))
+    for line in (report.sentence("Training data"), *plan.dropped_lines()):
+        log.info(line)
 
     model = _model(config, base)
     steps = _num_steps(config, len(rows))
@@ -89,7 +90,7 @@ def run(config: SftConfig, plan: Plan, run: Run) -> Manifest:
             kind="policy", stage="sft", seed=config.seed, identity=plan.identity, metrics=metrics,
             seconds=saved.seconds(), base=opening.identity_of(base, trained_on),
             parents=plan.parents_table(STAGES["sft"].needs(config)),
-            details={"rows": vars(report), "prompts_held_out": len(held_out)},
+            details={"rows": vars(report), "prompts_held_out": len(held_out), "dropped": plan.dropped()},
         )
     )  # fmt: skip
 
@@ -109,20 +110,23 @@ def _train(config: SftConfig, trainer: ResumableTrainer, saved: Checkpoints, run
 def dry_run(config: SftConfig, plan: Plan) -> list[str]:
     """Token counts and the number of steps, with the tokenizer but without weights."""
     chat = opening.open_chat(config.model)
-    train, held_out = split_by_prompt(plan.data["data"].records, config.holdout_fraction, config.seed)
-    rows, report = _tokenise(config, train, chat)
+    held_out, rows, report = _rows(config, plan, chat)
     _prompts_to_sample(config, held_out, chat)
     steps = _num_steps(config, len(rows))
     return [report.sentence("data"), f"held out: {len(held_out)} rows.", f"{steps} steps of {config.batch.batch_size}."]
 
 
-def _tokenise(config: SftConfig, records: Any, chat: Any) -> tuple[list[Dialogue], tokenised.LengthReport]:
-    rows, report = tokenised.dialogues(
-        records, chat, config.loss_on == "last_turn", config.max_length, config.too_long,
-        config.data.max_dropped_fraction, "data",
-    )  # fmt: skip
+def _rows(config: SftConfig, plan: Plan, chat: Any) -> tuple[list[Demonstration], list[Dialogue], LengthReport]:
+    """Rows held out, and the others as ids."""
+    loaded = fitting.usable(plan.data["data"], chat)
+    train, held_out = split_by_prompt(loaded.records, config.holdout_fraction, config.seed)
+    limit = Limit(config.max_length, truncates=config.too_long == "truncate")
+    others = [*held_out, *loaded.left_out]
+    last_only = config.loss_on == "last_turn"
+    rows, report = tokenised.dialogues(train, chat, last_only, limit, loaded.dropped, others)
+    plan.check_dropped()
     tokenised.require_batch(len(rows), config.batch.batch_size, "data")
-    return rows, report
+    return held_out, rows, report
 
 
 def _prompts_to_sample(config: SftConfig, held_out: Any, chat: Any) -> list[PromptRow]:

@@ -41,7 +41,13 @@ def rows(checked: Checked, count: int, model: ModelSection | ClassifierSection) 
             try:
                 found[key] += _shown(record, chat, checked.config, sections[key])
             except RlhfError as error:
-                problems += [replace(problem, where=f"{record.where} ({problem.where})") for problem in error.problems]
+                if checked.plan.data[key].dropped.drops_bad_rows and all(p.code == "DAT060" for p in error.problems):
+                    said = f"{error.problems[0].what[:-1]}: the row is dropped"
+                    found[key].append({"where": record.where, "about": said, "parts": []})
+                else:
+                    problems += [
+                        replace(problem, where=f"{record.where} ({problem.where})") for problem in error.problems
+                    ]
     if problems:
         raise RlhfError(*problems)
     return found

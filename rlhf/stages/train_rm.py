@@ -17,8 +17,9 @@ from rlhf import artifacts, interrupts, runtime, storage
 from rlhf.artifacts import Manifest
 from rlhf.checkpoints import Checkpoints, Position
 from rlhf.config.train_rm import RewardConfig
-from rlhf.data import tokenised
+from rlhf.data import fitting, tokenised
 from rlhf.data.batches import collate
+from rlhf.data.fitting import Limit
 from rlhf.data.records import Prompt, first_share, prompt_key, split_by_prompt
 from rlhf.data.tokenised import Group, PromptRow
 from rlhf.models import forward, opening
@@ -50,7 +51,8 @@ def run(config: RewardConfig, plan: Plan, run: Run) -> Manifest:
     runtime.set_threads(config.runtime, base.model, device)
     rows = _rows(config, plan, base.chat)
     train, held_out, heads = rows.train, rows.held_out, rows.heads
-    log.info(rows.report.sentence("Training data"))
+    for line in (rows.report.sentence("Training data"), *plan.dropped_lines()):
+        log.info(line)
 
     slots = slot_names("reward", config.members)
     roles = starts.roles(config, plan, base, slots, heads.names if heads else None)
@@ -90,7 +92,8 @@ def run(config: RewardConfig, plan: Plan, run: Run) -> Manifest:
             parents=plan.parents_table(STAGES["train-rm"].needs(config)),
             details={
                 "rows": vars(rows.report), "heads": list(roles.head(slots[0]).names), "steps": steps,
-                "prompts_held_out": len(held_out), **combined, **of_members, **_trained_on(config, train),
+                "prompts_held_out": len(held_out), "dropped": plan.dropped(), **combined, **of_members,
+                **_trained_on(config, train),
             },
         )
     )  # fmt: skip
@@ -147,21 +150,20 @@ class Rows:
 
 
 def _rows(config: RewardConfig, plan: Plan, chat: Any) -> Rows:
-    records, rest = split_by_prompt(plan.data["data"].records, config.holdout_fraction, config.seed)
+    loaded = fitting.usable(plan.data["data"], chat)
+    records, rest = split_by_prompt(loaded.records, config.holdout_fraction, config.seed)
     used = first_share(records, config.train_fraction, config.seed)
     measured, fitted = combining.split(config, rest, used)
     heads = objective.heads_of(config, used)
-    train, report = _tokenise(config, objective.trained(heads, used), chat)
-    held_out, _ = _tokenise(config, measured, chat)
+    limit = Limit(config.max_length, truncates=config.too_long == "truncate")
+    held_out, _ = tokenised.groups(measured, chat, limit, loaded.dropped)
+    fitted_groups = tokenised.groups(fitted, chat, limit, loaded.dropped)[0] if fitted else []
+    others = [*loaded.records, *loaded.left_out]
+    train, report = tokenised.groups(objective.trained(heads, used), chat, limit, loaded.dropped, others)
+    plan.check_dropped()
     tokenised.require_batch(len(train), config.batch.batch_size, "data")
     sampled = _prompts_to_sample(config, records, chat)
-    return Rows(records, train, held_out, _tokenise(config, fitted, chat)[0] if fitted else [], sampled, heads, report)
-
-
-def _tokenise(config: RewardConfig, records: Any, chat: Any) -> tuple[list[Group], tokenised.LengthReport]:
-    return tokenised.groups(
-        records, chat, config.max_length, config.too_long, config.data.max_dropped_fraction, "data"
-    )  # fmt: skip
+    return Rows(records, train, held_out, fitted_groups, sampled, heads, report)
 
 
 def _prompts_to_sample(config: RewardConfig, records: Sequence[Any], chat: Any) -> list[PromptRow]:

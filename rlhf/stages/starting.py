@@ -1,0 +1,102 @@
+"""A stage before it starts: its config checked, and what stands in its run directory."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from rlhf import preflight, runs, settling
+from rlhf.config import load
+from rlhf.config.stages import StageConfig
+from rlhf.errors import Problem, RlhfError
+from rlhf.preflight import Needs, Plan
+from rlhf.stages.registry import Stage, around, open_config
+
+log = logging.getLogger("rlhf")
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a stage is started: over what stands there, or where it was cut off.
+
+    Args:
+        allowed: keys of the config that may differ from those of the run that goes on.
+    """
+
+    overwrite: bool = False
+    resume: bool = False
+    allowed: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A stage that can start. ``reasons`` say why it has to; None: its run is finished and unchanged."""
+
+    stage: Stage
+    config: StageConfig
+    needs: Needs
+    plan: Plan
+    reasons: list[str] | None
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.config.run_dir)
+
+    def lines(self) -> list[str]:
+        """What it would do: notes about the data, figures, token counts, and the state of its run directory."""
+        if len(self.plan.parents) == len(self.needs.parents):
+            # Before the notes are asked for, because it adds rows that are too long to their counts.
+            counted = importlib.import_module(self.stage.module).dry_run(self.config, self.plan)
+        else:
+            counted = [f"{note}." for note in self.plan.unchecked[:-1]]
+            counted += ["tokens are counted with the tokenizer of these runs, once they are made."]
+        found = [*(f"{note}." for note in (*self.plan.notes(), *self.plan.figures)), *counted]
+        return [*found, f"run_dir {self.run_dir}: {'up to date' if self.reasons is None else '; '.join(self.reasons)}."]
+
+    def settle(self) -> None:
+        """Judge the finished run by the gates of its config, and mark it as newer than its inputs."""
+        settling.settle(self.config, self.needs, self.plan)
+        runs.mark_current(self.run_dir)
+
+    def run(self, start: Start) -> None:
+        """Train, measure or examine, unless the run is up to date; then judge by the settling."""
+        if self.reasons is None:
+            self.settle()
+            log.info("%s is up to date.", self.run_dir)
+            return
+        with runs.open_run(
+            self.run_dir, self.stage.id, self.plan.inputs, load.dump(self.config), overwrite=start.overwrite,
+            resume=start.resume, allowed=start.allowed,
+        ) as run:  # fmt: skip
+            run.complete = partial(settling.complete, self.config, self.needs, self.plan)
+            for note in self.plan.notes():
+                log.warning("%s.", note)
+            importlib.import_module(self.stage.module).run(self.config, self.plan, run)
+        settling.settle(self.config, self.needs, self.plan)
+
+
+def ready(
+    stage: Stage, path: Path, overrides: Sequence[str] = (), parents_may_be_missing: bool = False,
+    others: Sequence[Path] = (),
+) -> Ready:  # fmt: skip
+    """Check everything that needs no weights.
+
+    Args:
+        others: configs besides those next to ``path`` that messages may name.
+    """
+    config: StageConfig = open_config(stage.id, path, overrides)
+    needs = stage.needs(config)
+    plan = preflight.prepare(config, needs, parents_may_be_missing, around(path, others))
+    return Ready(stage, config, needs, plan, runs.status(Path(config.run_dir), plan.inputs))
+
+
+def limits(stage: Stage, path: Path, overrides: Sequence[str], limit: int) -> list[str]:
+    """``--limit N`` as overrides: the key of every data set that the stage reads."""
+    inputs = stage.needs(open_config(stage.id, path, overrides)).inputs
+    if not inputs:
+        raise RlhfError(Problem("CFG005", "--limit", f"rlhf {stage.id} reads no data set.", "leave it out"))
+    return [f"{item.key}.limit={limit}" for item in inputs]
