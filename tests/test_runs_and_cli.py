@@ -229,7 +229,7 @@ def test_what_is_written_has_the_mode_that_the_umask_gives(tmp_path, umask, of_f
             for name in ("private", "inner/private"):
                 (staging / name).touch(0o600)
         storage.copy_directory(target, tmp_path / "copy")
-        with runs.open_run(tmp_path / "run", "sft", {}, "a: 1") as run:
+        with runs.open_run(tmp_path / "run", "sft", Identity({}), "a: 1") as run:
             run.write_metrics(1, {"a": 1.0})
             run.write_samples("s", [{"a": 1}])
             run.finish(manifest())
