@@ -202,7 +202,7 @@ def _show(
 
 def main() -> None:
     """Entry point: every outcome is an exit code, every mistake one block of text."""
-    progress.log_to_console()
+    progress.log_to_console(announces="--json" not in sys.argv[1:])
     interrupts.install()
     flags: dict[str, Any] = {name: name in sys.argv[1:] for name in ANYWHERE}
     try:
