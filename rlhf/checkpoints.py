@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,6 +101,17 @@ class Checkpoints:
         log.info("Saved %s in %.2f s.", name, time.perf_counter() - clock)
         if signum:
             raise interrupts.Interrupted(signum, name)
+
+    def keep_best(self, name: str, save: Callable[[Path], None], needs: Sequence[str]) -> None:
+        """Write what is the best so far next to the checkpoints, and delete a former best that none of them needs.
+
+        Args:
+            name: of the directory, which begins with ``BEST`` and a hyphen; ``save`` writes it whole or not at all.
+            needs: what the next checkpoint will need, this one included.
+        """
+        assert name.startswith(f"{BEST}-") and name in needs, name
+        save(self.directory / name)
+        self.retire(needs)
 
     def retire(self, needs: Sequence[str]) -> None:
         """Delete the checkpoints beyond the newest whole ones, and what none of these needs. A failure is only said."""

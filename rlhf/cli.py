@@ -7,25 +7,23 @@ import logging
 import os
 import signal
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from rlhf import __version__, artifacts, errors, interrupts, masking, progress, runs
 from rlhf.commands import curve, judge, prepare, use, verdict
-from rlhf.commands.options import ConfigFile, Json, Sets
-from rlhf.config import load
+from rlhf.commands.options import Bare, ConfigFile, Json, Sets
+from rlhf.commands.parsing import ANYWHERE, Command, Group, StageCommand, example
 from rlhf.errors import Problem, RlhfError
-from rlhf.stages import inspection, pipeline, starting
-from rlhf.stages.registry import STAGES, Stage
+from rlhf.stages import inspection, listing, pipeline, starting
+from rlhf.stages.registry import STAGES, Stage, open_config
 from rlhf.stages.starting import Start
 
 log = logging.getLogger("rlhf")
-ANYWHERE = ("--debug", "--json-errors")
 
-Bare = Annotated[list[str] | None, typer.Argument(help="The same as --set: a.b=c.", show_default=False)]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the unfinished run in run_dir.")]
 AllowChange = Annotated[
     list[str] | None, typer.Option("--allow-change", help="Config key that may differ when resuming. Repeatable.")
@@ -41,15 +39,7 @@ UsageError: Any = typer.BadParameter.__mro__[1]
 ClickException: Any = typer.BadParameter.__mro__[2]
 
 
-class _Group(TyperGroup):
-    """Lets the flags of ``ANYWHERE`` stand behind a command as well as before it."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        hoisted = [arg for arg in args if arg in ANYWHERE]
-        return super().parse_args(ctx, hoisted + [arg for arg in args if arg not in ANYWHERE])
-
-
-app = typer.Typer(cls=_Group, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = typer.Typer(cls=Group, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
 def _print_version(wanted: bool) -> None:
@@ -88,7 +78,7 @@ def _add_stage(stage: Stage) -> None:
         overrides += starting.limits(stage, path, overrides, limit) if limit else []
         _run_stage(stage, path, overrides, start, as_json, dry_run)
 
-    app.command(stage.id, help=f"{stage.summary} Without -c, reads {stage.default_config}.")(command)
+    app.command(stage.id, cls=StageCommand, help=f"{stage.summary} Without -c, reads {stage.default_config}.")(command)
 
 
 def _run_stage(
@@ -138,18 +128,20 @@ def _examine(
     overrides += starting.limits(stage, path, overrides, limit) if limit else []
     _run_stage(stage, path, overrides, start, as_json, dry_run)
     if fail_on and not dry_run:
-        verdict.require(load.load(stage.config_class, path, overrides).run_dir, fail_on)
+        verdict.require(open_config(stage.id, path, overrides).run_dir, fail_on)
 
 
 for _stage in STAGES.values():
     if _stage.id != "eval-rm":
         _add_stage(_stage)
-app.command("eval-rm", help="Examine a reward model. Without -c, reads configs/eval-rm.yaml.")(_examine)
+app.command("eval-rm", cls=StageCommand, help="Examine a reward model. Without -c, reads configs/eval-rm.yaml.")(
+    _examine
+)
 for _name, _function in {**use.COMMANDS, **judge.COMMANDS, **prepare.COMMANDS, **curve.COMMANDS}.items():
-    app.command(_name)(_function)
+    app.command(_name, cls=StageCommand if _name in curve.COMMANDS else Command)(_function)
 
 
-@app.command("resume")
+@app.command("resume", cls=Command)
 def _resume(
     run: Annotated[Path, typer.Argument(help="Directory of an unfinished run.")], allow_change: AllowChange = None,
     as_json: Json = False,
@@ -160,7 +152,7 @@ def _resume(
     _run_stage(stage, run / artifacts.CONFIG, [f"run_dir={run}"], start, as_json)
 
 
-@app.command("pipeline")
+@app.command("pipeline", cls=Command)
 def _pipeline(
     config: ConfigFile = None,
     sets: Annotated[
@@ -190,10 +182,23 @@ def _pipeline(
         typer.echo(json.dumps(outcome))
 
 
-@app.command("show")
-def _show(run: Annotated[Path, typer.Argument(help="Run directory.")], as_json: Json = False) -> None:
-    """What a run is: kind, parents, metrics, lineage."""
-    typer.echo(json.dumps(inspection.summary(run)) if as_json else inspection.describe(run))
+@app.command("show", cls=Command)
+def _show(
+    run: Annotated[
+        Path | None, typer.Argument(help="A run, or a directory that holds some; none: runs/.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """What a run is: kind, parents, metrics, lineage; or the runs of a directory, a line each."""
+    entries = [] if run and artifacts.is_finished(run) else listing.below(run or listing.RUNS)
+    if run and run.is_dir() and not entries and not artifacts.is_finished(run):
+        raise RlhfError(Problem("CKP001", str(run), "is not a run and holds none.", "rlhf show lists those in runs/"))
+    if run and not entries:
+        typer.echo(json.dumps(inspection.summary(run)) if as_json else inspection.describe(run))
+    elif as_json:
+        typer.echo(json.dumps([asdict(entry) for entry in entries]))
+    else:
+        typer.echo("\n".join(listing.lines(entries, run or listing.RUNS)))
 
 
 def main() -> None:
@@ -202,12 +207,13 @@ def main() -> None:
     interrupts.install()
     flags: dict[str, Any] = {name: name in sys.argv[1:] for name in ANYWHERE}
     try:
-        code = app(standalone_mode=False) or errors.EXIT_OK
+        code = app(prog_name="rlhf", standalone_mode=False) or errors.EXIT_OK
     except RlhfError as error:
         code = _left(error) or _report(error.problems, error.exit_code, flags)
     except ClickException as error:
         where = error.ctx.command_path if isinstance(error, UsageError) and error.ctx else "rlhf"
-        code = _report((Problem("CFG000", where, error.format_message(), f"see {where} --help"),), 2, flags)
+        fix = "; ".join(text for text in (example(where), f"see {where} --help") if text)
+        code = _report((Problem("CFG000", where, error.format_message(), fix),), 2, flags)
     except interrupts.Interrupted as stop:
         saved = f"saved {stop.saved}" if stop.saved else "no step was under way"
         log.error("Interrupted by %s; %s. --resume goes on with an unfinished run.", stop, saved)

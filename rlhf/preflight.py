@@ -46,7 +46,11 @@ class Input:
 
 @dataclass(frozen=True)
 class Needs:
-    """All that a stage reads from outside its config."""
+    """All that a stage reads from outside its config.
+
+    Args:
+        settled: from the parents to the config keys, with their values, that the config leaves to them.
+    """
 
     parents: tuple[Parent, ...] = ()
     inputs: tuple[Input, ...] = ()
@@ -57,6 +61,7 @@ class Needs:
     members: int = 1
     trains_whole: bool = False
     heads: tuple[str, ...] = ()
+    settled: Callable[[Mapping[str, Manifest]], Mapping[str, Any]] = lambda _: {}
 
 
 @dataclass(frozen=True)
@@ -112,12 +117,13 @@ class Plan:
 
 @dataclass(frozen=True)
 class Checked:
-    """A sound config of a stage, and what was read for it."""
+    """A sound config of a stage, what was read for it, and the folders whose configs belong to it, its own first."""
 
     stage: str
     config: StageConfig
     needs: Needs
     plan: Plan
+    folders: tuple[Path, ...] = (Path(),)
 
 
 def prepare(config: StageConfig, needs: Needs, parents_may_be_missing: bool = False, nearby: Nearby = tuple) -> Plan:
@@ -148,12 +154,14 @@ def prepare(config: StageConfig, needs: Needs, parents_may_be_missing: bool = Fa
     digests |= {key: origins.directory_digest(key, path, problems) for key, path in needs.directories}
     warnings, unnamed = examined.check(needs.rewards, parents, digests, problems, unchecked, nearby)
     warnings += dict.fromkeys(mark for manifest in parents.values() for mark in examined.marks(manifest))
-    inputs = Identity({}) if problems else identity.of(config, _digests(data, parents, digests))
+    more = {**_digests(data, parents, digests), **needs.settled(parents)}
+    inputs = Identity({}) if problems else identity.of(config, more)
     figures: list[str] = []
     spec: Spec | None = None
     if problems or not _is_current(config.run_dir, inputs):
         problems += beyond
         figures, spec = _resources(config, needs, data, parents, problems, unchecked)
+        problems += [] if parents_may_be_missing else origins.not_reached(models, parents)
     if problems:
         raise RlhfError(*problems)
     unchecked.append("token lengths and model weights (a --dry-run counts tokens)")

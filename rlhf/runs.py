@@ -17,6 +17,7 @@ from rlhf.errors import Problem, RlhfError
 from rlhf.identity import Identity
 
 log = logging.getLogger("rlhf")
+TAIL = 1 << 16  # bytes: more than the longest line of metrics
 
 
 def described(changes: Mapping[str, tuple[Any, Any]]) -> list[str]:
@@ -92,6 +93,27 @@ def locked(run_dir: Path) -> Iterator[None]:
         yield
     finally:
         os.close(lock)
+
+
+def is_begun(run_dir: Path) -> bool:
+    """Whether a stage was started here, and perhaps finished."""
+    return artifacts.is_finished(run_dir) or storage.is_file(run_dir / artifacts.STARTED)
+
+
+def last_step(run_dir: Path) -> int | None:
+    """The step of the last figures that were written; None before the first."""
+    path = run_dir / artifacts.METRICS
+    if not storage.is_file(path):
+        return None
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - TAIL))
+        rows = file.read().splitlines()
+    for row in reversed(rows):
+        try:
+            return int(json.loads(row)["step"])
+        except (ValueError, KeyError, TypeError):
+            continue  # cut off where the process ended, or where the tail begins
+    return None
 
 
 def started(run_dir: Path) -> dict[str, Any]:

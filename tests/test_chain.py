@@ -159,11 +159,14 @@ def test_a_dry_run_counts_and_writes_nothing(chain):
     assert "prompts to train on" in shown and "no run yet" in shown and not (chain / "runs/other").exists()
 
 
-def test_a_model_that_does_not_stop_is_refused_with_the_fix(chain):
+def test_a_model_that_is_not_given_the_tokens_to_stop_is_exit_7_with_the_fix_and_a_finished_run(chain):
     done = rlhf("sft", "run_dir=runs/endless", "sampling.max_new_tokens=2", cwd=chain, code=7)
-    assert "end with '<eos>'" in done.stderr and "lora.train_tokens" in done.stderr
-    assert not (chain / "runs/endless/manifest.json").exists()
-    assert (chain / "runs/endless/adapter/adapter_model.safetensors").exists()
+    assert "end with '<eos>'" in done.stderr and "lora.train_tokens" not in done.stderr
+    found = manifest(chain, "endless")
+    answers = found["details"]["ending"]["answers"]
+    assert answers["num_longer"] == answers["num"] and found["metrics"]["eval/end_token_rate"] < 0.9
+    assert f"Fix: sampling.max_new_tokens: {answers['tokens_95_percent']}, which holds 95% of them" in done.stderr
+    assert found["files"] == manifest(chain, "sft")["files"]  # how it is sampled changes no weight
 
 
 def test_a_damaged_parent_is_refused(chain, tmp_path):

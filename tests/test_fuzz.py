@@ -161,7 +161,7 @@ def test_any_structure_in_any_place_loads_or_is_refused(folder, stage, path, val
     check_config(folder, stage, yaml.safe_dump(whole, allow_unicode=True).encode("utf-8", "replace"))
 
 
-PATHS = {stage: sorted(load._keys(config_class)) for stage, config_class in CLASSES.items()}
+PATHS = {stage: sorted(load.keys_of(config_class)) for stage, config_class in CLASSES.items()}
 
 
 @given(stage=st.sampled_from(sorted(SHIPPED)), seed=st.integers(0, 2**63))

@@ -283,6 +283,18 @@ def test_a_run_that_failed_a_gate_is_no_parent_until_it_passes(old, here):
     assert here("train-rm", "-c", config_of("train-rm"))[0] == 0
 
 
+def test_training_that_ends_at_a_gate_is_kept_and_passes_once_the_gate_is_lowered(old, here):
+    short = ("sft", "-c", config_of("sft"), "run_dir=runs/short", "sampling.max_new_tokens=1")
+    code, text = here(*short, "min_end_token_rate=1.0", "steps=2")
+    assert code == 7 and text.count("error[GRD002]") == 1 and "Finished runs/short" in text, text
+    before = weights("short")
+    code, text = here("train-rm", "-c", config_of("train-rm"), "policy=runs/short", "run_dir=runs/new")
+    assert code == 7 and "error[GRD002] policy: runs/short" in text and not Path("runs/new").exists()
+    code, text = here(*short, "min_end_token_rate=0.0", "steps=2")
+    assert code == 0 and "runs/short is up to date" in text and "Running on" not in text and weights("short") == before
+    assert not artifacts.failed_gates(artifacts.read("runs/short"))
+
+
 def test_other_thresholds_judge_the_same_figures_and_make_nothing_anew(old, here):
     exam = Path("runs/eval-rm")
     before, plots = artifacts.read(exam), json.loads((exam / "eval.json").read_text())

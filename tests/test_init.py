@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import gzip
 import json
 import math
@@ -19,6 +20,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from rlhf import storage
 from rlhf.config import load, yaml_reader
 from rlhf.config.sections import DataSection
 from rlhf.config.stages import SftConfig
@@ -599,7 +601,11 @@ def test_what_cannot_be_made_leaves_nothing_behind(tmp_path, monkeypatch, here):
         (("used",), 6, "RES007] used: is not empty. Fix: name a new directory"),
         (("p.jsonl",), 6, "RES007] p.jsonl: is a file"),
         (("new", "--data", "p.jsonl"), 2, "CFG009] --model: not named"),
-        (("new", "--data", "p.jsonl", "--model", "org/nothing"), 4, "MOD001] org/nothing: the tokenizer cannot be"),
+        (
+            ("new", "--data", "p.jsonl", "--model", "org/nothing"),
+            4,
+            "MOD001] org/nothing: not in the cache, and",
+        ),
         (("new", "--data", "p.jsonl", "--model", "../nowhere"), 8, "SEC006"),
         (("new", "--data", "gone.jsonl", "--model", "m"), 3, "DAT010] gone.jsonl: no such file"),
         (("new", "--data", "p.jsonl", "--model", "m"), 3, "DAT031] --data: too few prompts"),
@@ -608,6 +614,38 @@ def test_what_cannot_be_made_leaves_nothing_behind(tmp_path, monkeypatch, here):
         assert code == exit_code and wanted in text and "Traceback" not in text, text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m", "p.jsonl", "used"]
     assert Path("used/file").read_text() == "mine"
+
+
+def test_a_place_that_cannot_be_written_to_is_one_message_and_is_left_as_it_was(tmp_path, monkeypatch, here):
+    """As root, permissions do not bind: a file in the way, a file system that refuses, and what access says."""
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("mine")
+    Path("sft.yaml").write_text("data: {path: 'demo:demonstrations?size=40'}\nsteps: 1\n")
+    below_a_file = (
+        (("init", "file/mine", "--data", "demo:"), "error[RES002] file/mine: cannot be made: "),
+        (("sft", "-c", "sft.yaml", "run_dir=file/run"), "error[RES002] run_dir: file/run: cannot be made: "),
+        (("demo", "--out", "file/world"), "error[RES002] file/world: cannot be read or written: Not a directory."),
+    )
+    for args, wanted in below_a_file:
+        code, text = here(*args)
+        assert code == 6 and wanted in text and "Fix: " in text and "Traceback" not in text, text
+
+    def refuse(operation, path):
+        if operation == "write" and path.name.startswith("ppo"):
+            raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    Path("empty").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "before", refuse)
+        for directory in ("new", "empty"):
+            code, text = here("init", directory, "--data", "demo:")
+            assert code == 6 and f"error[RES002] {directory}: cannot be written to: Read-only file system." in text
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda place, mode: not mode & os.W_OK)
+        for args in (("init", "other", "--data", "demo:"), ("sft", "-c", "sft.yaml")):
+            code, text = here(*args)
+            assert code == 6 and "error[RES002]" in text and "is not writable. Fix: another " in text
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["empty", "file", "sft.yaml"]
 
 
 def test_without_data_it_is_the_embedded_worlds_chain_as_shipped(tmp_path, monkeypatch, here):

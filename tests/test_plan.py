@@ -206,7 +206,7 @@ def test_the_command_plans_a_chain_that_has_not_run_and_says_what_would_fit():
     assert shown.returncode == 0, shown.stderr
     assert "named by configs/sft.yaml" in shown.stdout and "It does not fit into the 60.0 MiB" in shown.stdout
     assert "Enough: " in shown.stdout and "28 steps of " in shown.stdout
-    found = json.loads(run("-c", "configs/ppo.yaml", "--gpu", "60MB", "--json").stdout)
+    (found,) = json.loads(run("configs/ppo.yaml", "--gpu", "60MB", "--json").stdout)
     assert found["together"]["peak"] <= 60 << 20 < found["peak"] == max(row["total"] for row in found["phases"])
     assert found["parameters"] == shape.read("demo:base", "").parameters and found["work"] is None
     assert all(row["total"] == sum(row.get(part, 0) for part in phases.PARTS) for row in found["phases"])
@@ -215,7 +215,7 @@ def test_the_command_plans_a_chain_that_has_not_run_and_says_what_would_fit():
 def test_a_plan_imports_no_torch(capsys):
     code = (
         "import sys; from pathlib import Path; from rlhf.stages import plan\n"
-        "plan.lines(plan.plan(Path('configs/train-rm.yaml'), 'train-rm', [], None, None, None, False))\n"
+        "plan.lines(plan.plan(Path('configs/train-rm.yaml'), 'train-rm', [], plan.Device()))\n"
         "print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
@@ -230,7 +230,7 @@ def test_what_a_plan_cannot_know_is_refused_by_name(tmp_path, monkeypatch):
     def refused(stage, *settings, **options):
         with pytest.raises(RlhfError) as caught:
             chosen = [options.get(key) for key in ("gpu", "flops", "bandwidth")]
-            plan.plan(tmp_path / f"{stage}.yaml", stage, list(settings), *chosen, False)
+            plan.plan(tmp_path / f"{stage}.yaml", stage, list(settings), plan.Device(*chosen))
         return str(caught.value)
 
     assert "MOD001" in refused("sft") and "is not a directory here, and a plan reads no hub" in refused("sft")

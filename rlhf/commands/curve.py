@@ -10,13 +10,13 @@ from typing import Annotated
 
 import typer
 
-from rlhf.commands.options import ConfigFile, Json, Sets
+from rlhf.commands.options import Bare, ConfigFile, Json, Sets
 from rlhf.errors import Problem, RlhfError
 
 
 def learning_curve(
     config: ConfigFile = None,
-    bare: Annotated[list[str] | None, typer.Argument(help="The same as --set: a.b=c.", show_default=False)] = None,
+    bare: Bare = None,
     sets: Sets = None,
     shares: Annotated[
         str, typer.Option("--shares", help="Growing shares of the training prompts, three or more.")

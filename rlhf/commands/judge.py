@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from rlhf.commands.options import Json
-from rlhf.commands.use import NewTokens, Policy, Seed, Temperature, Template, TopP, sampling
+from rlhf.commands.use import NewTokens, Policy, Seed, StopTokens, Temperature, Template, TopP, sampling
 from rlhf.errors import Problem, RlhfError
 
 REWARDS = typer.Option(
@@ -33,8 +33,9 @@ def compare(
     slice_by: Annotated[
         list[str] | None, typer.Option("--slice-by", help="Field of the prompts' rows: a table by it. Repeatable.")
     ] = None,
-    temperature: Temperature = 1.0,
-    max_new_tokens: NewTokens = 64,
+    temperature: Temperature = None,
+    max_new_tokens: NewTokens = None,
+    stop_token: StopTokens = None,
     top_p: TopP = 1.0,
     seed: Seed = 0,
     chat_template: Template = None,
@@ -46,15 +47,20 @@ def compare(
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Directory for report.json and every response.")] = None,
     fail_if_worse: Annotated[
-        bool, typer.Option("--fail-if-worse", help="Exit 10 where a win rate's interval is below 1/2, or a case lost.")
+        bool,
+        typer.Option(
+            "--fail-if-worse",
+            help="Exit 10 where the whole interval of the score difference is below 0, or "
+            "that of a win rate below 1/2, or where a case is lost.",
+        ),
     ] = False,
     as_json: Json = False,
 ) -> None:
     """Compare two policies on the same prompts under a reward. Win rates, slices, worst regressions."""
-    how = sampling(max_new_tokens, temperature, seed, "compare", top_p)
+    asked = sampling("compare", seed, max_new_tokens, temperature, stop_token, top_p)
     module = importlib.import_module("rlhf.stages.compare")
     found = module.compare(
-        (baseline, candidate), prompts, reward, samples, slice_by or [], chat_template, how, micro_batch_size, worst,
+        (baseline, candidate), prompts, reward, samples, slice_by or [], chat_template, asked, micro_batch_size, worst,
         resamples, out, suite,
     )  # fmt: skip
     if as_json:
@@ -77,8 +83,9 @@ def rank(
     judge: Annotated[
         str | None, typer.Option("--judge", help="Another reward, which measures what the first one chooses.")
     ] = None,
-    temperature: Temperature = 1.0,
-    max_new_tokens: NewTokens = 64,
+    temperature: Temperature = None,
+    max_new_tokens: NewTokens = None,
+    stop_token: StopTokens = None,
     top_p: TopP = 1.0,
     seed: Seed = 0,
     chat_template: Template = None,
@@ -87,9 +94,9 @@ def rank(
 ) -> None:
     """Sample n responses a prompt and rank them by a reward. The worth of the best of 1 to n is said."""
     _refuse_two_on_stdout(as_json, out)
-    how = sampling(max_new_tokens, temperature, seed, "rank", top_p)
+    asked = sampling("rank", seed, max_new_tokens, temperature, stop_token, top_p)
     module = importlib.import_module("rlhf.stages.rank")
-    found = module.rank(run, prompts, reward, judge, samples, top, chat_template, how, micro_batch_size, out)
+    found = module.rank(run, prompts, reward, judge, samples, top, chat_template, asked, micro_batch_size, out)
     if as_json:
         typer.echo(json.dumps(found))
     else:

@@ -17,13 +17,22 @@ from rlhf.commands.options import Json, Sets
 from rlhf.errors import Problem, RlhfError
 from rlhf.stages import inspection
 
+Files = Annotated[list[Path] | None, typer.Argument(help="Config files; none: all of configs/.")]
+MoreFiles = Annotated[
+    list[Path] | None, typer.Option("-c", "--config", help="The same as FILES. Repeatable.", show_default=False)
+]
+OfStage = Annotated[
+    str | None,
+    typer.Option(
+        "--stage", help="Whose configs they are, where neither their names nor their keys say.", show_default=False
+    ),
+]
+
 
 def check(
-    files: Annotated[list[Path] | None, typer.Argument(help="Config files; none: all of configs/.")] = None,
-    config: Annotated[list[Path] | None, typer.Option("-c", "--config", help="The same as FILES.")] = None,
-    stage: Annotated[
-        str | None, typer.Option("--stage", help="Whose config it is, where the name does not say.")
-    ] = None,
+    files: Files = None,
+    config: MoreFiles = None,
+    stage: OfStage = None,
     sets: Sets = None,
     show: Annotated[
         int, typer.Option("--show", min=0, help="Print N rows of each data set as the model will see them.")
@@ -72,7 +81,7 @@ def migrate(
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Directory to write to.")],
     size: Annotated[int, typer.Option("--size", min=1, help="Rows of each data set.")] = 200,
-    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the data.")] = 0,
 ) -> None:
     """Write the embedded world's data sets as files to look at."""
     for path, rows in inspection.write_demo(out, size, seed).items():
@@ -105,6 +114,7 @@ def init(
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Write configs that run for your data and model. Each key has its reason next to it."""
+    inspection.require_reachable(model, data or [])
     options = importlib.import_module("rlhf.start.facts").Options
     given = {"limit": limit, "max_length": max_length, "max_dropped_fraction": max_dropped_fraction}
     wanted = options(_renamed(columns or []), **{name: value for name, value in given.items() if value is not None})
@@ -130,10 +140,9 @@ def _renamed(columns: Sequence[str]) -> dict[str, str]:
 
 
 def plan(
-    config: Annotated[Path, typer.Option("-c", "--config", help="Config file of one stage.")],
-    stage: Annotated[
-        str | None, typer.Option("--stage", help="Whose config it is, where the name does not say.")
-    ] = None,
+    files: Files = None,
+    config: MoreFiles = None,
+    stage: OfStage = None,
     gpu: Annotated[
         str | None, typer.Option("--gpu", help="Memory to fit into, such as 24GB; else this machine's.")
     ] = None,
@@ -143,10 +152,14 @@ def plan(
     sets: Sets = None,
     as_json: Json = False,
 ) -> None:
-    """Predict memory and time of a stage from its config. What would make it fit is said."""
+    """Predict memory and time of stages from their configs. What would make them fit is said."""
     module = importlib.import_module("rlhf.stages.plan")
-    outcome = module.plan(config, stage or config.stem, sets or [], gpu, flops, bandwidth, measure)
-    typer.echo(json.dumps(outcome) if as_json else "\n".join(module.lines(outcome)))
+    device = module.Device(gpu, flops, bandwidth, measure)
+    outcome = module.plans([*(files or []), *(config or [])], stage, sets or [], device)
+    if as_json:
+        typer.echo(json.dumps(outcome))
+        return
+    typer.echo("\n\n".join("\n".join(module.lines(one)) for one in outcome))
 
 
 COMMANDS: dict[str, Callable[..., None]] = {

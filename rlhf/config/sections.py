@@ -159,17 +159,43 @@ class OptimSection(Section):
     max_grad_norm: Positive = Field(1.0, description="gradient norm is clipped to this, per role")
 
 
+EngineName = Literal["hf", "continuous"]
+CONCURRENCY: Any = Field(64, description="responses sampled at a time")
+ENGINE: Any = Field(
+    "hf", description="hf: a row's samples depend on no other row; continuous: faster, ended rows leave the batch"
+)
+
+
 class SamplingSection(Section):
     max_new_tokens: Count = Field(64, description="longest response, in tokens")
     temperature: Positive = Field(1.0, description="sampling temperature; logprobs and KL are of the tempered policy")
-    concurrency: Count = Field(64, description="responses sampled at a time")
-    engine: Literal["hf", "continuous"] = Field(
-        "hf",
-        description="hf: a row's samples depend on no other row; continuous: faster, ended rows leave the batch",
-    )
+    concurrency: Count = CONCURRENCY
+    engine: EngineName = ENGINE
     stop_tokens: list[Text] = Field(
-        default_factory=list, description="tokens that end a response too, beside the one that the chat template writes"
+        default_factory=list,
+        description="tokens that end a response too, besides the one that the chat template writes",
     )
+
+
+class PolicySamplingSection(Section):
+    """How a finished policy is sampled: as its own run samples it, where a setting is null."""
+
+    max_new_tokens: Count | None = Field(None, description="longest response, in tokens; null: as the policy's run")
+    temperature: Positive | None = Field(None, description="sampling temperature; null: as the policy's run")
+    concurrency: Count = CONCURRENCY
+    engine: EngineName = ENGINE
+    stop_tokens: list[Text] | None = Field(
+        None, description="tokens that end a response too; null: as the policy's run"
+    )
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The settings that are not null."""
+        return {key: value for key, value in self if value is not None}
+
+    def of(self, trained: SamplingSection) -> SamplingSection:
+        """All settings: those of ``trained`` where these are null."""
+        return trained.model_copy(update=self.given)
 
 
 class RuntimeSection(Section):

@@ -11,12 +11,25 @@ from typing import Any
 from rlhf.data import benchmarks, conversations, rankings, trl, turns
 from rlhf.data.labelled import Labelled
 from rlhf.data.records import Comparison, Demonstration, Message, Messages, Prompt
-from rlhf.data.rows import EMPTY_ANSWER, SPEAKER, TWO_FORMS, UNUSABLE, CutOff, Row, RowError, need, text_of
+from rlhf.data.rows import (
+    EMPTY_ANSWER,
+    NO_PREFERENCE,
+    SPEAKER,
+    TWO_FORMS,
+    UNUSABLE,
+    CutOff,
+    Row,
+    RowError,
+    need,
+    text_of,
+)
 
 UNTURNED = (
     "'text': one text without turns (language modelling): training is on responses, so a row needs prompt and "
     "completion, or messages."
 )
+UNJUDGED = "'response': a response that nobody has compared with another: rlhf collect ranks samples of a policy."
+RANKED = "'responses': a ranking, which rlhf train-rm reads: a demonstration has one response."
 STEPS = "'completions': steps with a label each (process rewards), which no stage trains on."
 
 
@@ -165,16 +178,43 @@ def _steps(row: Row, where: str) -> Any:
     raise RowError(STEPS, UNUSABLE)
 
 
+def _ranked(row: Row, where: str) -> Any:
+    raise RowError(RANKED)
+
+
+def _unjudged(row: Row, where: str) -> Any:
+    raise RowError(UNJUDGED, NO_PREFERENCE)
+
+
 def _response_demonstration(row: Row, where: str) -> Demonstration:
     return trl.from_completion(row, where, "response")
 
 
+def _ended_response(row: Row, where: str) -> Demonstration:
+    """A response to learn from: one that was cut off would teach to end where it was cut."""
+    _refuse_cut_off(row)
+    return _response_demonstration(row, where)
+
+
+def _sampled_response(row: Row, where: str) -> Demonstration:
+    """A response to judge; a policy's sample, which says whether it ``finished``, may be blank or hold a NUL."""
+    response = row.get("response")
+    if "finished" not in row or not isinstance(response, str) or (response.strip() and "\0" not in response):
+        return _response_demonstration(row, where)
+    found = _response_demonstration({**row, "response": "-"}, where)
+    return replace(found, messages=(*found.prompt, Message("assistant", response)))
+
+
 def _sample(row: Row, where: str) -> Comparison:
     """A response that nobody has judged, as a record without judgements."""
-    if row.get("finished") is False:
-        raise CutOff("'finished': false.")
+    _refuse_cut_off(row)
     found = _response_demonstration(row, where)
     return Comparison(found.prompt, (found.messages[-1].content,), (), where, joined=found.joined)
+
+
+def _refuse_cut_off(row: Row) -> None:
+    if row.get("finished") is False:
+        raise CutOff("'finished': false.")
 
 
 _STEPS = Form("stepwise", ("completions", "labels"), _steps, alone=True)
@@ -186,12 +226,13 @@ _RANKED = (*_COLLECTED, *_OF_ROW, "ratings")
 FORMS: dict[str, tuple[Form, ...]] = {
     "demonstrations": (
         Form("prompt-completion", ("prompt", "completion"), trl.from_completion),
-        Form("prompt-response", ("prompt", "response"), _response_demonstration, (), ("response",)),
+        Form("prompt-response", ("prompt", "response"), _ended_response, ("finished",), ("response",)),
         Form("messages", ("messages",), trl.from_messages),
         Form("sharegpt", ("conversations",), _sharegpt_demonstration, ("system",)),
         Form("alpaca", ("instruction", "output"), _alpaca_demonstration, _BESIDE, ("instruction",)),
         Form("text", ("text",), _text_demonstration, alone=True),
         Form("chosen", ("chosen", "rejected"), _chosen_demonstration, ("prompt",), told=True),
+        Form("judged", ("prompt", "responses", "ranks"), _ranked, alone=True),
         _STEPS,
     ),
     "comparisons": (
@@ -200,8 +241,10 @@ FORMS: dict[str, tuple[Form, ...]] = {
         Form("sharegpt", ("conversations", "chosen", "rejected"), _sharegpt_pair, ("system", *_LABELS)),
         Form("alpaca", ("instruction", "chosen", "rejected"), _alpaca_pair, (*_BESIDE, *_LABELS)),
         Form("ranking", ("prompt", "responses", "ranks"), rankings.ranking, _RANKED, ("responses", "ranks"), sole=True),
-        Form("transcripts", ("text", "score"), rankings.transcripts, _OF_ROW, ("text", "score")),
         Form("rated", ("prompt", "response", "attributes"), rankings.rated, (), ("attributes",), alone=True),
+        # What else has a response is refused as a sample: its other needs only keep it from being read next to a pair.
+        Form("sample", ("prompt", "response", "chosen", "rejected"), _unjudged, (), ("response",), alone=True),
+        Form("transcripts", ("text", "score"), rankings.transcripts, _OF_ROW, ("text", "score")),
         Form("unpaired", ("prompt", "completion", "label"), _unpaired, alone=True),
         _STEPS,
     ),
@@ -215,6 +258,10 @@ FORMS: dict[str, tuple[Form, ...]] = {
         Form("transcripts", ("text", "score"), _transcripts_prompt),
     ),
 }
+FORMS["samples"] = tuple(
+    replace(form, read=_sampled_response) if form.name == "prompt-response" else form
+    for form in FORMS["demonstrations"]
+)
 FORMS["outcomes"] = FORMS["comparisons"]
 FORMS["responses"] = (
     *FORMS["comparisons"],

@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 from datasets import packaged_modules
 
-from rlhf import names
+from rlhf import connection, names
 from rlhf.config.sections import SourceSection
 from rlhf.data.settings import NOT_REACHED, refuse_settings
 from rlhf.errors import Problem, RlhfError
@@ -25,6 +25,7 @@ def read(data: SourceSection) -> Iterator[tuple[str, dict[str, Any]]]:
             DAT015 where the hub cannot be reached.
     """
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
     path = Path(data.path)
     try:
         if path.is_dir() and ((path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()):
@@ -37,14 +38,18 @@ def read(data: SourceSection) -> Iterator[tuple[str, dict[str, Any]]]:
             what = "is a format of the datasets library, which would read whatever files stand here."
             raise RlhfError(Problem("DAT010", data.path, what, "name the file"))
         elif path.exists() or (names.HUB_ID.fullmatch(data.path) and path.suffix not in FILE_SUFFIXES):
+            away = None if path.exists() else connection.trouble()
             found = datasets.load_dataset(data.path, data.name, revision=data.revision)
+            if away:
+                connection.say_cached(data.path)
         else:
             raise RlhfError(Problem("DAT010", data.path, "no such file.", "check the path"))
     except RlhfError:
         raise
     except ConnectionError:
-        fix = "go online, unset HF_HUB_OFFLINE, or name a file"
-        raise RlhfError(Problem(NOT_REACHED, data.path, "the hub cannot be reached.", fix)) from None
+        revision = f" --revision {data.revision}" if data.revision else ""
+        download = f"hf download {data.path} --repo-type dataset{revision}"
+        raise RlhfError(connection.not_reached(NOT_REACHED, data.path, download)) from None
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise RlhfError(

@@ -60,8 +60,14 @@ def load_demonstrations(data: DataSection, seed: int = 0) -> Loaded:
     return _load(data, "demonstrations", seed)
 
 
+def load_samples(data: DataSection, seed: int = 0) -> Loaded:
+    """As ``load_demonstrations``, to judge and not to learn from: a policy's samples that were cut off or have no text
+    are records too."""
+    return _load(data, "samples", seed)
+
+
 def load_comparisons(data: DataSection, seed: int = 0) -> Loaded:
-    """Pairs and rankings. A collect run's directory stands for the preferences in it."""
+    """Pairs and rankings."""
     return _load(data, "comparisons", seed)
 
 
@@ -108,12 +114,13 @@ def raw_rows(data: DataSection) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _load(data: DataSection, kind: str, seed: int) -> Loaded:
-    """All sources, whose problems are raised together, as one data set."""
+    """All sources, whose problems are raised together, as one data set. A collect run's directory stands for the
+    preferences in it."""
     parts: list[Loaded] = []
     problems: list[Problem] = []
     for source in data.sources:
         collected = Path(source.path) / COLLECTED
-        if kind in ("comparisons", "outcomes", "responses") and storage.is_file(collected):
+        if storage.is_file(collected):
             source = source.model_copy(update={"path": str(collected)})
         try:
             parts.append(_loaded(source, data, kind))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlhf.config.sections import SamplingSection
 from rlhf.data.batches import collate, micro_batches
@@ -98,15 +99,32 @@ def exact_kl(
     return kl
 
 
-def response_loss(roles: Roles, slot: str, turns: Sequence[Turn], pad_id: int, micro_batch_size: int) -> float:
-    """Mean negative log-likelihood a response token (end token included), in nats, at temperature 1."""
+@torch.no_grad()
+def response_loss(
+    model: Any, turns: Sequence[Turn], pad_id: int, device: torch.device, micro_batch_size: int
+) -> float:  # fmt: skip
+    """Mean negative log-likelihood a response token (end token included), in nats, at temperature 1.
+
+    A model in training is measured without its dropout and given back in the mode that it was in.
+    """
     total, num_tokens = 0.0, 0
-    for _, sequences in batched(turns, pad_id, roles.device, micro_batch_size):
-        with torch.no_grad(), roles.acting_as(slot) as (model, _):
-            logprobs = forward.response_logprobs(model, sequences, 1.0)
-        total -= float(logprobs.double().sum())
-        num_tokens += int(sequences.mask.sum())
+    with in_eval_mode(model):
+        for _, sequences in batched(turns, pad_id, device, micro_batch_size):
+            total -= float(forward.response_logprobs(model, sequences, 1.0).double().sum())
+            num_tokens += int(sequences.mask.sum())
     return total / num_tokens
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode inside, and afterwards each in its own mode again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def batched(

@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import constants
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import cached_file
 
-from rlhf import artifacts, masking, model_files, names
+from rlhf import artifacts, connection, masking, model_files, names
 from rlhf.data.chat import ChatFormat
 from rlhf.demo import registry as demo
 from rlhf.errors import Problem, RlhfError, of_the_machine
@@ -174,6 +173,8 @@ def resolve(source: str, revision: str | None, trust_remote_code: bool) -> str:
     )
     if found := [problem for problem in problems if problem]:
         raise RlhfError(*found)
+    if not names.exists(source) and (away := connection.model_problem(source, source, revision)):
+        raise RlhfError(away)
     return source
 
 
@@ -190,10 +191,7 @@ def cannot_load(source: str, what: str, error: Exception) -> RlhfError:
         fix = "another model, or model.trust_remote_code: true with model.revision at a commit whose code you have read"
         return RlhfError(Problem("SEC007", source, f"the {what} needs Python code of its own, which is refused.", fix))
     first = " ".join(masking.mask(str(error)).split())[:160]
-    hub = not Path(source).is_dir()
-    fix = "a model directory, or a hub id while online" if hub else "download the model again"
-    if hub and constants.HF_HUB_OFFLINE:
-        first, fix = "not in the cache, and HF_HUB_OFFLINE is set.", "unset HF_HUB_OFFLINE, or name a directory"
+    fix = "download the model again" if Path(source).is_dir() else "name a model directory, or another hub id"
     return RlhfError(Problem("MOD001", source, f"the {what} cannot be loaded: {first}", fix))
 
 

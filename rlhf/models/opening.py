@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from rlhf import artifacts, runtime
+from rlhf import artifacts, origins, runtime
 from rlhf.artifacts import BaseIdentity, Manifest
 from rlhf.config.sections import ModelSection
 from rlhf.data.chat import ChatFormat
 from rlhf.errors import Problem, RlhfError
 from rlhf.models.base import Base, load_base, load_context_length, load_tokenizer
 
-CONSENT = "RLHF_TRUST_REMOTE_CODE"
+CONSENT, model_of = origins.CONSENT, origins.model_of
 
 
 def open_base(model: ModelSection, device: torch.device) -> Base:
@@ -53,26 +52,6 @@ def identity_of_result(run_dir: Path, parent: Manifest) -> BaseIdentity:
     return replace(
         parent.base, source=str(directory), digest=artifacts.model_digest(directory), dtype="float32", revision=None,
         quantize=None,
-    )  # fmt: skip
-
-
-def model_of(manifest: Manifest) -> ModelSection:
-    """The model section that a finished run was made with.
-
-    Raises:
-        RlhfError: SEC010 where the run says that its base's own code is to be run, and this machine does not.
-    """
-    base = manifest.base
-    assert base is not None, "policies and rewards have a base"
-    if base.trust_remote_code and os.environ.get(CONSENT) != "1":
-        what = "the run was made on a model with Python code of its own."
-        raise RlhfError(Problem("SEC010", base.source, what, f"{CONSENT}=1 in the environment, if you trust that code"))
-    return ModelSection.model_validate(
-        {
-            "path": base.source, "revision": base.revision, "dtype": base.dtype, "chat_template": base.chat_template,
-            "attn_implementation": base.attn_implementation, "trust_remote_code": base.trust_remote_code,
-            "quantize": base.quantize,
-        }
     )  # fmt: skip
 
 

@@ -89,6 +89,14 @@ def step(spec: Spec, speed: Speed) -> list[Work]:
     ]
 
 
+def measuring(spec: Spec, speed: Speed) -> Work | None:
+    """One measurement of the held-out loss during training; None where none is made, or the rows are not known."""
+    if not spec.measured:
+        return None
+    tokens = spec.measured * spec.length
+    return Work("measuring", tokens, tokens * operations(spec, spec.length, spec.stage == "sft", FORWARD) / speed.flops)
+
+
 def _rollout(spec: Spec, speed: Speed) -> Work:
     """Waves of ``concurrency`` rows: the prompts, then one token of every row at a time."""
     rows = min(spec.concurrency, spec.batch)

@@ -26,6 +26,7 @@ class Spec:
         reads_reference: whether PPO's steps run the reference.
         members: of an ensemble in reward modelling, trained one after the other.
         heads: numbers that each of them has.
+        measured, measurements: held-out sequences of one measurement during training, and how often that is made.
     """
 
     stage: str
@@ -52,6 +53,8 @@ class Spec:
     reads_reference: bool = True
     members: int = 1
     heads: int = 1
+    measured: int = 0
+    measurements: int = 0
     device: str = "cpu"
 
     def with_(self, **changes: object) -> Spec:

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -159,8 +160,8 @@ class Training:
         if figures["eval/objective"] > progress.best_objective:
             progress.best_step, progress.best_objective = progress.step, figures["eval/objective"]
             progress.best_figures = dict(figures)
-            save_roles(self.roles, self.critic, self.saved.directory / f"{BEST}-{progress.best_step}")
-            self.saved.retire(self.needed())
+            save = partial(save_roles, self.roles, self.critic)
+            self.saved.keep_best(f"{BEST}-{progress.best_step}", save, self.needed())
         progress.last = figures
         return figures
 

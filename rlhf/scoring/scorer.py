@@ -30,6 +30,11 @@ class Sample:
     scored_ids: list[int]
     logprobs: list[float] | None = None
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether it has no text that a data set may hold: it is blank, or has a NUL character."""
+        return not self.response.strip() or "\0" in self.response
+
 
 @dataclass(frozen=True)
 class Scores:

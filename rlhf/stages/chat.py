@@ -20,23 +20,25 @@ from rlhf.errors import RlhfError
 from rlhf.evaluation import policy as measure
 from rlhf.models.base import Base
 from rlhf.models.roles import SharedBase
+from rlhf.policy_sampling import Asked
 from rlhf.rollouts.engine import Sampling
 from rlhf.rollouts.hf import HfEngine
 from rlhf.scoring.scorer import Sample, Scorer
 from rlhf.scoring.sources import open_source
-from rlhf.stages.generate import is_run, open_policy, refuse_other_kinds
+from rlhf.stages.generate import is_run, open_policy, refuse_other_kinds, settle
 
 log = logging.getLogger("rlhf")
 HELP = "/again: another answer to the same; /reset: a new conversation; /quit or end of input: leave."
 
 
-def chat(source: str, reward: str | None, system: str | None, template: str | None, how: Sampling) -> None:
+def chat(source: str, reward: str | None, system: str | None, template: str | None, sampling: Asked) -> None:
     """Read turns from standard input until it ends, and answer each.
 
     On a terminal a mistake (a conversation beyond the context, a turn that writes a special token) is said and the
     turn forgotten; in a pipe it ends the command.
     """
     refuse_other_kinds(source, template)
+    how = settle(source, sampling)
     base, roles = open_policy(source, template, runtime.set_up(RuntimeSection(), how.seed))
     scorer = _scorer(reward, base, roles) if reward else None
     interactive = sys.stdin.isatty()
@@ -96,7 +98,7 @@ def _scorer(reward: str, base: Base, roles: SharedBase) -> Scorer:
 def _remarks(sample: Sample, scorer: Scorer | None) -> str:
     """Length, whether it ended by itself, and the score."""
     parts = [f"{len(sample.response_ids)} tokens"]
-    parts += [] if sample.finished else ["cut off by --max-new-tokens or the model's context"]
+    parts += [] if sample.finished else ["cut off by max_new_tokens or the model's context"]
     if scorer:
         parts.append(f"score {float(scorer.score([sample]).mean[0]):.3f}")
     return f"[{', '.join(parts)}]"

@@ -8,7 +8,7 @@ from typing import Any
 
 from rlhf.config.ppo import PromptsSection
 from rlhf.config.sections import ModelSection
-from rlhf.config.stages import EvalRmConfig, LongRows, SftConfig
+from rlhf.config.stages import LongRows, SftConfig
 from rlhf.data import deep
 from rlhf.data.chat import ChatFormat
 from rlhf.data.deep import Finding
@@ -18,7 +18,7 @@ from rlhf.data.sources import Loaded
 from rlhf.errors import RlhfError
 from rlhf.models import opening
 from rlhf.preflight import Checked
-from rlhf.stages import showing
+from rlhf.stages import reading
 
 # What measures -> the data sets that must share no prompt with it; others may, and it is said.
 MEASURED = {("eval-rm", "data"): {("train-rm", "data")}, ("ppo", "evaluation.data"): {("ppo", "prompts")}}
@@ -31,7 +31,7 @@ def add_findings(results: Sequence[dict[str, Any]], checked: Sequence[Checked | 
     for result, one in zip(results, checked, strict=True):
         if one is None:
             continue
-        chat = _chat(one, checked, result["not_checked"])
+        chat = _chat(one, result["not_checked"])
         for key, loaded in one.plan.data.items():
             found = deep.look(loaded.records, loaded.source)
             if chat:
@@ -45,25 +45,16 @@ def add_findings(results: Sequence[dict[str, Any]], checked: Sequence[Checked | 
             result["data"][key]["found"] = [asdict(entry) | {"level": entry.level} for entry in found]
 
 
-def _chat(one: Checked, checked: Sequence[Checked | None], unchecked: list[str]) -> ChatFormat | None:
+def _chat(one: Checked, unchecked: list[str]) -> ChatFormat | None:
     """The tokenizer that the stage reads with, where it can be had."""
-    if isinstance(one.config, EvalRmConfig) and one.config.model:
+    found = reading.of(one)
+    if found.model is None:
+        unchecked.append(f"tokens: {found.note}")
+        return None
+    if not isinstance(found.model, ModelSection):
         unchecked.append("tokens: a model from elsewhere reads through its own template")
         return None
-    model = _model(one, checked)
-    if model is None:
-        unchecked.append(f"tokens: with the tokenizer of {showing.waits_for(one.needs, one.plan)}, once that is made")
-        return None
-    return opening.open_chat(model)
-
-
-def _model(one: Checked, checked: Sequence[Checked | None]) -> ModelSection | None:
-    """The model that a stage starts from; that of a parent which is not made yet by its config, if it is here."""
-    waits = showing.waits_for(one.needs, one.plan)
-    if waits is None:
-        return one.needs.model or opening.model_of(one.plan.parents[one.needs.parents[0].key])
-    parent = next((other for other in checked if other and other.config.run_dir == waits and other is not one), None)
-    return _model(parent, checked) if parent else None
+    return opening.open_chat(found.model)
 
 
 def _in_tokens(one: Checked, key: str, chat: ChatFormat) -> Iterator[Finding]:

@@ -78,7 +78,9 @@ def export(
                 (staging / str(index)).mkdir()
                 where = staging / str(index)
                 proof["members"].append(_written(run_dir, index, manifest, device, False, where, head))
-            storage.write_text(staging / cards.CARD, cards.of_ensemble(run_dir, manifest, len(members)))
+            storage.write_text(staging / cards.CARD, cards.of_ensemble(run_dir, manifest, proof))
+    for sentence in cards.score_sentences(proof):
+        log.info("%s.", sentence)
     log.info("Exported %s to %s.", run_dir, target)
     if repository:
         proof["url"] = hub.upload(target, repository, public)
@@ -143,7 +145,7 @@ def _write_model(base: Base, run_dir: Path, head: ScalarHead | None, target: Pat
     model, constants = merged.reward(base, adapter, head)
     model.save_pretrained(target)
     if len(constants) == 1:
-        return {"constant": constants[0]}
+        return {"constant": constants[0]} | ({} if head.names[0] == COMBINED else {"head": head.names[0]})
     return {"constants": dict(zip(head.names, constants, strict=True))}
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from rlhf import artifacts, examined, names, runtime
+from rlhf import artifacts, examined, names, policy_sampling, runtime
 from rlhf.config.sections import ModelSection, RuntimeSection, SamplingSection
 from rlhf.data import lines, sources, tokenised
 from rlhf.data.dropped import DroppedRows
@@ -19,6 +20,7 @@ from rlhf.evaluation import policy as measure
 from rlhf.models import opening
 from rlhf.models.base import Base
 from rlhf.models.roles import SharedBase
+from rlhf.policy_sampling import Asked, Own
 from rlhf.rollouts.engine import Sampling
 from rlhf.rollouts.hf import HfEngine
 from rlhf.scoring.scorer import Sample
@@ -26,11 +28,29 @@ from rlhf.scoring.scorer import Sample
 log = logging.getLogger("rlhf")
 
 
-def generate(source: str, prompts: str, out: str, samples: int, template: str | None, how: Sampling) -> None:
+def generate(source: str, prompts: str, out: str, samples: int, template: str | None, asked: Asked) -> None:
     """Read prompts (JSONL, ``-`` for stdin, or any data set), write prompt, response and whether it ended."""
     refuse_other_kinds(source, template)
+    how = settle(source, asked)
     records = lines.load(sources.load_prompts, prompts)
-    lines.write(out, measure.sample_rows(sample(source, template, records, samples, how, prompts)))
+    responses = sample(source, template, records, samples, how, prompts)
+    num_cut, num_empty = sum(not one.finished for one in responses), sum(one.is_empty for one in responses)
+    if num_cut or num_empty:
+        log.warning("Of %d responses %d were cut off and %d have no text.", len(responses), num_cut, num_empty)
+    lines.write(out, measure.sample_rows(responses))
+
+
+def own_sampling(source: str) -> Own:
+    """How the policy's run samples; the defaults for a model from elsewhere."""
+    return policy_sampling.own(artifacts.read(source, "policy") if is_run(source) else None)
+
+
+def settle(source: str, asked: Asked, own: Own | None = None) -> Sampling:
+    """How the policy is sampled: as its run does (or as ``own`` says), but for what is asked for. It is said."""
+    own = own or own_sampling(source)
+    log.info("%s", policy_sampling.sentence(source, own, asked.settings, asked.top_p))
+    how = measure.sampling_of(own.section.model_copy(update=asked.settings), asked.seed)
+    return replace(how, top_p=asked.top_p)
 
 
 def sample(

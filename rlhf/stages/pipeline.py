@@ -10,14 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rlhf import artifacts, examined, interrupts
-from rlhf.config import load
-from rlhf.config.stages import PipelineConfig
+from rlhf import artifacts, examined, interrupts, masking
+from rlhf.config import yaml_reader
 from rlhf.errors import Problem, RlhfError
 from rlhf.neighbours import Nearby, command
 from rlhf.preflight import Needs
 from rlhf.stages import starting
-from rlhf.stages.registry import STAGES, Stage, around
+from rlhf.stages.registry import STAGES, Stage, around, open_config
 from rlhf.stages.starting import Ready
 
 log = logging.getLogger("rlhf")
@@ -126,7 +125,7 @@ def _refuse_failed(found: Ready, examinations: Sequence[str]) -> None:
 def _steps(path: Path, part: Part) -> list[Step]:
     """The stages to run with their overrides; every config is sound, and every run that one is made from is there or
     made by an earlier one."""
-    named = load.load(PipelineConfig, path).stages
+    named = open_config("pipeline", path).stages
     if unknown := [step.stage for step in named if step.stage not in STAGES]:
         known = f"one of {', '.join(STAGES)}"
         raise RlhfError(*(Problem("CFG008", str(path), f"no stage is called '{one}'.", known) for one in unknown))
@@ -141,15 +140,20 @@ def _steps(path: Path, part: Part) -> list[Step]:
     overrides: dict[int, list[str]] = {step.number: [] for step in steps}
     for item in part.sets:
         name, dot, rest = item.partition(".")
-        if not dot or "=" not in rest:
+        if not dot or "=" not in rest or "=" in name:
             fix = "for instance --set ppo.kl.coef=0.1"
-            raise RlhfError(Problem("CFG005", f"--set {item}", "not of the form STAGE.key.subkey=value.", fix))
-        overrides[_named(steps, name, f"--set {item}").number].append(rest)
+            raise RlhfError(Problem("CFG005", _place(item), "not of the form STAGE.key.subkey=value.", fix))
+        overrides[_named(steps, name, _place(item)).number].append(rest)
     chosen = [replace(step, overrides=tuple(overrides[step.number])) for step in steps[first - 1 : last]]
     if left_out := [item for step in steps for item in overrides[step.number] if not first <= step.number <= last]:
         what = "is of a stage that --from and --to leave out."
-        raise RlhfError(*(Problem("CFG005", f"--set ...{item}", what, "leave it out too") for item in left_out))
-    return _checked(chosen, part.limit)
+        raise RlhfError(*(Problem("CFG005", _place(item), what, "leave it out too") for item in left_out))
+    return _checked(path, chosen, part.limit)
+
+
+def _place(item: str) -> str:
+    """An override as a message names it: without its value, which may be a secret."""
+    return f"--set {yaml_reader.shown(masking.mask(item.partition('=')[0]))}"
 
 
 def _named(steps: Sequence[Step], name: str, where: str) -> Step:
@@ -163,16 +167,18 @@ def _named(steps: Sequence[Step], name: str, where: str) -> Step:
     return found[0]
 
 
-def _checked(steps: Sequence[Step], limit: int | None) -> list[Step]:
+def _checked(path: Path, steps: Sequence[Step], limit: int | None) -> list[Step]:
     problems: list[Problem] = []
     found: list[Step] = []
     nearby = around(steps[0].path, [step.path for step in steps])
     made: set[str] = set()
     for step in steps:
         try:
+            fix = f"stage: {{kind}} in {path}"
+            open_config(step.stage.id, step.path, step.overrides, fix)
             limits = starting.limits(step.stage, step.path, step.overrides, limit) if limit else []
             step = replace(step, overrides=(*step.overrides, *limits))
-            config = load.load(step.stage.config_class, step.path, step.overrides)
+            config = open_config(step.stage.id, step.path, step.overrides)
             problems += _unmade(step, step.stage.needs(config), made, nearby)
             made.add(config.run_dir)
         except RlhfError as error:

@@ -14,7 +14,7 @@ from rlhf.config import load
 from rlhf.config.stages import StageConfig
 from rlhf.errors import Problem, RlhfError
 from rlhf.preflight import Needs, Plan
-from rlhf.stages.registry import Stage, around
+from rlhf.stages.registry import Stage, around, open_config
 
 log = logging.getLogger("rlhf")
 
@@ -48,12 +48,13 @@ class Ready:
 
     def lines(self) -> list[str]:
         """What it would do: notes about the data, figures, token counts, and the state of its run directory."""
-        found = [f"{note}." for note in (*self.plan.notes(), *self.plan.figures)]
         if len(self.plan.parents) == len(self.needs.parents):
-            found += importlib.import_module(self.stage.module).dry_run(self.config, self.plan)
+            # Before the notes are asked for, because it adds rows that are too long to their counts.
+            counted = importlib.import_module(self.stage.module).dry_run(self.config, self.plan)
         else:
-            found += [f"{note}." for note in self.plan.unchecked[:-1]]
-            found += ["tokens are counted with the tokenizer of these runs, once they are made."]
+            counted = [f"{note}." for note in self.plan.unchecked[:-1]]
+            counted += ["tokens are counted with the tokenizer of these runs, once they are made."]
+        found = [*(f"{note}." for note in (*self.plan.notes(), *self.plan.figures)), *counted]
         return [*found, f"run_dir {self.run_dir}: {'up to date' if self.reasons is None else '; '.join(self.reasons)}."]
 
     def settle(self) -> None:
@@ -62,7 +63,7 @@ class Ready:
         runs.mark_current(self.run_dir)
 
     def run(self, start: Start) -> None:
-        """Train, measure or examine, unless the run is up to date; then judge by the settling."""
+        """Train, measure or examine, unless the run is up to date; then judge by the gates of its config."""
         if self.reasons is None:
             self.settle()
             log.info("%s is up to date.", self.run_dir)
@@ -87,7 +88,7 @@ def ready(
     Args:
         others: configs besides those next to ``path`` that messages may name.
     """
-    config = load.load(stage.config_class, path, overrides)
+    config: StageConfig = open_config(stage.id, path, overrides)
     needs = stage.needs(config)
     plan = preflight.prepare(config, needs, parents_may_be_missing, around(path, others))
     return Ready(stage, config, needs, plan, runs.status(Path(config.run_dir), plan.inputs))
@@ -95,7 +96,7 @@ def ready(
 
 def limits(stage: Stage, path: Path, overrides: Sequence[str], limit: int) -> list[str]:
     """``--limit N`` as overrides: the key of every data set that the stage reads."""
-    inputs = stage.needs(load.load(stage.config_class, path, overrides)).inputs
+    inputs = stage.needs(open_config(stage.id, path, overrides)).inputs
     if not inputs:
         raise RlhfError(Problem("CFG005", "--limit", f"rlhf {stage.id} reads no data set.", "leave it out"))
     return [f"{item.key}.limit={limit}" for item in inputs]

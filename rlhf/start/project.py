@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
 from rlhf import names, storage
+from rlhf import resources as machine
 from rlhf.demo import registry as demo
-from rlhf.errors import Problem, RlhfError
+from rlhf.errors import DISK, Problem, RlhfError
 from rlhf.start import chain, choose, fit, look, parts, reading, told
 from rlhf.start.basis import basis
 from rlhf.start.facts import Options
@@ -34,10 +36,10 @@ def make(directory: Path, data: Sequence[str], model: str | None, options: Optio
     Without data, or with ``demo:``, and without another model or any option it is the embedded world's own chain.
 
     Raises:
-        RlhfError: RES007 for a directory that holds something, CFG009 where data need a model, and what is wrong
-            with model or data.
+        RlhfError: RES007 for a directory that holds something, RES002 for one that cannot be written to, CFG009 where
+            data need a model, and what is wrong with model or data.
     """
-    _refuse_used(directory)
+    _refuse_unfit(directory)
     wanted, options = list(data) or [WORLD], options or Options()
     if model is None and wanted != [WORLD]:
         what = "not named, and the embedded world's base knows the words of that world only."
@@ -88,19 +90,36 @@ def _lasting(model: str) -> str:
     return str(Path(model).resolve()) if names.exists(model) else model
 
 
-def _refuse_used(directory: Path) -> None:
+def _refuse_unfit(directory: Path) -> None:
     if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
         what = "is a file." if directory.is_file() else "is not empty."
         raise RlhfError(Problem("RES007", str(directory), what, "name a new directory"))
+    if unwritable := machine.directory_problem(str(directory), names.shown(str(directory)), "directory"):
+        raise RlhfError(unwritable)
 
 
 def _write(directory: Path, project: Project) -> None:
-    """A new directory whole or not at all; into one that is there and empty, which may be somebody's place to stand."""
-    if directory.is_dir():
-        _write_into(directory, project)
-        return
-    with storage.staged_directory(directory) as staging:
-        _write_into(staging, project)
+    """A new directory whole or not at all; into one that is there and empty, which may be somebody's place to stand.
+
+    Raises:
+        RlhfError: RES002 where nothing can be written there.
+    """
+    try:
+        if not directory.is_dir():
+            with storage.staged_directory(directory) as staging:
+                _write_into(staging, project)
+            return
+        try:
+            _write_into(directory, project)
+        except BaseException:
+            for name in {Path(file).parts[0] for file in project.files}:
+                shutil.rmtree(directory / name, ignore_errors=True)
+            raise
+    except OSError as error:
+        if error.errno in DISK:
+            raise
+        what, fix = f"cannot be written to: {error.strerror}.", "another directory, or the right to write there"
+        raise RlhfError(Problem("RES002", names.shown(str(directory)), what, fix)) from None
 
 
 def _write_into(directory: Path, project: Project) -> None:
