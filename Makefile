@@ -18,6 +18,7 @@ help: ## Show the verbs
 setup: $(READY) ## Create .venv and install the package with its dev extras
 
 $(READY): pyproject.toml constraints.txt
+	@echo "Installing rlhf and what it needs (torch first) into $(VENV): minutes the first time, and quiet."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'

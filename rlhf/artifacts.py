@@ -13,6 +13,7 @@ from typing import Any
 
 from rlhf import __version__, storage
 from rlhf.errors import Problem, RlhfError
+from rlhf.progress import waiting
 
 FORMAT = 1
 MANIFEST, CONFIG, METRICS, LOG = "manifest.json", "config.yaml", "metrics.jsonl", "run.log"
@@ -21,6 +22,7 @@ ADAPTER, MODEL, HEAD, MEMBERS, TOKENIZER, CHECKPOINTS, SAMPLES, PLOTS = (
     "adapter", "model", "head", "members", "tokenizer", "checkpoints", "samples", "plots",
 )  # fmt: skip
 PREFERENCES, EXAMINATION, CONTRADICTED = "preferences.jsonl", "eval.json", "contradicted.jsonl"
+FIGURES = "figures.txt"
 ANNOTATORS, RUBRIC = "annotators.json", "rubric.yaml"
 VERDICTS = ("verdict", "verdicts")
 PARTS = (ADAPTER, MODEL, HEAD, MEMBERS, TOKENIZER, CHECKPOINTS, SAMPLES, PLOTS)
@@ -210,6 +212,7 @@ def failed_gates(manifest: Manifest, where: str = "") -> list[Problem]:
     return [Problem(**{**one, "where": where or one["where"]}) for one in manifest.details.get(FAILED_GATES, [])]
 
 
+@waiting("Comparing the files of a run with its manifest")
 def verify(run_dir: Path, manifest: Manifest) -> None:
     """Raise CKP005 naming every file that is missing or differs from the manifest.
 

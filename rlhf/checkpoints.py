@@ -11,6 +11,7 @@ from typing import Any
 
 from rlhf import artifacts, interrupts, snapshots, storage
 from rlhf.errors import Problem, RlhfError
+from rlhf.progress import waiting
 from rlhf.runs import Run
 from rlhf.snapshots import Entry, Stateful
 
@@ -94,10 +95,11 @@ class Checkpoints:
             return
         clock = time.perf_counter()
         name = f"step-{step}" if step else f"start-{self._order}"
-        snapshots.save(
-            self.directory / name, step, self._order, self.seconds(), self.run.metrics_size(), self.state, needs
-        )
-        self.retire(needs)
+        with waiting(f"Saving {name}"):
+            snapshots.save(
+                self.directory / name, step, self._order, self.seconds(), self.run.metrics_size(), self.state, needs
+            )
+            self.retire(needs)
         log.info("Saved %s in %.2f s.", name, time.perf_counter() - clock)
         if signum:
             raise interrupts.Interrupted(signum, name)

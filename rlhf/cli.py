@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rlhf import __version__, artifacts, errors, interrupts, masking, progress, runs
+from rlhf import __version__, artifacts, errors, interrupts, masking, names, progress, runs
 from rlhf.commands import curve, judge, prepare, use, verdict
 from rlhf.commands.options import Bare, ConfigFile, Json, Sets
 from rlhf.commands.parsing import ANYWHERE, Command, Group, StageCommand, example
@@ -190,20 +190,19 @@ def _show(
     as_json: Json = False,
 ) -> None:
     """What a run is: kind, parents, metrics, lineage; or the runs of a directory, a line each."""
-    entries = [] if run and artifacts.is_finished(run) else listing.below(run or listing.RUNS)
-    if run and run.is_dir() and not entries and not artifacts.is_finished(run):
-        raise RlhfError(Problem("CKP001", str(run), "is not a run and holds none.", "rlhf show lists those in runs/"))
-    if run and not entries:
+    if run is not None and (artifacts.is_finished(run) or not names.exists(str(run))):
         typer.echo(json.dumps(inspection.summary(run)) if as_json else inspection.describe(run))
-    elif as_json:
-        typer.echo(json.dumps([asdict(entry) for entry in entries]))
-    else:
-        typer.echo("\n".join(listing.lines(entries, run or listing.RUNS)))
+        return
+    entries = listing.below(run or listing.RUNS)
+    if run is not None and not entries:
+        raise RlhfError(Problem("CKP001", str(run), "is not a run and holds none.", "rlhf show lists those in runs/"))
+    lines = listing.lines(entries, run or listing.RUNS)
+    typer.echo(json.dumps([asdict(entry) for entry in entries]) if as_json else "\n".join(lines))
 
 
 def main() -> None:
     """Entry point: every outcome is an exit code, every mistake one block of text."""
-    progress.log_to_console()
+    progress.log_to_console(announces="--json" not in sys.argv[1:])
     interrupts.install()
     flags: dict[str, Any] = {name: name in sys.argv[1:] for name in ANYWHERE}
     try:

@@ -75,7 +75,7 @@ def _ask() -> str | None:
 
     def ask() -> None:
         try:
-            status = session.head(constants.ENDPOINT, timeout=SECONDS).status_code
+            status = session.head(constants.ENDPOINT, timeout=2 * SECONDS).status_code
             said.append(f"{constants.ENDPOINT} answers {status}" if status in GATEWAY else None)
         except Exception as error:  # whatever the client raises, the hub did not answer
             first = " ".join(str(error).split())[:80] or type(error).__name__

@@ -161,7 +161,8 @@ def not_reached(
     found = [
         connection.model_problem(f"{where}: {name}", name, revision)
         for where, name, revision in wanted
-        if not (demo.is_demo(name) or names.exists(name) or names.refused(name, where, "MOD001"))
+        if not (demo.is_demo(name) or names.exists(name))
+        if not (names.refused(name, where, "MOD001") or names.refused_revision(revision, where))
     ]
     return [problem for problem in found if problem]
 

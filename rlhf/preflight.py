@@ -20,6 +20,7 @@ from rlhf.errors import Problem, RlhfError
 from rlhf.identity import Identity
 from rlhf.neighbours import Nearby, command
 from rlhf.planning.phases import Spec
+from rlhf.progress import waiting
 
 MISSING = ("CKP001", "CKP002")
 TOO_MANY_DROPPED = "DAT020"
@@ -126,6 +127,7 @@ class Checked:
     folders: tuple[Path, ...] = (Path(),)
 
 
+@waiting("Checking the config, its data and the runs that it builds on")
 def prepare(config: StageConfig, needs: Needs, parents_may_be_missing: bool = False, nearby: Nearby = tuple) -> Plan:
     """Check everything that needs no weights; all problems of a phase are raised together.
 

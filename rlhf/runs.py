@@ -15,6 +15,7 @@ from typing import Any
 from rlhf import artifacts, storage
 from rlhf.errors import Problem, RlhfError
 from rlhf.identity import Identity
+from rlhf.progress import waiting
 
 log = logging.getLogger("rlhf")
 TAIL = 1 << 16  # bytes: more than the longest line of metrics
@@ -235,7 +236,9 @@ class Run:
         """Write the manifest, last. Figures that are not finite stand in it as "nan" or "inf"."""
         metrics = {name: plain(value) for name, value in manifest.metrics.items()}
         manifest = replace(manifest, metrics=metrics)
-        written = artifacts.write(self.path, self.complete(manifest) if self.complete else manifest)
+        manifest = self.complete(manifest) if self.complete else manifest
+        with waiting(f"Hashing what stands in {self.path}"):
+            written = artifacts.write(self.path, manifest)
         log.info("Finished %s in %.0f s.", self.path, manifest.seconds)
         return written
 

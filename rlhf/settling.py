@@ -20,7 +20,7 @@ from rlhf.errors import Problem, RlhfError
 from rlhf.evaluation import examination, verdicts
 from rlhf.guards import Guard
 from rlhf.preflight import Needs, Plan
-from rlhf.progress import console
+from rlhf.progress import show
 
 log = logging.getLogger("rlhf")
 TOO_MANY_DROPPED = "GRD021"
@@ -137,6 +137,6 @@ def _examine_again(config: EvalRmConfig, manifest: Manifest) -> Manifest:
     if all(report[key] == judged[key] for key in artifacts.VERDICTS):
         return manifest
     log.info("%s: judged again by other thresholds: %s, before: %s.", run_dir, judged["verdict"], report["verdict"])
-    console.print(examination.verdicts_table(found))
+    show(examination.verdict_lines(judged["verdicts"]))
     now = artifacts.judged_again(run_dir, manifest, {**report, **judged})
     return replace(now, details={**now.details, "verdict": judged["verdict"], "failed": verdicts.failed(found)})

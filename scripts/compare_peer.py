@@ -30,7 +30,7 @@ from typing import Any
 from unittest import mock
 
 import numpy
-import quickstart as q
+import quickstart_gold as q
 from peer import curves, like_trl
 from peer.curves import OURS, PEER
 from safetensors.torch import save_file

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import quickstart as q
+from quickstart_gold import MAX_NEW_TOKENS
 
 from rlhf import artifacts, progress, runtime, storage
 from rlhf.config.sections import DataSection, RuntimeSection
@@ -71,7 +72,7 @@ def measure(out: Path, seed: int, prompts: int = PROMPTS, compared: int = COMPAR
     if path.is_file() and (found := json.loads(path.read_text("utf-8")))["of"] == wanted:
         return dict(found)
     records = sources.load_prompts(DataSection(path=f"demo:prompts?split=test&size={prompts}&seed={seed}")).records
-    how = Sampling(q.MAX_NEW_TOKENS, 1.0, runtime.derived_seed(seed, "compare rewards"))
+    how = Sampling(MAX_NEW_TOKENS, 1.0, runtime.derived_seed(seed, "compare rewards"))
     policy = str(out / str(seed) / "sft")
     samples = generate.sample(policy, None, records, BEST_OF, how, "prompts")
     device = runtime.set_up(RuntimeSection(), seed)

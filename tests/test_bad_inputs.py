@@ -684,7 +684,7 @@ def test_38_data_of_generate_and_score_is_read_as_strictly(rlhf):
     refused(rlhf("generate", "runs/sft", "--prompts", "bad.jsonl"), 3, "DAT011", "bad.jsonl:2: invalid JSON")
     refused(rlhf("score", "runs/train-rm", "--in", "bad.jsonl"), 3, "DAT011", "bad.jsonl:2: invalid JSON")
     refused(rlhf("generate", "runs/sft", "--prompts", "none.jsonl"), 3, "DAT010", "none.jsonl: no such file", "Fix")
-    refused(rlhf("show", "m"), 5, "CKP001", "m: is not a run", "Fix")
+    refused(rlhf("show", "m"), 5, "CKP001", "m: is not a run and holds none", "Fix")
 
 
 def test_35_a_device_that_is_not_there(rlhf, monkeypatch):

@@ -12,8 +12,10 @@ import pytest
 
 from rlhf import artifacts, runs
 from rlhf.artifacts import Manifest
+from rlhf.identity import Identity
 from rlhf.stages import listing
 
+GATE = {"code": "GRD002", "where": "runs/gated: eval/end_token_rate", "what": "low."}
 MADE = {
     "mine/sft": ("policy", "sft", {"eval/loss": 2.754, "eval/base_loss": 3.41, "eval/end_token_rate": 0.98}, {}),
     "mine/train-rm": ("reward", "train-rm", {"eval/accuracy": 0.7125}, {"members": 3}),
@@ -22,7 +24,7 @@ MADE = {
     "a/b/c/ppo": ("policy", "ppo", {"eval/score": 1.5, "start/score": 0.25, "eval/exact_kl_nats": 3.25},
                   {"best_step": 20, "last_step": 28}),
     "collect": ("preferences", "collect", {"collect/prompts": 120}, {}),
-    "gated": ("policy", "sft", {"eval/loss": "nan"}, {"failed_gates": [{"where": "min_end_token_rate"}]}),
+    "gated": ("policy", "sft", {"eval/loss": "nan"}, {"failed_gates": [GATE]}),
 }  # fmt: skip
 FIGURES = {
     "mine/sft": "held-out loss 2.75, before 3.41, end rate 0.98", "mine/train-rm": "accuracy 0.713, members 3",
@@ -33,7 +35,7 @@ FIGURES = {
 
 
 def finished(path, kind="policy", stage="sft", metrics=None, details=None):
-    with runs.open_run(path, stage, {}, "") as run:
+    with runs.open_run(path, stage, Identity({}), "") as run:
         (path / "adapter").mkdir()
         (path / "adapter" / "w.safetensors").write_bytes(b"1234")
         run.finish(Manifest(kind, stage, 0, {}, metrics or {}, 1.0, details=details or {}))
@@ -59,7 +61,7 @@ def test_finished_runs_at_any_depth_with_their_headline_figure(home, here):
     for name, (_, stage, *_) in MADE.items():
         (row,) = [row for row in rows if row.startswith(f"runs/{name} ")]
         day = artifacts.read(home / name).created[:10]
-        state = "failed a gate: min_end_token_rate" if name == "gated" else "finished"
+        state = "failed a gate: GRD002 eval/end_token_rate" if name == "gated" else "finished"
         assert row.split(maxsplit=3)[1:3] == [stage, day] and f"  {state}  " in row and row.endswith(FIGURES[name])
     code, text = here("show", "runs/mine", "--json")
     assert code == 0 and [one["run_dir"] for one in json.loads(text)] == ["runs/mine/sft", "runs/mine/train-rm"]
@@ -67,20 +69,20 @@ def test_finished_runs_at_any_depth_with_their_headline_figure(home, here):
 
 
 def test_unfinished_damaged_and_moved_aside_runs_are_listed_as_what_they_are(home, here):
-    with runs.open_run(home / "cut", "ppo", {}, "") as run:
+    with runs.open_run(home / "cut", "ppo", Identity({}), "") as run:
         for step in range(8):
             run.write_metrics(step, {"rollout/score": float(step)})
     with (home / "cut/metrics.jsonl").open("a") as file:
         file.write('{"step": 8, "rollout')
-    runs.open_run(home / "begun", "sft", {}, "").close()
+    runs.open_run(home / "begun", "sft", Identity({}), "").close()
     for name in ("no manifest", "short", "lost"):
         finished(home / name)
     (home / "no manifest/manifest.json").write_text("{")
     (home / "short/adapter/w.safetensors").write_bytes(b"1")
     shutil.rmtree(home / "lost/adapter")
-    runs.open_run(home / "unreadable", "sft", {}, "").close()
+    runs.open_run(home / "unreadable", "sft", Identity({}), "").close()
     (home / "unreadable/run.json").write_text("[]")
-    runs.open_run(home / "collect", "collect", {"a": 1}, "", overwrite=True).close()
+    runs.open_run(home / "collect", "collect", Identity({"a": 1}), "", overwrite=True).close()
     (home / ".half.tmp-1").mkdir()
     shutil.copy(home / "begun/run.json", home / ".half.tmp-1/run.json")
     found = states()

@@ -205,7 +205,8 @@ def test_the_command_plans_a_chain_that_has_not_run_and_says_what_would_fit():
     shown = run("-c", "configs/ppo.yaml", "--gpu", "60MB", "--flops", "20G", "--bandwidth", "5G")
     assert shown.returncode == 0, shown.stderr
     assert "named by configs/sft.yaml" in shown.stdout and "It does not fit into the 60.0 MiB" in shown.stdout
-    assert "Enough: " in shown.stdout and "28 steps of " in shown.stdout
+    assert "Enough: " in shown.stdout and "28 steps of " in shown.stdout and "Shorter rows take less." in shown.stdout
+    assert "at least" not in shown.stdout, "rows are shorter than the config allows"
     (found,) = json.loads(run("configs/ppo.yaml", "--gpu", "60MB", "--json").stdout)
     assert found["together"]["peak"] <= 60 << 20 < found["peak"] == max(row["total"] for row in found["phases"])
     assert found["parameters"] == shape.read("demo:base", "").parameters and found["work"] is None
@@ -254,20 +255,27 @@ def test_the_figure_of_a_start_names_the_peak_and_the_plan_where_it_is_short():
     assert resources.memory_figure(10, 40, 30).endswith("rlhf plan says which settings would fit")
 
 
-def test_the_first_step_is_said_once_beside_what_was_predicted(monkeypatch, caplog):
-    here, asked = Speed(1e9, 1e9), []
-    monkeypatch.setattr(first_step.speed, "measured", lambda *shape, **how: asked.append(shape) or here)
-    planned = spec("sft", QWEN, batch=8, length=100)
-    first = first_step.FirstStep(planned)
+def test_the_second_step_says_how_long_all_take_and_the_first_is_no_measure(caplog):
+    first = first_step.FirstStep(spec("sft", QWEN, batch=8, length=100))
     with caplog.at_level("INFO", "rlhf"):
-        first.say(2.5, 40)
-        first.say(9.0, 40)
-    assert asked == [(896, 4864, planned.held.e, False)]
-    memory_said, time_said = (record.getMessage() for record in caplog.records)
-    [work] = clock.step(planned, here)
-    assert f"predicted, for longest rows: {phases.peak(planned).total / 2**20:.0f} MB" in memory_said
-    assert time_said.startswith("The first step took 2.5 s; predicted, if all rows were as long as the config allows")
-    assert time_said.endswith(f"just measured: at least {work.seconds:.3g} s. All 40 steps: about 100 s.")
+        for seconds in (9.0, 2.5, 4.0):
+            first.say(seconds, 40)
+    assert [record.getMessage() for record in caplog.records] == ["A step takes 2.5 s; all 40 steps: about 100 s."]
+
+
+def test_memory_on_a_gpu_stands_next_to_the_plan_of_the_phases_that_were_run(monkeypatch, caplog):
+    monkeypatch.setattr(first_step.runtime, "peak_memory", lambda: {"memory/peak_cuda_mb": 512.0})
+    for stage, which in (("sft", "training"), ("ppo", None)):
+        planned = spec(stage, QWEN, batch=8, length=100, concurrency=4000)
+        seen = [phase.total for phase in phases.phases(planned) if which in (phase.name, None)]
+        caplog.clear()
+        with caplog.at_level("INFO", "rlhf"):
+            first_step.FirstStep(planned).say(1.0, 40)
+            first_step.FirstStep(None).say(1.0, 40)
+        with_plan, alone = (record.getMessage() for record in caplog.records)
+        assert alone == "Memory on the GPU, at its peak so far: 512 MB."
+        assert with_plan.endswith(f"with rows as long as the config allows: {max(seen) / 2**20:.0f} MB.")
+    assert phases.peak(spec("sft", QWEN, batch=8, length=100, concurrency=4000)).name != "training"
 
 
 @pytest.mark.parametrize("sums", [True, False])

@@ -54,6 +54,12 @@ def test_keys_say_the_kind_or_all_that_fit_alike(text, wanted):
     assert recognition.by_keys(yaml_reader.read_text(text, "x")[0], KINDS) == wanted
 
 
+def test_a_rubric_has_no_command_of_its_own(tmp_path):
+    (tmp_path / "x.yaml").write_text("name: desk\ncriteria: [{name: safe, description: no harm}]\n")
+    with pytest.raises(RlhfError, match="this is a rubric config. Fix: name it as rubric in train-rm.yaml"):
+        open_config("sft", tmp_path / "x.yaml")
+
+
 def test_a_slip_in_a_stages_own_config_is_named_by_its_key(tmp_path):
     for name, stage, text, key in (
         ("ppo", "ppo", "prompts: {path: a}\nstps: 3\n", "did you mean 'steps'"),

@@ -19,7 +19,8 @@ from rlhf.identity import Identity
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    ["errors", "masking"],
+    ["errors", "masking", "bars"],
+    ["progress"],
     ["storage", "names", "installed", "neighbours", "connection"],
     ["artifacts"],
     ["config", "data.records"],
@@ -29,7 +30,7 @@ LAYERS = [
         "data.jsonl", "data.hub", "data.settings", "data.labels", "data.lines", "data.duplicates", "data.selection",
         "data.deep", "data.rankings", "data.attributes", "data.consensus", "data.agreement", "data.conversations",
         "data.dropped", "data.opening", "data.reading", "data.tables", "data.trl", "data.turns", "interrupts", "runs",
-        "progress", "config.suite",
+        "config.suite",
     ],
     ["model_files", "policy_sampling"],
     ["planning.shape"],

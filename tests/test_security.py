@@ -23,7 +23,7 @@ from tiny import ARCHITECTURES, base, lora
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from rlhf import artifacts, cli, masking, model_files, names, preflight, progress, resources, runs
+from rlhf import artifacts, cli, connection, masking, model_files, names, preflight, progress, resources, runs
 from rlhf.artifacts import BaseIdentity, Manifest
 from rlhf.config import load, yaml_reader
 from rlhf.config.sections import DataSection
@@ -630,6 +630,7 @@ def test_what_is_not_known_is_said_and_not_guessed(tmp_path, monkeypatch):
     plan = prepare_sft(tmp_path)
     assert any("memory: this system does not say" in note for note in plan.unchecked)
     assert any("not known here" in line for line in plan.figures)
+    monkeypatch.setattr(connection, "trouble", lambda: None)
     plan = prepare_sft(tmp_path, model={"path": "org/name"})
     assert plan.figures == () and any("disk and memory: the layers of org/name" in note for note in plan.unchecked)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from rlhf import progress
 from rlhf.commands.options import Bare, ConfigFile, Json, Sets
 from rlhf.errors import Problem, RlhfError
 
@@ -32,7 +32,7 @@ def learning_curve(
 ) -> None:
     """Train reward models on growing shares of the data: would more labels help? Without -c, configs/train-rm.yaml."""
     path = config or Path("configs/train-rm.yaml")
-    module = importlib.import_module("rlhf.stages.learning_curve")
+    module = progress.load("rlhf.stages.learning_curve")
     report = module.run(
         path, [*(sets or []), *(bare or [])], [_number(text, "--shares") for text in shares.split(",")],
         [int(_number(text, "--seeds", whole=True)) for text in (seeds or "").split(",") if text], out, resamples,

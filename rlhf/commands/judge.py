@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from rlhf import progress
 from rlhf.commands.options import Json
 from rlhf.commands.use import NewTokens, Policy, Seed, StopTokens, Temperature, Template, TopP, sampling
 from rlhf.errors import Problem, RlhfError
@@ -58,7 +59,7 @@ def compare(
 ) -> None:
     """Compare two policies on the same prompts under a reward. Win rates, slices, worst regressions."""
     asked = sampling("compare", seed, max_new_tokens, temperature, stop_token, top_p)
-    module = importlib.import_module("rlhf.stages.compare")
+    module = progress.load("rlhf.stages.compare")
     found = module.compare(
         (baseline, candidate), prompts, reward, samples, slice_by or [], chat_template, asked, micro_batch_size, worst,
         resamples, out, suite,
@@ -95,7 +96,7 @@ def rank(
     """Sample n responses a prompt and rank them by a reward. The worth of the best of 1 to n is said."""
     _refuse_two_on_stdout(as_json, out)
     asked = sampling("rank", seed, max_new_tokens, temperature, stop_token, top_p)
-    module = importlib.import_module("rlhf.stages.rank")
+    module = progress.load("rlhf.stages.rank")
     found = module.rank(run, prompts, reward, judge, samples, top, chat_template, asked, micro_batch_size, out)
     if as_json:
         typer.echo(json.dumps(found))
@@ -129,7 +130,7 @@ def filter_rows(
 ) -> None:  # fmt: skip
     """Keep the rows of a data set that are worth training on. What is dropped is counted."""
     _refuse_two_on_stdout(as_json, out)
-    module = importlib.import_module("rlhf.stages.filter")
+    module = progress.load("rlhf.stages.filter")
     rules = module.Rules(near_duplicates, length_outliers, max_disagreement, min_score, keep_share)
     counts = module.filter_rows(data, reward or [], rules, micro_batch_size, out)
     if as_json:
@@ -161,7 +162,7 @@ def serve(
     limits = importlib.import_module("rlhf.serving.requests").Limits(
         max_body, max_rows, read_seconds, score_seconds, max_waiting, max_batch
     )
-    importlib.import_module("rlhf.stages.serve").serve(rewards, host, port, limits)
+    progress.load("rlhf.stages.serve").serve(rewards, host, port, limits)
 
 
 def _refuse_two_on_stdout(as_json: bool, out: str) -> None:

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from rlhf import storage
+from rlhf import progress, storage
 from rlhf.commands.options import Json, Sets
 from rlhf.errors import Problem, RlhfError
 from rlhf.stages import inspection
@@ -115,10 +115,10 @@ def init(
 ) -> None:  # fmt: skip
     """Write configs that run for your data and model. Each key has its reason next to it."""
     inspection.require_reachable(model, data or [])
-    options = importlib.import_module("rlhf.start.facts").Options
+    options = progress.load("rlhf.start.facts").Options
     given = {"limit": limit, "max_length": max_length, "max_dropped_fraction": max_dropped_fraction}
     wanted = options(_renamed(columns or []), **{name: value for name, value in given.items() if value is not None})
-    project = importlib.import_module("rlhf.start.project").make(directory, data or [], model, wanted)
+    project = progress.load("rlhf.start.project").make(directory, data or [], model, wanted)
     if as_json:
         typer.echo(json.dumps({"directory": str(directory), "files": list(project.files), "figures": project.figures}))
         return

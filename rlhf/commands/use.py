@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from rlhf import progress
 from rlhf.commands.options import Json
 from rlhf.config.sections import SamplingSection
 from rlhf.errors import Problem, RlhfError
@@ -59,7 +59,7 @@ def generate(
 ) -> None:
     """Sample responses from a policy run or any model."""
     asked = sampling("generate", seed, max_new_tokens, temperature, stop_token, top_p)
-    importlib.import_module("rlhf.stages.generate").generate(run, prompts, out, samples, chat_template, asked)
+    progress.load("rlhf.stages.generate").generate(run, prompts, out, samples, chat_template, asked)
 
 
 def chat(
@@ -77,7 +77,7 @@ def chat(
 ) -> None:
     """Talk with a policy run or any model. /again, /reset and /quit are commands."""
     asked = sampling("chat", seed, max_new_tokens, temperature, stop_token, top_p)
-    importlib.import_module("rlhf.stages.chat").chat(run, reward, system, chat_template, asked)
+    progress.load("rlhf.stages.chat").chat(run, reward, system, chat_template, asked)
 
 
 def sampling(
@@ -85,7 +85,7 @@ def sampling(
     top_p: float,
 ) -> Asked:  # fmt: skip
     """What a command line asks for; imports torch."""
-    derived = importlib.import_module("rlhf.runtime").derived_seed(seed, command)
+    derived = progress.load("rlhf.runtime").derived_seed(seed, command)
     named = [token for token in stop_tokens if token] if stop_tokens else None
     return Asked(derived, max_new_tokens, temperature, named, top_p)
 
@@ -104,7 +104,7 @@ def score(
     label: Annotated[str | None, typer.Option("--label", help="Label of a classifier that has several.")] = None,
 ) -> None:
     """Score responses with a reward run or any classifier."""
-    importlib.import_module("rlhf.stages.score").score(run, data, out, micro_batch_size, label)
+    progress.load("rlhf.stages.score").score(run, data, out, micro_batch_size, label)
 
 
 def export(
@@ -121,7 +121,7 @@ def export(
     """Write a run as a plain Hugging Face directory."""
     if public and push_to_hub is None:
         raise RlhfError(Problem("CFG040", "--public", "nothing is uploaded.", "--push-to-hub OWNER/NAME"))
-    module = importlib.import_module("rlhf.stages.export")
+    module = progress.load("rlhf.stages.export")
     outcome = module.export(run, target, adapter_only, push_to_hub, public, head)
     if as_json:
         typer.echo(json.dumps(outcome))

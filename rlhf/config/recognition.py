@@ -11,6 +11,7 @@ from rlhf.config import load, yaml_reader
 from rlhf.config.sections import Section
 from rlhf.errors import Problem, RlhfError
 
+WITHOUT_COMMAND = {"rubric": "name it as rubric in train-rm.yaml"}
 Classes = Mapping[str, type[Section]]
 
 
@@ -53,7 +54,7 @@ def load_as(kind: str, path: Path, overrides: Sequence[str], classes: Classes, f
     value = _keys_in(path)
     if isinstance(value, dict) and (others := _of_another_kind(kind, path, value, classes)):
         article = "an" if others[0] in ("sft", "eval-rm") else "a"
-        told = fix.format(kind=others[0], path=path)
+        told = WITHOUT_COMMAND.get(others[0]) or fix.format(kind=others[0], path=path)
         raise RlhfError(Problem("CFG012", str(path), f"this is {article} {' or '.join(others)} config.", told))
     return load.load(classes[kind], path, overrides)
 

@@ -13,6 +13,7 @@ from matplotlib import pyplot as plt
 
 from rlhf import artifacts, runs
 from rlhf.held_out import METRIC
+from rlhf.metrics.intervals import Interval
 
 BLUE, ORANGE, GREY = "#3465a4", "#d9822b", "#888888"
 
@@ -105,15 +106,19 @@ def _points(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], li
     return [step for step, _ in points], [value for _, value in points]
 
 
-def bars(groups: Mapping[str, Mapping[str, float]], ylabel: str, path: Path) -> None:
-    """Grouped bars: one group a row of ``groups``, one bar a series."""
+def bars(groups: Mapping[str, Mapping[str, Interval]], ylabel: str, path: Path) -> None:
+    """Grouped bars with their intervals: one group a row of ``groups``, one bar a series."""
     series = list(next(iter(groups.values())))
     figure, axes = plt.subplots(figsize=(7, 3.4))
     width = 0.8 / len(series)
     colours = [GREY, "#8fb3dd", BLUE, ORANGE, "#6a9a3b"]
     for index, name in enumerate(series):
         places = [place + (index - (len(series) - 1) / 2) * width for place in range(len(groups))]
-        axes.bar(places, [row[name] for row in groups.values()], width, label=name, color=colours[index % 5])
+        found = [row[name] for row in groups.values()]
+        heights = [one.estimate for one in found]
+        errors = [[one.estimate - one.low for one in found], [one.high - one.estimate for one in found]]
+        style = {"elinewidth": 1, "ecolor": "#333333", "capsize": 2}
+        axes.bar(places, heights, width, label=name, color=colours[index % 5], yerr=errors, error_kw=style)
     axes.set_xticks(range(len(groups)), list(groups))
     axes.set(ylabel=ylabel, ylim=(0, 1.05))
     axes.legend(ncols=len(series), fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.16), frameon=False)

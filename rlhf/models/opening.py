@@ -13,6 +13,7 @@ from rlhf.config.sections import ModelSection
 from rlhf.data.chat import ChatFormat
 from rlhf.errors import Problem, RlhfError
 from rlhf.models.base import Base, load_base, load_context_length, load_tokenizer
+from rlhf.progress import waiting
 
 CONSENT, model_of = origins.CONSENT, origins.model_of
 
@@ -20,11 +21,12 @@ CONSENT, model_of = origins.CONSENT, origins.model_of
 def open_base(model: ModelSection, device: torch.device) -> Base:
     """The frozen base of a config."""
     runtime.require_dtype(model.dtype, device)
-    return load_base(
-        model.path, revision=model.revision, dtype=model.dtype, device=device, template=model.chat_template,
-        trust_remote_code=model.trust_remote_code, attn_implementation=model.attn_implementation,
-        quantize=model.quantize,
-    )  # fmt: skip
+    with waiting(f"Loading the model {model.path}"):
+        return load_base(
+            model.path, revision=model.revision, dtype=model.dtype, device=device, template=model.chat_template,
+            trust_remote_code=model.trust_remote_code, attn_implementation=model.attn_implementation,
+            quantize=model.quantize,
+        )  # fmt: skip
 
 
 def open_chat(model: ModelSection) -> ChatFormat:

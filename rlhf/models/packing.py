@@ -13,6 +13,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rlhf.models import blocks, decoding
+from rlhf.progress import waiting
 
 log = logging.getLogger("rlhf")
 ATTENTION = "rlhf_sdpa"
@@ -111,6 +112,7 @@ def known_blocks(model: Any) -> list[blocks.Layers] | None:
     return found
 
 
+@waiting("Comparing the fused blocks with the model's own")
 @torch.no_grad()
 def _same(model: Any, found: list[blocks.Layers]) -> bool:
     """Whether fused blocks give two short sequences, packed and padded, the hidden states that the model's own give."""
@@ -127,6 +129,7 @@ def _same(model: Any, found: list[blocks.Layers]) -> bool:
     return all(bool((fused - own).abs().max() <= limit) for fused in (packed, sampled))
 
 
+@waiting("Trying whether the model keeps packed rows apart")
 @torch.no_grad()
 def _keeps_apart(model: Any) -> bool:
     """Whether two short sequences give the same hidden states in one row as each alone."""

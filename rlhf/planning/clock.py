@@ -1,9 +1,9 @@
-"""Time, as pure functions: the least that a phase takes on a device of a given arithmetic speed and memory bandwidth.
+"""Time, as pure functions: what a phase takes on a device of a given arithmetic speed and memory bandwidth.
 
 A pass over tokens is bound by arithmetic, the sampling of one more token by thin products, or by reading the weights
-and the cache, and by the launching of small operations. What lies beside the products in a pass, and the optimizer, are
-not in it: figures are a floor, and what a person decides by is their order of magnitude. Rows are taken to be as long
-as the config lets them be.
+and the cache, and by the launching of small operations. What a pass does besides the products, and the optimizer, are
+not counted. Rows are taken to be as long as the config lets them be: a run with shorter rows takes less than predicted,
+so that no figure is a lower bound. What a person decides by is their order of magnitude.
 
 Predicted over measured processor time, one thread, float32, speeds as ``rlhf.models.speed`` measures them, 2026-11-21.
 A rollout at 30 M, 16 x (64 + 48), stands at 1.1 (0.9 to 1.2, beside other work; 2026-11-22).

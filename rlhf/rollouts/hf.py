@@ -23,7 +23,7 @@ class HfEngine:
     """Samples with the role ``slot``, at most ``concurrency`` rows at a time.
 
     Args:
-        streamer: of transformers, is given the tokens of a single row as they come.
+        streamer: of transformers, is given the tokens of a single row as they come; then there is no progress bar.
     """
 
     def __init__(self, roles: Roles, slot: str, chat: ChatFormat, concurrency: int, streamer: Any = None) -> None:
@@ -46,7 +46,7 @@ class HfEngine:
         tokens: list[list[int]] = [[] for _ in prompts]
         order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), index))
         parts = [order[start : start + self.concurrency] for start in range(0, len(order), self.concurrency)]
-        for chosen in track(parts, "Sampling", len(parts)):
+        for chosen in parts if self.streamer else track(parts, "Sampling", len(parts)):  # no bar beside running text
             found = self._generate([prompts[i] for i in chosen], sampling, [rows[i] for i in chosen])
             for index, ids in zip(chosen, found, strict=True):
                 tokens[index] = ids

@@ -16,6 +16,7 @@ from rlhf.models import classifier, opening
 from rlhf.models.base import Base
 from rlhf.models.heads import ScalarHead
 from rlhf.models.roles import SharedBase
+from rlhf.progress import waiting
 from rlhf.scoring.classifier import ClassifierScorer
 from rlhf.scoring.ensemble import Answer, EnsembleScorer, References
 from rlhf.scoring.function import FunctionScorer
@@ -155,7 +156,9 @@ def _add_members(
 
 def open_classifier(section: ClassifierSection, device: torch.device, micro_batch_size: int) -> ClassifierScorer:
     """A model from elsewhere."""
-    return ClassifierScorer(classifier.load(section, device), micro_batch_size, section.too_long, section.path)
+    with waiting(f"Loading the model {section.path}"):
+        loaded = classifier.load(section, device)
+    return ClassifierScorer(loaded, micro_batch_size, section.too_long, section.path)
 
 
 def add_reward(roles: SharedBase, slot: str, run_dir: Path) -> None:

@@ -34,7 +34,7 @@ from rlhf.models import classifier, opening
 from rlhf.models.heads import ScalarHead
 from rlhf.models.roles import SharedBase
 from rlhf.preflight import Plan
-from rlhf.progress import console
+from rlhf.progress import as_text, show, waiting
 from rlhf.runs import Run
 from rlhf.scoring import sources
 from rlhf.scoring.rerendered import Rerendered
@@ -81,7 +81,7 @@ def run(config: EvalRmConfig, plan: Plan, run: Run) -> Manifest:
     if config.benchmark:
         report = _benchmark(config, subject, groups)
         storage.write_json(run.path / artifacts.EXAMINATION, {**report, "tokens": vars(lengths)})
-        console.print(examination.benchmark_table(report))
+        show(examination.benchmark_table(report))
         metrics = examination.benchmark_metrics(report)
         return _finish(config, plan, run, started, metrics, {"rows": vars(lengths), "benchmark": config.benchmark})
     report = _report(config, plan, subject, groups)
@@ -92,10 +92,10 @@ def run(config: EvalRmConfig, plan: Plan, run: Run) -> Manifest:
     report |= judging.table(verdicts)
     storage.write_json(run.path / artifacts.EXAMINATION, report)
     _draw(report, run.path / artifacts.PLOTS)
-    console.print(examination.figures_table(report))
-    if "heads" in report:
-        console.print(examination.heads_table(report))
-    console.print(examination.verdicts_table(verdicts))
+    tables = [examination.figures_table(report), *([examination.heads_table(report)] if "heads" in report else [])]
+    storage.write_text(run.path / artifacts.FIGURES, as_text(*tables))
+    show(examination.verdict_lines(report["verdicts"]))
+    log.info("Verdict: %s. All figures: %s", report["verdict"], run.path / artifacts.FIGURES)
     for one in verdicts:
         if one.verdict != judging.PASS:
             log.warning("%s: %s, %.3f. %s.", one.verdict, one.says, one.estimate, one.do[0].upper() + one.do[1:])
@@ -151,27 +151,29 @@ def _drift(
 
 def _report(config: EvalRmConfig, plan: Plan, subject: Subject, groups: Sequence[Group]) -> dict[str, Any]:
     how = _how(config)
-    scores = examine.score(subject.scorer, groups)
+    with waiting("Scoring the responses of the comparisons"):
+        scores = examine.score(subject.scorer, groups)
     responses = examine.responses_of(groups, scores)
     pairs = examine.pairs_of(groups, scores)
     if not len(pairs.differences):
         what = f"holds no decided comparison {'in ' + config.head if config.head else 'overall'}: nothing to examine."
         raise RlhfError(Problem("DAT053", "data", what, "decided comparisons, or head: one whose attribute has some"))
-    report = figures.report(pairs, responses, how)
-    report |= {"ranking": rankings.report(groups, scores, how), **_members(config, groups, scores, pairs)}
-    report |= _heads(groups, scores, how)
-    unit = subject.unit or float(responses.scores.std()) or 1.0
-    standard = Scores(subject.standardised(scores))
-    report["length_calibration"] = lengths.report(
-        examine.pairs_of(groups, standard), examine.responses_of(groups, standard), subject.unit or 1.0, how
-    )
+    with waiting("Working out the figures and their intervals"):
+        report = figures.report(pairs, responses, how)
+        report |= {"ranking": rankings.report(groups, scores, how), **_members(config, groups, scores, pairs)}
+        report |= _heads(groups, scores, how)
+        unit = subject.unit or float(responses.scores.std()) or 1.0
+        standard = Scores(subject.standardised(scores))
+        report["length_calibration"] = lengths.report(
+            examine.pairs_of(groups, standard), examine.responses_of(groups, standard), subject.unit or 1.0, how
+        )
     if config.drift:
-        report["drift"] = _drift(config, plan, subject, responses, pairs, unit)
+        with waiting("Measuring the drift to the second data set"):
+            report["drift"] = _drift(config, plan, subject, responses, pairs, unit)
     records = [group.record for group in groups]
     report["unit"] = {"raw_scores": unit, "of": "SFT samples" if subject.unit else "the examined responses"}
-    report["probes"] = probe(
-        subject.scorer, subject.chat, records, config.probes, config.max_length, unit, how
-    )  # fmt: skip
+    with waiting("Scoring the responses as the probes change them"):
+        report["probes"] = probe(subject.scorer, subject.chat, records, config.probes, config.max_length, unit, how)
     return report
 
 
@@ -211,6 +213,7 @@ def _suite(config: EvalRmConfig, subject: Subject, cases: Sequence[CaseSection])
     return suite.examine(cases, scorer)
 
 
+@waiting("Drawing the plots")
 def _draw(report: dict[str, Any], directory: Path) -> None:
     directory.mkdir(exist_ok=True)
     plots.reliability(report["reliability"], directory / "reliability.png")

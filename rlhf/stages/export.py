@@ -23,6 +23,7 @@ from rlhf.models.base import Base
 from rlhf.models.classifier import PROOF
 from rlhf.models.heads import ScalarHead
 from rlhf.models.roles import SharedBase
+from rlhf.progress import waiting
 from rlhf.stages import cards
 
 log = logging.getLogger("rlhf")
@@ -88,6 +89,7 @@ def export(
     return {"target": str(target), **proof}
 
 
+@waiting("Writing the model, and comparing it with what transformers reads")
 def _written(
     run_dir: str, member: int, manifest: Manifest, device: torch.device, adapter_only: bool, staging: Path,
     name: str | None = None,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rlhf import artifacts, connection, examined, names, preflight, storage
+from rlhf import artifacts, connection, examined, names, preflight, progress, storage
 from rlhf.artifacts import Manifest
 from rlhf.config import load, migrate, reference, rubric, yaml_reader
 from rlhf.config.migration import Migration
@@ -50,7 +49,7 @@ def check(
     if problems:
         raise RlhfError(*problems)
     if deep:
-        importlib.import_module("rlhf.stages.deep_check").add_findings(results, checked)
+        progress.load("rlhf.stages.deep_check").add_findings(results, checked)
     return results
 
 
@@ -91,7 +90,7 @@ def _add_rows(result: dict[str, Any], checked: Checked, count: int) -> None:
         shown = rows_as_text.rows(checked, count)
     else:
         result["rows_shown"] = f"with {found.note}" if found.note else "as the model reads them"
-        shown = importlib.import_module("rlhf.stages.showing").rows(checked, count, found.model)
+        shown = progress.load("rlhf.stages.showing").rows(checked, count, found.model)
     for key, rows in shown.items():
         result["data"][key]["shown"] = rows
 

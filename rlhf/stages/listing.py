@@ -16,7 +16,6 @@ from rlhf.artifacts import Manifest
 from rlhf.errors import RlhfError
 
 RUNS = Path("runs")
-FAILED_GATES = "failed_gates"
 ASIDE = re.compile(r"\.old-\d+$")
 SHOWN = 3
 COLUMNS = ("run", "stage", "date", "state", "figures")
@@ -76,8 +75,9 @@ def _entry(path: Path) -> Entry:
     state = "finished"
     if changed := _changed(path, manifest):
         state = f"damaged: {', '.join(changed[:2])}{', ...' if len(changed) > 2 else ''}"
-    elif failed := manifest.details.get(FAILED_GATES):
-        state = f"failed a gate: {', '.join(str(one.get('where', one)) for one in failed)}"
+    elif failed := artifacts.failed_gates(manifest):
+        named = (f"{one.code} {one.where.removeprefix(f'{path}: ')}" for one in failed)
+        state = f"failed a gate: {', '.join(named)}"
     figures = HEADLINES.get(manifest.stage, lambda _: "")(manifest)
     return Entry(
         str(path), manifest.stage, manifest.created[:10], state, figures, is_finished=True, is_moved_aside=aside

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rlhf import artifacts, examined, interrupts, masking
+from rlhf import artifacts, examined, interrupts, masking, progress
 from rlhf.config import yaml_reader
 from rlhf.errors import Problem, RlhfError
 from rlhf.neighbours import Nearby, command
@@ -207,7 +207,7 @@ def _in_its_own_process(command: list[str]) -> int:
 
     The process group of its own keeps a terminal from sending the same Ctrl-C a second time, which would mean: at once.
     """
-    process = subprocess.Popen(command, process_group=0)
+    process = subprocess.Popen(command, process_group=0, env=progress.stage_environment())
     try:
         return process.wait()
     except interrupts.Interrupted as signal:

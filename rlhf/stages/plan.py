@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 import re
 from collections.abc import Iterator, Sequence
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf import artifacts, resources
+from rlhf import artifacts, progress, resources
 from rlhf.config.stages import SftConfig, StageConfig
 from rlhf.config.train_rm import RewardConfig
 from rlhf.errors import Problem, RlhfError
@@ -137,19 +136,21 @@ def lines(outcome: dict[str, Any]) -> list[str]:
 def _time_lines(outcome: dict[str, Any]) -> list[str]:
     if outcome["work"] is None:
         return ["Time: --flops and --bandwidth name the device's speed as reached, --measure measures this machine's."]
-    shown = [f"At {outcome['flops']:.3g} operations and {outcome['bandwidth']:.3g} bytes a second, at least:"]
+    shown = [
+        f"At {outcome['flops']:.3g} operations and {outcome['bandwidth']:.3g} bytes a second, in rows as long as the "
+        "config allows, matrix products and reads alone:"
+    ]
     for work in outcome["work"]:
         rate = work["tokens"] / work["seconds"]
         shown.append(f"  {work['name']:17} {clock.duration(work['seconds']):>9} a step  ({rate:,.0f} tokens/s)")
     step = sum(work["seconds"] for work in outcome["work"])
     if outcome["steps"]:
-        shown.append(
-            f"{outcome['steps']} steps of {clock.duration(step)}: at least {clock.duration(outcome['steps'] * step)}."
-        )
+        total = clock.duration(outcome["steps"] * step)
+        shown.append(f"{outcome['steps']} steps of {clock.duration(step)}: {total}. Shorter rows take less.")
     if held_out := outcome["measuring"]:
         times, each = held_out["times"], held_out["seconds"]
         shown.append(
-            f"{times} measurements of the held-out loss, {clock.duration(each)} each, on top: at least "
+            f"{times} measurements of the held-out loss, {clock.duration(each)} each, on top: "
             f"{clock.duration(times * each)}."
         )
     return shown
@@ -211,7 +212,7 @@ def _together(spec: Spec, budget: int | None) -> dict[str, Any] | None:
 def _speed(spec: Spec, device: Device) -> Speed | None:
     flops, bandwidth = device.flops, device.bandwidth
     if device.measure:
-        shape, measured = spec.shape, importlib.import_module("rlhf.models.speed").measured
+        shape, measured = spec.shape, progress.load("rlhf.models.speed").measured
         return measured(shape.d, shape.f, spec.held.e, clock.sums(spec))  # type: ignore[no-any-return]
     if (flops is None) != (bandwidth is None):
         missing = "--bandwidth" if bandwidth is None else "--flops"

@@ -25,7 +25,7 @@ from rlhf.ppo.least_squares import LeastSquares
 from rlhf.ppo.training import Training, save_roles
 from rlhf.ppo.value_role import ValueRole
 from rlhf.preflight import Plan
-from rlhf.progress import bar
+from rlhf.progress import bar, waiting
 from rlhf.rollouts.hf import HfEngine
 from rlhf.rollouts.opening import open_engine
 from rlhf.runs import Run
@@ -53,16 +53,23 @@ def run(config: PpoConfig, plan: Plan, run: Run) -> Manifest:
             training.standardise()
             progress.first = training.evaluate()
             saved.end_of_step(0, training.needed())
-        while progress.pretraining is None:
-            training.pretrain_value()
-            saved.end_of_step(0, training.needed())
-        shown.advance(shown.task_ids[0], progress.step)
+        with waiting("Teaching the critic before the policy moves"):
+            while progress.pretraining is None:
+                training.pretrain_value()
+                saved.end_of_step(0, training.needed())
+        shown.begin(progress.step)
         while progress.step < config.steps:
             first.say(training.step(), config.steps)
             saved.end_of_step(progress.step, training.needed(), last=progress.step == config.steps)
-            shown.advance(shown.task_ids[0])
+            shown.advance(_watched(training.newest))
     training.tracker.close()
     return _finish(config, plan, run, training)
+
+
+def _watched(figures: dict[str, float]) -> str:
+    """What the bar shows of the newest step; at ``kl.coef: 0`` there may be no KL."""
+    kl = f" KL {figures['rollout/exact_kl_nats']:.2f}" if "rollout/exact_kl_nats" in figures else ""
+    return f"score {figures['rollout/score']:.2f}{kl}"
 
 
 def dry_run(config: PpoConfig, plan: Plan) -> list[str]:
@@ -216,12 +223,13 @@ def _finish(config: PpoConfig, plan: Plan, run: Run, training: Training) -> Mani
     """Write best and last, the chosen one as the run's adapter, and the manifest; the same files if done twice."""
     progress, saved = training.progress, training.saved
     best, last = saved.directory / BEST, saved.directory / "last"
-    storage.copy_directory(saved.directory / f"{BEST}-{progress.best_step}", best)
-    save_roles(training.roles, training.critic, last)
-    chosen = progress.best_step if config.use == BEST else progress.step
-    result = artifacts.ADAPTER if config.lora else artifacts.MODEL
-    storage.copy_directory((best if config.use == BEST else last) / "policy" / result, run.path / result)
-    training.base.tokenizer.save_pretrained(run.path / artifacts.TOKENIZER)
+    with waiting("Writing the best and the last step"):
+        storage.copy_directory(saved.directory / f"{BEST}-{progress.best_step}", best)
+        save_roles(training.roles, training.critic, last)
+        chosen = progress.best_step if config.use == BEST else progress.step
+        result = artifacts.ADAPTER if config.lora else artifacts.MODEL
+        storage.copy_directory((best if config.use == BEST else last) / "policy" / result, run.path / result)
+        training.base.tokenizer.save_pretrained(run.path / artifacts.TOKENIZER)
     log.info("The %s step, %d of %d, is what downstream commands use.", config.use, chosen, progress.step)
     start = {name.replace("eval/", "start/"): value for name, value in progress.first.items()}
     end = {name.replace("eval/", "last/"): value for name, value in progress.last.items()}

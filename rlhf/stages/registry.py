@@ -209,6 +209,8 @@ def kinds_of(files: Sequence[Path], stage: str | None, problems: list[Problem]) 
                 problems += error.problems
             else:
                 log.warning("Left out: %s: %s", path, error.problems[0].what)
+    if not found and not problems:
+        raise RlhfError(Problem("CFG001", "configs/", "no config here that is known.", "name a file"))
     return found
 
 

@@ -21,6 +21,7 @@ from trl import SFTConfig
 
 from rlhf import artifacts, interrupts, runtime
 from rlhf.artifacts import Manifest
+from rlhf.bars import Bar, Recent
 from rlhf.checkpoints import BEST, Checkpoints
 from rlhf.config.stages import SftConfig
 from rlhf.data import fitting, tokenised
@@ -34,7 +35,7 @@ from rlhf.models import adapters, fused_lora, opening, whole
 from rlhf.models.base import Base
 from rlhf.models.first_step import FirstStep
 from rlhf.preflight import Plan
-from rlhf.progress import bar
+from rlhf.progress import bar, waiting
 from rlhf.runs import Run
 from rlhf.stages import sft_outcome
 from rlhf.stages.registry import STAGES
@@ -109,7 +110,8 @@ def _train(
         recorder.tracker.close()
         held_out.restore()
         if curves:
-            importlib.import_module("rlhf.evaluation.plots").held_out(run.path, held_out.best_points())
+            with waiting("Drawing the held-out loss"):
+                importlib.import_module("rlhf.evaluation.plots").held_out(run.path, held_out.best_points())
         details = held_out.details()
     else:
         what = "an adapter that adds nothing" if config.lora else "its weights as they are"
@@ -136,9 +138,9 @@ def _steps(
 
     trainer.end_of_step = end_of_step
     trainer.add_callback(recorder)
-    with interrupts.deferred(), bar("SFT", trainer.args.max_steps) as progress:
-        progress.advance(progress.task_ids[0], trainer.restored_step)
-        trainer.add_callback(_Advance(progress, first))
+    with interrupts.deferred(), bar("SFT", trainer.args.max_steps) as shown:
+        shown.begin(trainer.restored_step)
+        trainer.add_callback(_Advance(shown, first))
         if not trainer.restored:
             held_out.after(0, 0)
         trainer.train_from_here(held_out.stopped(0))
@@ -193,6 +195,7 @@ def _model(config: SftConfig, base: Base) -> Any:
     return model
 
 
+@waiting("Preparing the trainer")
 def _trainer(config: SftConfig, model: Any, base: Base, rows: list[Dialogue], run: Run) -> ResumableTrainer:
     """TRL's trainer with every argument set that this stage relies upon."""
     for module in model.modules():
@@ -261,12 +264,19 @@ class _Record(TrainerCallback):
 
 
 class _Advance(TrainerCallback):
-    def __init__(self, progress: Any, first: FirstStep) -> None:
-        self.progress, self.first, self.started = progress, first, 0.0
+    """The bar with the loss, and what is said of the first steps."""
+
+    def __init__(self, shown: Bar, first: FirstStep) -> None:
+        self.shown, self.first, self.started, self.losses = shown, first, 0.0, Recent()
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         self.started = time.perf_counter()
 
     def on_step_end(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
-        self.progress.advance(self.progress.task_ids[0])
+        self.shown.advance()
         self.first.say(time.perf_counter() - self.started, state.max_steps)
+
+    def on_log(self, *_: Any, logs: dict[str, float] | None = None, **__: Any) -> None:
+        """Comes after the end of each step."""
+        if logs and "loss" in logs:
+            self.shown.figures = f"mean loss {self.losses.mean(float(logs['loss'])):.3f}"

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from rlhf import preflight, runs, settling
+from rlhf import preflight, progress, runs, settling
 from rlhf.config import load
 from rlhf.config.stages import StageConfig
 from rlhf.errors import Problem, RlhfError
@@ -50,7 +49,7 @@ class Ready:
         """What it would do: notes about the data, figures, token counts, and the state of its run directory."""
         if len(self.plan.parents) == len(self.needs.parents):
             # Before the notes are asked for, because it adds rows that are too long to their counts.
-            counted = importlib.import_module(self.stage.module).dry_run(self.config, self.plan)
+            counted = progress.load(self.stage.module).dry_run(self.config, self.plan)
         else:
             counted = [f"{note}." for note in self.plan.unchecked[:-1]]
             counted += ["tokens are counted with the tokenizer of these runs, once they are made."]
@@ -75,7 +74,7 @@ class Ready:
             run.complete = partial(settling.complete, self.config, self.needs, self.plan)
             for note in self.plan.notes():
                 log.warning("%s.", note)
-            importlib.import_module(self.stage.module).run(self.config, self.plan, run)
+            progress.load(self.stage.module).run(self.config, self.plan, run)
         settling.settle(self.config, self.needs, self.plan)
 
 

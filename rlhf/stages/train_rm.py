@@ -14,6 +14,7 @@ from typing import Any
 
 from rlhf import artifacts, interrupts, runtime, storage
 from rlhf.artifacts import Manifest
+from rlhf.bars import Recent
 from rlhf.checkpoints import BEST, Checkpoints
 from rlhf.config.train_rm import RewardConfig
 from rlhf.data import fitting, tokenised
@@ -26,7 +27,7 @@ from rlhf.models.base import Base
 from rlhf.models.first_step import FirstStep
 from rlhf.models.roles import Roles
 from rlhf.preflight import Plan
-from rlhf.progress import bar
+from rlhf.progress import bar, waiting
 from rlhf.reward import annotators, combining, contradicted, objective, outcome, starts, teacher, training
 from rlhf.reward.learner import Learner
 from rlhf.reward.several import Heads
@@ -74,7 +75,8 @@ def run(config: RewardConfig, plan: Plan, run: Run) -> Manifest:
     tracker.close()
     watch.restore()
     if curves:
-        importlib.import_module("rlhf.evaluation.plots").held_out(run.path, watch.best_points())
+        with waiting("Drawing the held-out loss"):
+            importlib.import_module("rlhf.evaluation.plots").held_out(run.path, watch.best_points())
 
     combined = combining.combine(config, heads, roles, slots, base, rows.fitted) if heads else {}
     metrics, of_members = _measured(config, plan, base, roles, slots, rows, taught, run)
@@ -106,13 +108,14 @@ def _train(
 ) -> None:  # fmt: skip
     """The steps that are left, member by member; those behind an early stop are passed over."""
     position = turns.position
-    with interrupts.deferred(), bar("Reward model", turns.steps) as progress:
-        progress.advance(progress.task_ids[0], position.step)
+    losses = Recent()
+    with interrupts.deferred(), bar("Reward", turns.steps) as shown:
+        shown.begin(position.step)
         while position.step < turns.steps:
             position.step += 1
             index, member, step = turns.at(position.step)
             if watch.stopped(index):
-                progress.advance(progress.task_ids[0])
+                shown.begin(position.step)
                 continue
             if step == 1:
                 watch.after(index, 0)
@@ -127,7 +130,7 @@ def _train(
             if is_over:
                 turns.end_of(member)
             saved.end_of_step(position.step, watch.needed(), last=is_over and member is turns.members[-1])
-            progress.advance(progress.task_ids[0])
+            shown.advance(f"mean loss {losses.mean(figures['train/loss']):.3f}")
 
 
 def _measured(
