@@ -34,7 +34,7 @@ def sft(basis: Basis) -> Tree:
     model, size, records = basis.model, basis.size, basis.parts.sft
     length = _length(basis, "sft", "prompt and answer")
     share, num_train = _held_out(basis, "sft", 0.05, 64)
-    batch = choose.batch_size(num_train, 32)
+    batch = choose.batch_size(num_train, 32, 50)
     steps, passes = choose.least_steps(model)
     epochs = choose.epochs(num_train, batch, steps, passes)
     tokens, why_tokens = choose.train_tokens(model)
@@ -70,7 +70,7 @@ def train_rm(basis: Basis) -> Tree:
     size, records = basis.size, basis.parts.reward
     length = _length(basis, "reward", "prompt and longest response")
     share, num_train = _held_out(basis, "reward", 0.1, 32)
-    batch = choose.batch_size(num_train, 64)
+    batch = choose.batch_size(num_train, 64, 20)
     epochs = choose.epochs(num_train, batch, 40, 3)
     responses = max(len(record.responses) for record in records)
     why_epochs = f"{_why_epochs(epochs, 40)}; more than one overfits (InstructGPT, N+ details)"

@@ -69,7 +69,8 @@ def files(paths: Sequence[str], options: Options) -> list[File]:
                 columns = {ours: theirs for ours, theirs in options.columns.items() if theirs in present[path]}
                 data = data.model_copy(update={"columns": columns})
             looked = list(islice(_rows(data), LOOKED_AT))
-            found.append(_file(kind_of(looked, path), data))
+            kind = kind_of(looked, path)
+            found.append(_file(kind, data, _unread_labels(looked) if kind == "demonstrations" else []))
         except RlhfError as error:
             problems += error.problems
     for ours, theirs in options.columns.items():
@@ -156,10 +157,18 @@ def _is_readable(row: Mapping[str, Any], kind: str) -> bool:
     return True
 
 
-def _file(kind: str, data: DataSection) -> File:
+def _file(kind: str, data: DataSection, notes: Sequence[str]) -> File:
     loaded = READERS[kind](data)
     if named := [record.where for record in loaded.records if isinstance(record, Comparison) and record.names]:
         what = f"{len(named)} rows, the first {named[0]}, have labels of attributes, and init sets up no heads."
         fix = "init with overall labels, then heads: in train-rm.yaml"
         raise RlhfError(Problem("DAT056", loaded.source, what, fix))
-    return File(loaded.source, kind, loaded.records, loaded.dropped, loaded.warnings)
+    return File(loaded.source, kind, loaded.records, loaded.dropped, (*loaded.warnings, *notes))
+
+
+def _unread_labels(looked: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Demonstrations that some column calls right or wrong may be answers that nobody should learn."""
+    columns = dict.fromkeys(name for row in looked for name, value in row.items() if isinstance(value, bool))
+    answer = next((name for name in ("response", "output") if looked and name in looked[0]), "completion")
+    flags = "" if answer == "completion" else f" --columns completion={answer}"
+    return [f"{name} is true or false, and was not read: --columns label={name}{flags} reads it" for name in columns]
