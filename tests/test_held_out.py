@@ -322,7 +322,7 @@ def test_the_best_weights_and_the_measurements_are_planned_for(home):
         config = SftConfig.model_validate({**common, **every, "use": use})
         assert resources.written(config, tensors, {}, 0) == resources.Written(3 * adapter, kept)
     Path("sft.yaml").write_text(yaml.safe_dump({**SFT, "evaluation": {"every": 3}, "run_dir": "r"}))
-    found = planning.plan(Path("sft.yaml"), "sft", [], None, "1e9", "1e9", False)
+    found = planning.plan(Path("sft.yaml"), "sft", [], planning.Device(flops="1e9", bandwidth="1e9"))
     spec, _, _ = planning._spec(
         SftConfig.model_validate({**SFT, "evaluation": {"every": 3}}), "sft", Path("sft.yaml"), "cpu"
     )
