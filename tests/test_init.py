@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -256,9 +257,14 @@ def test_more_than_a_few_passes_are_for_few_rows_and_for_bases_that_were_never_p
     assert choose.least_steps(facts()) == (120, 10) and choose.least_steps(facts(is_initialised=True)) == (300, 30)
 
 
+@lru_cache
+def split_of_4000():
+    return parts.split(rows(range(4000)))
+
+
 def built(tmp_path, **changes):
     """The configs of a basis with 4,000 comparisons of one length, as they are read, and their text."""
-    split = parts.split(rows(range(4000)))
+    split = split_of_4000()
     counts = {name: len(getattr(split, name)) for name in parts.SHARES}
     lengths = {name: Lengths((2600,) * count, (2100,) * count, (500,) * count) for name, count in counts.items()}
     model = facts(context_length=32_768, **changes)
@@ -291,7 +297,7 @@ def test_more_than_three_epochs_come_with_early_stopping_and_the_examination_com
     found, texts = built(tmp_path, num_parameters=num_parameters)
     for stage, least in (("sft", 64), ("train-rm", 32)):
         config = found[stage]
-        part = len(parts.split(rows(range(4000))).sft if stage == "sft" else parts.split(rows(range(4000))).reward)
+        part = len(split_of_4000().sft if stage == "sft" else split_of_4000().reward)
         assert round(config.holdout_fraction * part) >= least
         steps = math.ceil(part * (1 - config.holdout_fraction) * config.epochs / config.batch.batch_size)
         assert config.use == "best" and config.evaluation.patience == 3
@@ -514,7 +520,7 @@ def test_rows_beyond_the_context_are_a_decision_and_max_length_takes_it(tmp_path
     base = ("init", "new", "--data", "p.jsonl", "--model", "m")
     code, text = here(*base)
     assert code == 3 and text.count("error[") == 1 and not Path("new").exists()
-    assert "38 of 150 rows dropped: 38 with too many tokens (first: p.jsonl:1). That is 25.3%, and 5% may be" in text
+    assert "38 of 150 rows (25.3%) would be dropped: 38 with too many tokens (first: p.jsonl:1). At most 5%" in text
     assert "The model's context is 128 tokens" in text
     assert "--max-length 128 goes on with the 112 comparisons that fit" in text
     chat = look.model("m")[1]
@@ -547,8 +553,11 @@ def test_a_few_rows_beyond_the_context_are_left_out_and_counted(tmp_path, monkey
     rows_ += [{"prompt": f"q{n}", "chosen": "<|pad|>", "rejected": "a"} for n in range(2)]  # a special token
     lines(tmp_path / "p.jsonl", rows_)
     code, text = here("init", "new", "--data", "p.jsonl", "--model", "m")
-    assert code == 3 and "6 of 102 rows dropped: 2 with a special token in the text (first: p.jsonl:101), " in text
-    assert "4 with too many tokens (first: p.jsonl:1). That is 5.9%" in text
+    assert (
+        code == 3
+        and "6 of 102 rows (5.9%) would be dropped: 2 with a special token in the text (first: p.jsonl:101), " in text
+    )
+    assert "4 with too many tokens (first: p.jsonl:1). At most 5% may be" in text
     lines(tmp_path / "p.jsonl", rows_[:101])
     code, text = here("init", "new", "--data", "p.jsonl", "--model", "m")
     assert code == 0 and "5 of 101 rows dropped: 1 with a special token" in text
