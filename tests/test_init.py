@@ -30,7 +30,7 @@ from rlhf.data.records import Comparison, Demonstration, Judgement, Message, Pro
 from rlhf.errors import RlhfError
 from rlhf.models import adapters, embeddings
 from rlhf.stages.registry import STAGES
-from rlhf.start import chain, choose, look, parts, project, reading, render
+from rlhf.start import chain, choose, fit, look, parts, project, reading, render
 from rlhf.start.basis import basis
 from rlhf.start.facts import Lengths, Limit, ModelFacts, Options, Rows
 from rlhf.start.render import Choice
@@ -575,6 +575,45 @@ def test_answers_are_as_long_as_the_context_holds_behind_the_prompts_and_the_gat
     share = sum(len(row["completion"]) + 1 <= sft.sampling.max_new_tokens for row in demos) / len(demos)
     assert 0.5 < share < 1 and sft.min_end_token_rate == math.floor(20 * share) / 100  # a base without pretraining
     assert f"{share:.1%} of those in the data fit max_new_tokens" in dict(made.figures)["answers"]
+
+
+def test_prompts_that_leave_no_room_for_an_answer_are_a_decision_or_left_out(tmp_path):
+    """Answers of 30 tokens need 32 of a context of 64, and 32 are left for a prompt: nine of ten have 60."""
+    split = parts.split(rows(range(400)))
+    counts = {name: len(getattr(split, name)) for name in parts.SHARES}
+    prompts = {name: tuple(20 if n % 10 == 0 else 60 for n in range(count)) for name, count in counts.items()}
+    lengths = {name: Lengths(found, found, (30,) * len(found)) for name, found in prompts.items()}
+    whole = basis(facts(), split, lengths, Limit(64), False)
+    num_short = prompts["ppo"].count(20)
+    with pytest.raises(RlhfError, match=rf"DAT020.*an answer of 32 behind {counts['ppo'] - num_short} of the"):
+        fit.with_room(whole, Options())
+    found = fit.with_room(whole, Options(max_length=64))
+    assert len(found.parts.ppo) == num_short and set(found.lengths["ppo"].prompt) == {20}
+    ppo = render.values(chain.build(found)["ppo"])
+    assert ppo["prompts"]["max_tokens"] + ppo["sampling"]["max_new_tokens"] <= 64
+
+
+def test_memory_bounds_a_large_model_only_where_the_data_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(choose, "MOST_TOKENS", 48)
+    chat = look.model(str(tiny.build(tmp_path / "m")))[1]
+
+    def limit_of(num_long):
+        rows_ = [pair(n) | ({"rejected": "x" * 60} if n < num_long else {}) for n in range(100)]
+        files = reading.files([lines(tmp_path / "p.jsonl", rows_)], Options())
+        return fit.fitting(files, chat, Options(), is_large=True).limit
+
+    assert limit_of(5).tokens == 48 and limit_of(5).note == "5 of 100 rows are longer and were left out"
+    kept = limit_of(6)
+    assert kept.tokens > 80 and "--max-length 48 would leave out 6 of 100" in kept.note
+
+
+def test_answers_that_a_column_calls_wrong_are_not_demonstrations_unnoticed(tmp_path):
+    rows_ = [{"prompt": f"q{n // 2}", "response": f"a{n}", "is_right": n % 2 == 0} for n in range(4)]
+    (file,) = reading.files([lines(tmp_path / "d.jsonl", rows_)], Options())
+    assert file.kind == "demonstrations"
+    assert file.notes[-1].endswith("not read: --columns label=is_right --columns completion=response reads it")
+    (file,) = reading.files([str(tmp_path / "d.jsonl")], Options({"label": "is_right", "completion": "response"}, 3))
+    assert file.kind == "comparisons" and file.dropped.num_rows == 3
 
 
 def test_columns_limit_and_csv_give_data_in_our_own_names(tmp_path, monkeypatch, here):

@@ -114,7 +114,7 @@ def _tokens(record: Any, chat: ChatFormat) -> Tokens | None:
 
 
 def _refusal(found: _Measured, limit: int, options: Options) -> Problem | None:
-    """What is to be decided before a file can be used, with the figures of each choice."""
+    """What is to be decided before a file can be used, with the figures of each choice; nothing is used afterwards."""
     file, bound, longer = found.file, options.max_dropped_fraction, found.longer(limit)
     num_records = len(file.records)
     if len(longer) == num_records:
@@ -127,7 +127,8 @@ def _refusal(found: _Measured, limit: int, options: Options) -> Problem | None:
     if (bad if is_decided else share) <= bound:
         return None
     needed = _needed(found, bound)
-    file.without({record.where: TOO_LONG for record in longer})
+    if not is_decided:
+        file.without({record.where: TOO_LONG for record in longer})
     file.dropped.max_fraction = bound
     problem = file.dropped.problems()[0]
     what = f"{problem.what} At most {bound:.0%} may be."
