@@ -78,7 +78,7 @@ ELSEWHERE = {
 
 _ONE_DEVICE = "one process, one device"
 _METRICS = "every step is written to metrics.jsonl"
-_HELD_OUT = "a share of the prompts is held out and measured (holdout_fraction)"
+_HELD_OUT = "a share of the prompts is held out (holdout_fraction); evaluation.every measures on it during training"
 _EXPORT = "rlhf export writes what is uploaded"
 _ADAMW = "the optimizer is AdamW with its usual betas"
 _QUANTISED = "model.quantize: nf4 is bitsandbytes' NF4 with nested scales, int8 its 8-bit layers"
@@ -123,7 +123,7 @@ GONE: dict[str, str] = {
     "use_liger_kernel": _SPEED, "gradient_checkpointing_kwargs": _SPEED, "torch_compile": _SPEED,
     "padding_free": _SPEED, "packing_strategy": _SPEED, "remove_unused_columns": "fields that are not read are named",
     "dataset_streaming": "data are read whole, so that every row is checked first",
-    "load_best_model_at_end": "PPO keeps the best step (use: best); SFT and train-rm the last",
+    "load_best_model_at_end": "use: best keeps the best of the measured steps, and is the default",
     "neftune_noise_alpha": "not offered", "label_smoothing_factor": "not offered",
     "value_model_path": "with value.fit: gradient the value role starts from the reward run (value.start)",
     "ref_model": "the reference is the SFT run",
