@@ -32,7 +32,7 @@ from rlhf.models import adapters, embeddings
 from rlhf.stages.registry import STAGES
 from rlhf.start import chain, choose, fit, look, parts, project, reading, render
 from rlhf.start.basis import basis
-from rlhf.start.facts import Lengths, Limit, ModelFacts, Options, Rows
+from rlhf.start.facts import Lengths, Limit, ModelFacts, Options, Rows, Tokens
 from rlhf.start.render import Choice
 
 ROOT = Path(__file__).parents[1]
@@ -575,6 +575,14 @@ def test_answers_are_as_long_as_the_context_holds_behind_the_prompts_and_the_gat
     share = sum(len(row["completion"]) + 1 <= sft.sampling.max_new_tokens for row in demos) / len(demos)
     assert 0.5 < share < 1 and sft.min_end_token_rate == math.floor(20 * share) / 100  # a base without pretraining
     assert f"{share:.1%} of those in the data fit max_new_tokens" in dict(made.figures)["answers"]
+
+
+def test_a_row_is_as_long_as_its_stage_reads_it():
+    split = parts.split(rows(range(100)))
+    found = fit.lengths_of(split, {f"p:{n}": Tokens(prompt=10, best=5, longest=50) for n in range(100)})
+    wholes = {name: set(lengths.whole) for name, lengths in found.items()}
+    assert wholes == {"sft": {15}, "reward": {60}, "ppo": {10}, "eval": {60}}
+    assert set(found["sft"].response) == {5} and set(found["reward"].prompt) == {10}
 
 
 def test_prompts_that_leave_no_room_for_an_answer_are_a_decision_or_left_out(tmp_path):
