@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -29,9 +30,9 @@ from rlhf.data.records import Comparison, Demonstration, Judgement, Message, Pro
 from rlhf.errors import RlhfError
 from rlhf.models import adapters, embeddings
 from rlhf.stages.registry import STAGES
-from rlhf.start import chain, choose, look, parts, project, reading, render
+from rlhf.start import chain, choose, fit, look, parts, project, reading, render
 from rlhf.start.basis import basis
-from rlhf.start.facts import Lengths, Limit, ModelFacts, Options, Rows
+from rlhf.start.facts import Lengths, Limit, ModelFacts, Options, Rows, Tokens
 from rlhf.start.render import Choice
 
 ROOT = Path(__file__).parents[1]
@@ -256,9 +257,14 @@ def test_more_than_a_few_passes_are_for_few_rows_and_for_bases_that_were_never_p
     assert choose.least_steps(facts()) == (120, 10) and choose.least_steps(facts(is_initialised=True)) == (300, 30)
 
 
+@lru_cache
+def split_of_4000():
+    return parts.split(rows(range(4000)))
+
+
 def built(tmp_path, **changes):
     """The configs of a basis with 4,000 comparisons of one length, as they are read, and their text."""
-    split = parts.split(rows(range(4000)))
+    split = split_of_4000()
     counts = {name: len(getattr(split, name)) for name in parts.SHARES}
     lengths = {name: Lengths((2600,) * count, (2100,) * count, (500,) * count) for name, count in counts.items()}
     model = facts(context_length=32_768, **changes)
@@ -291,7 +297,7 @@ def test_more_than_three_epochs_come_with_early_stopping_and_the_examination_com
     found, texts = built(tmp_path, num_parameters=num_parameters)
     for stage, least in (("sft", 64), ("train-rm", 32)):
         config = found[stage]
-        part = len(parts.split(rows(range(4000))).sft if stage == "sft" else parts.split(rows(range(4000))).reward)
+        part = len(split_of_4000().sft if stage == "sft" else split_of_4000().reward)
         assert round(config.holdout_fraction * part) >= least
         steps = math.ceil(part * (1 - config.holdout_fraction) * config.epochs / config.batch.batch_size)
         assert config.use == "best" and config.evaluation.patience == 3
@@ -514,7 +520,7 @@ def test_rows_beyond_the_context_are_a_decision_and_max_length_takes_it(tmp_path
     base = ("init", "new", "--data", "p.jsonl", "--model", "m")
     code, text = here(*base)
     assert code == 3 and text.count("error[") == 1 and not Path("new").exists()
-    assert "38 of 150 rows dropped: 38 with too many tokens (first: p.jsonl:1). That is 25.3%, and 5% may be" in text
+    assert "38 of 150 rows (25.3%) would be dropped: 38 with too many tokens (first: p.jsonl:1). At most 5%" in text
     assert "The model's context is 128 tokens" in text
     assert "--max-length 128 goes on with the 112 comparisons that fit" in text
     chat = look.model("m")[1]
@@ -547,8 +553,11 @@ def test_a_few_rows_beyond_the_context_are_left_out_and_counted(tmp_path, monkey
     rows_ += [{"prompt": f"q{n}", "chosen": "<|pad|>", "rejected": "a"} for n in range(2)]  # a special token
     lines(tmp_path / "p.jsonl", rows_)
     code, text = here("init", "new", "--data", "p.jsonl", "--model", "m")
-    assert code == 3 and "6 of 102 rows dropped: 2 with a special token in the text (first: p.jsonl:101), " in text
-    assert "4 with too many tokens (first: p.jsonl:1). That is 5.9%" in text
+    assert (
+        code == 3
+        and "6 of 102 rows (5.9%) would be dropped: 2 with a special token in the text (first: p.jsonl:101), " in text
+    )
+    assert "4 with too many tokens (first: p.jsonl:1). At most 5% may be" in text
     lines(tmp_path / "p.jsonl", rows_[:101])
     code, text = here("init", "new", "--data", "p.jsonl", "--model", "m")
     assert code == 0 and "5 of 101 rows dropped: 1 with a special token" in text
@@ -566,6 +575,53 @@ def test_answers_are_as_long_as_the_context_holds_behind_the_prompts_and_the_gat
     share = sum(len(row["completion"]) + 1 <= sft.sampling.max_new_tokens for row in demos) / len(demos)
     assert 0.5 < share < 1 and sft.min_end_token_rate == math.floor(20 * share) / 100  # a base without pretraining
     assert f"{share:.1%} of those in the data fit max_new_tokens" in dict(made.figures)["answers"]
+
+
+def test_a_row_is_as_long_as_its_stage_reads_it():
+    split = parts.split(rows(range(100)))
+    found = fit.lengths_of(split, {f"p:{n}": Tokens(prompt=10, best=5, longest=50) for n in range(100)})
+    wholes = {name: set(lengths.whole) for name, lengths in found.items()}
+    assert wholes == {"sft": {15}, "reward": {60}, "ppo": {10}, "eval": {60}}
+    assert set(found["sft"].response) == {5} and set(found["reward"].prompt) == {10}
+
+
+def test_prompts_that_leave_no_room_for_an_answer_are_a_decision_or_left_out(tmp_path):
+    """Answers of 30 tokens need 32 of a context of 64, and 32 are left for a prompt: nine of ten have 60."""
+    split = parts.split(rows(range(400)))
+    counts = {name: len(getattr(split, name)) for name in parts.SHARES}
+    prompts = {name: tuple(20 if n % 10 == 0 else 60 for n in range(count)) for name, count in counts.items()}
+    lengths = {name: Lengths(found, found, (30,) * len(found)) for name, found in prompts.items()}
+    whole = basis(facts(), split, lengths, Limit(64), False)
+    num_short = prompts["ppo"].count(20)
+    with pytest.raises(RlhfError, match=rf"DAT020.*an answer of 32 behind {counts['ppo'] - num_short} of the"):
+        fit.with_room(whole, Options())
+    found = fit.with_room(whole, Options(max_length=64))
+    assert len(found.parts.ppo) == num_short and set(found.lengths["ppo"].prompt) == {20}
+    ppo = render.values(chain.build(found)["ppo"])
+    assert ppo["prompts"]["max_tokens"] + ppo["sampling"]["max_new_tokens"] <= 64
+
+
+def test_memory_bounds_a_large_model_only_where_the_data_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(choose, "MOST_TOKENS", 48)
+    chat = look.model(str(tiny.build(tmp_path / "m")))[1]
+
+    def limit_of(num_long):
+        rows_ = [pair(n) | ({"rejected": "x" * 60} if n < num_long else {}) for n in range(100)]
+        files = reading.files([lines(tmp_path / "p.jsonl", rows_)], Options())
+        return fit.fitting(files, chat, Options(), is_large=True).limit
+
+    assert limit_of(5).tokens == 48 and limit_of(5).note == "5 of 100 rows are longer and were left out"
+    kept = limit_of(6)
+    assert kept.tokens > 80 and "--max-length 48 would leave out 6 of 100" in kept.note
+
+
+def test_answers_that_a_column_calls_wrong_are_not_demonstrations_unnoticed(tmp_path):
+    rows_ = [{"prompt": f"q{n // 2}", "response": f"a{n}", "is_right": n % 2 == 0} for n in range(4)]
+    (file,) = reading.files([lines(tmp_path / "d.jsonl", rows_)], Options())
+    assert file.kind == "demonstrations"
+    assert file.notes[-1].endswith("not read: --columns label=is_right --columns completion=response reads it")
+    (file,) = reading.files([str(tmp_path / "d.jsonl")], Options({"label": "is_right", "completion": "response"}, 3))
+    assert file.kind == "comparisons" and file.dropped.num_rows == 3
 
 
 def test_columns_limit_and_csv_give_data_in_our_own_names(tmp_path, monkeypatch, here):

@@ -48,10 +48,11 @@ class Basis:
     def sampling(self) -> dict[str, Any]:
         answers = self.lengths["sft"].response
         usual = choose.quantile(answers, choose.QUANTILE)
-        why = f"1.5 times the {choose.QUANTILE} quantile of the answers, {usual} tokens; the longest has {max(answers)}"
+        wanted, why = choose.SLACK * usual, f"1.5 times the {choose.QUANTILE} quantile of the answers, {usual} tokens"
         if self.as_it_is:
-            why = f"the model answers at its own length, {choose.LEAST_OWN} tokens are often enough"
-        if self.new_tokens < choose.SLACK * usual:
+            wanted = max(wanted, choose.LEAST_OWN)
+            why = f"the model answers at its own length, which {choose.LEAST_OWN} tokens mostly hold"
+        if self.new_tokens < wanted:
             why += "; no more than 1,024, half of the context, and what the context holds behind a long prompt"
         found = {"max_new_tokens": Choice(self.new_tokens, why), "temperature": Choice(1.0, "the same in all stages")}
         if self.size.tokens < choose.SIZES[0].tokens:

@@ -114,7 +114,7 @@ def _tokens(record: Any, chat: ChatFormat) -> Tokens | None:
 
 
 def _refusal(found: _Measured, limit: int, options: Options) -> Problem | None:
-    """What is to be decided before a file can be used, with the figures of each choice."""
+    """What is to be decided before a file can be used, with the figures of each choice; nothing is used afterwards."""
     file, bound, longer = found.file, options.max_dropped_fraction, found.longer(limit)
     num_records = len(file.records)
     if len(longer) == num_records:
@@ -127,18 +127,20 @@ def _refusal(found: _Measured, limit: int, options: Options) -> Problem | None:
     if (bad if is_decided else share) <= bound:
         return None
     needed = _needed(found, bound)
-    file.without({record.where: TOO_LONG for record in longer})
-    what = f"{file.dropped.sentence()}. That is {file.share_dropped():.1%}, and {bound:.0%} may be."
+    if not is_decided:
+        file.without({record.where: TOO_LONG for record in longer})
+    file.dropped.max_fraction = bound
+    problem = file.dropped.problems()[0]
+    what = f"{problem.what} At most {bound:.0%} may be."
     flags = [f"--max-dropped-fraction {math.ceil(100 * bad - 1e-9) / 100:g}"] if bad > bound else []
     if is_decided or not longer:
-        return Problem("DAT020", file.path, what, f"repair the rows, or go on without them: {flags[0]}")
-    what = f"{what} The model's context is {limit:,} tokens."
+        return replace(problem, what=what, fix=f"repair the rows, or go on without them: {flags[0]}")
     kept = f"{num_records - len(longer):,} {file.kind}"
     fix = (
         f"{' '.join([f'--max-length {limit}', *flags])} goes on with the {kept} that fit; or a model with a context of "
         f"at least {needed:,} tokens, which keeps the data"
     )
-    return Problem("DAT020", file.path, what, fix)
+    return replace(problem, what=f"{what} The model's context is {limit:,} tokens.", fix=fix)
 
 
 def _needed(found: _Measured, bound: float) -> int:
