@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from datetime import date
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, StringConstraints, Tag, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StringConstraints,
+    Tag,
+    model_validator,
+)
 
 Text = Annotated[str, StringConstraints(min_length=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -16,6 +26,14 @@ LearningRate = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 HeadName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z]\w*(-\w+)*$")]
 
+
+def _is_day(value: str) -> str:
+    date.fromisoformat(value)
+    return value
+
+
+Day = Annotated[str, StringConstraints(pattern=r"^\d{4}-\d\d-\d\d$"), AfterValidator(_is_day)]
+
 TrackerName = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 ReportTo = Annotated[
     Annotated[Literal["none", TrackerName], Tag("name")] | Annotated[list[TrackerName], Tag("list")],
@@ -26,6 +44,11 @@ ReportTo = Annotated[
 GATE: dict[str, Any] = {"gate": True}
 """``json_schema_extra`` of a field that bounds or accepts what a run read or measured. It changes no result, so it is
 not part of a run's identity: a finished run is judged again from the figures in its manifest."""
+
+
+KEPT: dict[str, Any] = {"kept": True}
+"""``json_schema_extra`` of a field that is drawn once and then kept with the run. It is not part of a run's identity:
+null means what was drawn."""
 
 
 class Section(BaseModel):
@@ -43,6 +66,17 @@ class ModelSection(Section):
     )
     chat_template: Literal["chatml", "plain"] | None = Field(
         None, description="named template for a base whose tokenizer has none; recorded in the artifact"
+    )
+    end_tokens: list[Text] | None = Field(
+        None,
+        description="tokens that end a response besides the one that the template writes, which is trained and which "
+        "rewards read in their place; null: those of the model's generation_config",
+    )
+    template_date: Day | None = Field(
+        None,
+        json_schema_extra=KEPT,
+        description="YYYY-MM-DD that a template which prints today's date gets instead, in every later stage too; "
+        "null: the day on which the chain is started",
     )
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] | None = Field(
         None, description="null: what transformers chooses"

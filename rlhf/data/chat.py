@@ -7,7 +7,9 @@ from typing import Any
 
 from jinja2.exceptions import TemplateError
 
+from rlhf.data import rendering as renderings
 from rlhf.data.records import Message, Messages
+from rlhf.data.rendering import Rendering
 from rlhf.errors import Problem, RlhfError
 
 SENTINEL = "zebra quartz"
@@ -25,21 +27,27 @@ TEMPLATES = {
 
 
 class ChatFormat:
-    """How a tokenizer's chat template writes conversations.
+    """How a tokenizer's chat template writes conversations; ``date``: what it prints for today, None if nothing.
 
     A training sequence is ids(prompt) + ids(response) + end token. The end token is the one that the template really
-    writes after an assistant turn, found by rendering a sentinel; whatever follows it belongs to no response.
+    writes after an assistant turn, found by rendering a sentinel; whatever follows it belongs to no response. Sampling
+    also ends at any other token of ``end_ids``; such an end is read as the template's.
 
     Args:
         template: a named default for a tokenizer that has no template of its own.
         context_length: how many tokens the model was made for; None: no limit is known.
+        rendering: what the model section says besides.
 
     Raises:
         RlhfError: MOD010 without a template, MOD010, MOD011 or MOD014 with one that does not show where a response
-            begins and ends, MOD015 with one that writes the token at the beginning twice.
+            begins and ends, MOD015 with one that writes the token at the beginning twice, MOD016 with one whose date
+            cannot be kept.
     """
 
-    def __init__(self, tokenizer: Any, template: str | None = None, context_length: int | None = None) -> None:
+    def __init__(
+        self, tokenizer: Any, template: str | None = None, context_length: int | None = None,
+        rendering: Rendering = Rendering(),
+    ) -> None:  # fmt: skip
         self.tokenizer, self.context_length = tokenizer, context_length
         own = tokenizer.chat_template
         if template is None and not own:
@@ -51,6 +59,10 @@ class ChatFormat:
         if template == "chatml":
             self._require_chatml()
         self.template_name, self.template = template, TEMPLATES[template] if template else None
+        self._text = self.template or str(tokenizer.get_chat_template())
+        self.date = (rendering.date or renderings.today()) if renderings.prints_date(self._text) else None
+        if self.date:
+            self._text = renderings.on_day(self._text, self.date)
         self._encode_cached = lru_cache(maxsize=4096)(self._encode)
         probe = (Message("user", "hello there"), Message("assistant", SENTINEL))
         self._head_matches(probe)
@@ -67,6 +79,9 @@ class ChatFormat:
         if self.end_id not in {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}:
             what = f"writes {self.tail!r} after an assistant turn, which text may contain: no response could hold it."
             raise RlhfError(Problem("MOD014", "chat template", what, "a template that ends turns with a special token"))
+        ends = [str(token) for token in rendering.ends or () if token != self.end_token]
+        self.end_tokens = (self.end_token, *ends)
+        self.end_ids = (self.end_id, *(int(tokenizer.convert_tokens_to_ids(token)) for token in ends))
         self._control = self._control_tokens(rendered)
         self._refuse_two_beginnings(probe[:1])
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.end_id
@@ -136,8 +151,7 @@ class ChatFormat:
 
     def same_tokens(self, other: ChatFormat) -> bool:
         """Whether the other one writes every conversation in the same ids, as far as vocabulary and template tell."""
-        alike = (self.template or self.tokenizer.chat_template) == (other.template or other.tokenizer.chat_template)
-        return alike and self.tokenizer.get_vocab() == other.tokenizer.get_vocab()
+        return self._text == other._text and self.tokenizer.get_vocab() == other.tokenizer.get_vocab()
 
     def special_in(self, text: str) -> str | None:
         """A token in the text that may not stand there; see ``prompt_ids``."""
@@ -171,7 +185,7 @@ class ChatFormat:
         try:
             return str(
                 self.tokenizer.apply_chat_template(
-                    turns, tokenize=False, add_generation_prompt=opening, chat_template=self.template
+                    turns, tokenize=False, add_generation_prompt=opening, chat_template=self._text
                 )
             )
         except TemplateError as error:

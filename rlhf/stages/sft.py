@@ -45,8 +45,7 @@ log = logging.getLogger("rlhf")
 
 
 def run(config: SftConfig, plan: Plan, run: Run) -> Manifest:
-    """Train, measure what was written, finish, and judge: a run that fails a gate is finished all the same.
-    """
+    """Train, measure what was written, finish, and judge: a run that fails a gate is finished all the same."""
     first = FirstStep(plan.spec)
     device = runtime.set_up(config.runtime, config.seed)
     base = opening.open_base(config.model, device)
