@@ -50,6 +50,8 @@ class BaseIdentity:
     quantize: str | None = None
     end_tokens: list[str] | None = None
     template_date: str | None = None
+    thinking: str = "strip"
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

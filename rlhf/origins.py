@@ -149,6 +149,7 @@ def model_of(manifest: Manifest) -> ModelSection:
             "attn_implementation": base.attn_implementation, "trust_remote_code": base.trust_remote_code,
             "quantize": base.quantize, "end_tokens": base.end_tokens or [],
             "template_date": base.template_date,
+            "thinking": base.thinking, "template_kwargs": base.template_kwargs,
         }
     )  # fmt: skip
 

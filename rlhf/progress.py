@@ -45,9 +45,13 @@ def bar(title: str, total: int) -> Iterator[Progress]:
     global _is_shown
     hidden, before = _is_shown or not sys.stderr.isatty(), _is_shown
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        TextColumn("left"), TimeRemainingColumn(),
-    )  # fmt: skip
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
         progress.add_task(title, total=total)
         _is_shown = before or not hidden

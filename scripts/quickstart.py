@@ -143,9 +143,11 @@ def evaluate(out: Path, seed: int, seconds: dict[str, float]) -> tuple[dict[str,
         best = max(by_temperature, key=lambda t: by_temperature[t].mean())
         answers = sample(roles, "ppo", base, prompts, 1.0, seed)
         shown = {
-            "base": judge(sample(roles, "base", base, prompts, 1.0, seed)), "SFT": by_temperature[1.0],
-            f"SFT, T={best:g}": by_temperature[best], "PPO": judge(answers),
-        }  # fmt: skip
+            "base": judge(sample(roles, "base", base, prompts, 1.0, seed)),
+            "SFT": by_temperature[1.0],
+            f"SFT, T={best:g}": by_temperature[best],
+            "PPO": judge(answers),
+        }
         roles.slots |= {"policy": roles.slots["ppo"], "reference": roles.slots["sft"]}
         kl = measure.exact_kl(roles, answers, base.chat.pad_id, 1.0, 32)
         facts = probe_accuracies(roles, base, seed)
@@ -156,19 +158,26 @@ def evaluate(out: Path, seed: int, seconds: dict[str, float]) -> tuple[dict[str,
     runs.write_samples(out / "samples.jsonl", measure.sample_rows(answers, gold=shown["PPO"].axes["gold"]))
     summary = {
         "gold": {
-            "base": shown["base"].mean(), "sft": shown["SFT"].mean(), "ppo": shown["PPO"].mean(),
-            "gain": gain.estimate, "ci95": [gain.low, gain.high], "num_prompts": len(prompts),
+            "base": shown["base"].mean(),
+            "sft": shown["SFT"].mean(),
+            "ppo": shown["PPO"].mean(),
+            "gain": gain.estimate,
+            "ci95": [gain.low, gain.high],
+            "num_prompts": len(prompts),
             "sft_best_temperature": {"temperature": best, "gold": by_temperature[best].mean()},
             "sft_by_temperature": {str(t): found.mean() for t, found in by_temperature.items()},
             "gain_over_best_temperature": {"gain": over.estimate, "ci95": [over.low, over.high]},
         },
         "axes": {a: {"sft": shown["SFT"].mean(a), "ppo": shown["PPO"].mean(a)} for a in gold.AXES},
         "reward_model": {
-            "accuracy": examined["accuracy"]["estimate"], "accuracy_ci95": examined["accuracy"]["ci95"],
-            "ece": examined["ece"]["estimate"], "minimal_pairs": facts,
+            "accuracy": examined["accuracy"]["estimate"],
+            "accuracy_ci95": examined["accuracy"]["ci95"],
+            "ece": examined["ece"]["estimate"],
+            "minimal_pairs": facts,
         },
-        "kl": float(kl.mean()), "end_token_rate": {name: found.end_token_rate for name, found in shown.items()},
-    }  # fmt: skip
+        "kl": float(kl.mean()),
+        "end_token_rate": {name: found.end_token_rate for name, found in shown.items()},
+    }
     return summary, shown
 
 

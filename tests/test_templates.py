@@ -21,9 +21,12 @@ from rlhf.data import rendering
 from rlhf.data.chat import ChatFormat
 from rlhf.data.records import Message
 from rlhf.data.rendering import Rendering
+from rlhf.data.tokenised import PromptRow
 from rlhf.errors import RlhfError
+from rlhf.evaluation.policy import respond
 from rlhf.models import opening
 from rlhf.preflight import Needs, Plan
+from rlhf.rollouts.engine import Rollout, Sampling
 from rlhf.stages.registry import STAGES
 from rlhf.stages.starting import Ready, Start
 
@@ -35,18 +38,33 @@ MARKS = {
     "qwen2.5": (CHATML, (), None, "<|endoftext|>", "<|im_end|>"),
     "qwen3": (CHATML, ("<think>", "</think>"), None, "<|endoftext|>", "<|im_end|>"),
     "smollm3": (CHATML, ("<think>", "</think>"), None, "<|end_of_text|>", "<|im_end|>"),
-    "llama3.1": (("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), (), "<|begin_of_text|>", "<|end_of_text|>",
-                 "<|eot_id|>"),
-    "llama3.2": (("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), (), "<|begin_of_text|>", "<|end_of_text|>",
-                 "<|eot_id|>"),
+    "llama3.1": (
+        ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+        (),
+        "<|begin_of_text|>",
+        "<|end_of_text|>",
+        "<|eot_id|>",
+    ),
+    "llama3.2": (
+        ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+        (),
+        "<|begin_of_text|>",
+        "<|end_of_text|>",
+        "<|eot_id|>",
+    ),
     "gemma2": (("<start_of_turn>", "<end_of_turn>"), (), "<bos>", "<eos>", "<end_of_turn>"),
     "gemma3": (("<start_of_turn>", "<end_of_turn>"), (), "<bos>", "<eos>", "<end_of_turn>"),
     "mistral": (("[INST]", "[/INST]"), (), "<s>", "</s>", "</s>"),
     "phi3": (("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"), (), "<s>", "<|endoftext|>", "<|end|>"),
     "phi4": ((*CHATML, "<|im_sep|>"), (), None, "<|endoftext|>", "<|im_end|>"),
-    "gpt-oss": (("<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|return|>"), (), None, "<|endoftext|>",
-                "<|return|>"),
-}  # fmt: skip
+    "gpt-oss": (
+        ("<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|return|>"),
+        (),
+        None,
+        "<|endoftext|>",
+        "<|return|>",
+    ),
+}
 NAMES = sorted(MARKS)
 USER = (Message("user", "hi there"),)
 TALK = (*USER, Message("assistant", "yes"), Message("user", "and now ?"), Message("assistant", "no"))
@@ -61,9 +79,12 @@ def tokenizer(name):
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<|pad|>", bos_token=begin, eos_token=end,
+        tokenizer_object=inner,
+        pad_token="<|pad|>",
+        bos_token=begin,
+        eos_token=end,
         additional_special_tokens=list(special),
-    )  # fmt: skip
+    )
     fast.add_tokens(list(added))
     fast.chat_template = (TEMPLATES / f"{name}.jinja").read_text("utf-8")
     return fast
@@ -188,6 +209,97 @@ def test_a_chain_keeps_the_date_of_its_first_day(tmp_path, day, caplog):
     plain = ModelSection(path=str(build(tmp_path / "plain")), template_date="2026-03-04")
     assert opening.with_date(plain, None) == plain and opening.open_base(plain, CPU).chat.date is None
     assert "model.template_date makes no difference" in caplog.text
+
+
+THINKERS = {
+    # name -> what the model writes in front of its answer, and what the template writes where there is no thinking
+    "qwen3": ("<think>\nhm, so\n</think>\n\n", "<think>\n\n</think>\n\n"),
+    "smollm3": ("<think>\nhm, so\n</think>\n\n", ""),
+    "gpt-oss": (
+        "<|channel|>analysis<|message|>hm, so<|end|><|start|>assistant<|channel|>final<|message|>",
+        "<|channel|>final<|message|>",
+    ),
+}
+
+
+class Says:
+    """An engine that writes the same ids to every prompt."""
+
+    def __init__(self, ids, finished=True):
+        self.ids, self.finished = ids, finished
+
+    def generate(self, prompts, sampling, rows):
+        return Rollout([self.ids for _ in prompts], [self.finished for _ in prompts], 0)
+
+
+@pytest.mark.parametrize("name", sorted(THINKERS))
+@pytest.mark.parametrize("thinking", ["strip", "keep", "off"])
+def test_rewards_read_the_answer_without_thinking_unless_it_is_kept(name, thinking):
+    """What is rescored is what was sampled; text and scored ids are the answer, or all of it."""
+    own = tokenizer(name)
+    chat = ChatFormat(own, rendering=Rendering(thinking=thinking))
+    before, lead = THINKERS[name]
+    prompt = PromptRow(USER, chat.prompt_ids(USER))
+    ids = [*own.encode(f"{before}fine", add_special_tokens=False), chat.end_id]
+    (sample,) = respond(Says(ids), chat, [prompt], Sampling(99, 1.0, 0))
+    assert sample.response_ids == ids and sample.thinking == "hm, so"
+    kept = "<think>\nhm, so\n</think>\n\nfine"
+    assert sample.response == (kept if thinking == "keep" else "fine")
+    lead = "" if thinking == "off" and name == "qwen3" else lead  # the prompt has it
+    read = f"{before}fine" if thinking == "keep" else f"{lead}fine"
+    assert own.decode(sample.scored_ids) == read + chat.end_token
+    again = [*chat.response_ids(USER, sample.response), chat.end_id]
+    assert again == sample.scored_ids, "the same text as data is the same tokens"
+    (cut,) = respond(Says(ids[:8], finished=False), chat, [prompt], Sampling(8, 1.0, 0))
+    assert "hm" not in cut.response or thinking == "keep"
+    assert cut.response_ids == ids[:8] and cut.scored_ids and not cut.finished
+    later = (*USER, Message("assistant", kept), Message("user", "and ?"))
+    bare = (*USER, Message("assistant", "fine"), Message("user", "and ?"))
+    if thinking != "keep":
+        assert chat.prompt_ids(later) == chat.prompt_ids(bare), "the next turn reads the answer alone"
+
+
+@pytest.mark.parametrize("name", sorted(THINKERS))
+def test_the_thinking_of_data_is_trained_where_it_is_kept_and_its_marks_are_no_text_elsewhere(name, caplog):
+    own, talk = tokenizer(name), (*USER, Message("assistant", "<think>\nhm, so\n</think>\n\nfine"))
+    chat = ChatFormat(own, rendering=Rendering(thinking="keep"))
+    ids, trained = chat.demonstration(talk, last_only=True)
+    shown = own.decode([i for i, keep in zip(ids, trained, strict=True) if keep])
+    assert shown == f"{THINKERS[name][0]}fine{chat.end_token}"
+    assert not caplog.records
+    stripped = ChatFormat(own)
+    shorter, _ = stripped.demonstration(talk, last_only=True)
+    assert shorter == stripped.demonstration((*USER, Message("assistant", "fine")), last_only=True)[0]
+    assert "Answers in the data hold thinking, which is left out" in caplog.text
+    if name == "qwen3":
+        with pytest.raises(RlhfError, match="DAT060.*<think>"):
+            ChatFormat(own).prompt_ids((Message("user", "a <think> b"),))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_thinking_settings_change_nothing_where_a_template_does_not_think(name, day):
+    day("2026-03-04")
+    own = tokenizer(name)
+    formats = [ChatFormat(own, rendering=Rendering(thinking=how)) for how in ("strip", "keep", "off")]
+    alike = [one.prompt_ids(USER) == formats[0].prompt_ids(USER) for one in formats]
+    assert alike == [True, True, name not in ("qwen3", "smollm3")]
+    wanted = rendered(own, USER, add_generation_prompt=True, **({} if alike[2] else {"enable_thinking": False}))
+    assert formats[2].prompt_ids(USER) == wanted
+    assert (formats[0].thinking_marks is None) == (name not in THINKERS)
+    if name == "gpt-oss":
+        low = ChatFormat(own, rendering=Rendering(kwargs={"reasoning_effort": "low"}))
+        assert low.prompt_ids(USER) == rendered(own, USER, add_generation_prompt=True, reasoning_effort="low")
+
+
+def test_thinking_is_inherited_and_what_makes_no_difference_is_said(tmp_path, caplog):
+    caplog.set_level("INFO", "rlhf")
+    section = ModelSection(path=str(build(tmp_path / "m")), thinking="off", template_kwargs={"effort": "low"})
+    base = opening.open_base(section, CPU)
+    assert "marks no thinking: model.thinking makes no difference" in caplog.text
+    assert "does not read effort of model.template_kwargs" in caplog.text
+    artifacts.write(tmp_path, Manifest("policy", "sft", 0, {}, {}, 1.0, base=opening.identity_of(base, section)))
+    later = origins.model_of(artifacts.read(tmp_path))
+    assert (later.thinking, later.template_kwargs) == ("off", {"effort": "low"})
 
 
 @pytest.mark.parametrize("wrong", ["today", "2026-02-30", "26-02-03"])

@@ -16,6 +16,8 @@ from pydantic import (
     model_validator,
 )
 
+from rlhf.data.thinking import Thinking
+
 Text = Annotated[str, StringConstraints(min_length=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -71,6 +73,15 @@ class ModelSection(Section):
         None,
         description="tokens that end a response besides the one that the template writes, which is trained and which "
         "rewards read in their place; null: those of the model's generation_config",
+    )
+    thinking: Thinking = Field(
+        "strip",
+        description="of models whose template marks thinking in front of answers. strip: rewards and later turns read "
+        "the answer without it; keep: it is part of the response, trained and read; off: as strip, and the template is "
+        "asked for none",
+    )
+    template_kwargs: dict[str, bool | int | float | str] = Field(
+        default_factory=dict, description="variables that the chat template is given, such as reasoning_effort: low"
     )
     template_date: Day | None = Field(
         None,

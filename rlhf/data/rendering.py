@@ -1,12 +1,15 @@
-"""What a model section says of its conversations besides the template: end tokens, and the date that it prints."""
+"""What a model section says of its conversations besides the template: end tokens, date, thinking."""
 
 from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import date, datetime, time
+from typing import Any
 
+from rlhf.data.thinking import SWITCH, Thinking
 from rlhf.errors import Problem, RlhfError
 
 CALL = "strftime_now"
@@ -20,10 +23,20 @@ class Rendering:
     Args:
         ends: tokens that end a response besides the one that the template writes; None: the model's own.
         date: YYYY-MM-DD, which a template that prints the date gets for today; None: today.
+        thinking: strip: left out of what is read; keep: part of the response; off: as strip, and the template is asked
+            for none.
+        kwargs: variables that the template gets.
     """
 
     ends: tuple[str, ...] | None = None
     date: str | None = None
+    thinking: Thinking = "strip"
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def given_to(self, template: str) -> dict[str, Any]:
+        """What a template is rendered with: ``off`` turns thinking off where the template has the switch."""
+        off = {SWITCH: False} if self.thinking == "off" and SWITCH in template else {}
+        return {**off, **self.kwargs}
 
 
 def prints_date(template: str) -> bool:

@@ -39,9 +39,11 @@ def of_model(path: str, tokenizer: Any, revision: str | None = None) -> tuple[st
     control = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
     if ordinary := [index for index in ids if index not in control]:
         log.info(
-            "%s: %s names %s as eos_token_id, which is not a special token of its tokenizer: left out.", path, FILE,
+            "%s: %s names %s as eos_token_id, which is not a special token of its tokenizer: left out.",
+            path,
+            FILE,
             ", ".join(map(str, ordinary)),
-        )  # fmt: skip
+        )
     known = dict.fromkeys(index for index in ids if index in control)
     return tuple(str(tokenizer.convert_ids_to_tokens(index)) for index in known)
 

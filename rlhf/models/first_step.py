@@ -42,5 +42,9 @@ class FirstStep:
         log.info("%s after the first step: %.0f MB; predicted, for longest rows: %s.", what, measured, memory)
         log.info(
             "The first step took %.3g s; predicted, if all rows were as long as the config allows and this machine as "
-            "fast as just measured: %s. All %d steps: about %s.", seconds, time, steps, clock.duration(steps * seconds),
-        )  # fmt: skip
+            "fast as just measured: %s. All %d steps: about %s.",
+            seconds,
+            time,
+            steps,
+            clock.duration(steps * seconds),
+        )

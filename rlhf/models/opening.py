@@ -24,12 +24,32 @@ def open_base(model: ModelSection, device: torch.device) -> Base:
     """The frozen base of a config."""
     runtime.require_dtype(model.dtype, device)
     base = load_base(
-        model.path, revision=model.revision, dtype=model.dtype, device=device, template=model.chat_template,
-        trust_remote_code=model.trust_remote_code, attn_implementation=model.attn_implementation,
-        quantize=model.quantize, rendering=rendering_of(model),
-    )  # fmt: skip
+        model.path,
+        revision=model.revision,
+        dtype=model.dtype,
+        device=device,
+        template=model.chat_template,
+        trust_remote_code=model.trust_remote_code,
+        attn_implementation=model.attn_implementation,
+        quantize=model.quantize,
+        rendering=rendering_of(model),
+    )
     _say_date(base.chat, model)
+    _say_thinking(base.chat, model)
     return base
+
+
+def _say_thinking(chat: ChatFormat, model: ModelSection) -> None:
+    """A setting that the template does not read makes no difference, which is easily missed."""
+    if model.thinking != "strip" and chat.thinking_marks is None:
+        log.info("The chat template of %s marks no thinking: model.thinking makes no difference.", model.path)
+    elif model.thinking == "off" and not chat.has_thinking_switch:
+        log.warning(
+            "The chat template of %s has no switch for thinking: what it thinks is left out of what is read.",
+            model.path,
+        )
+    for name in chat.unread_kwargs:
+        log.warning("The chat template of %s does not read %s of model.template_kwargs.", model.path, name)
 
 
 def _say_date(chat: ChatFormat, model: ModelSection) -> None:
@@ -55,9 +75,11 @@ def with_date(model: ModelSection, kept: str | None) -> ModelSection:
     if chat.date is None:
         return model
     log.info(
-        "The chat template of %s prints the date: every stage of this chain reads %s%s.", model.path, chat.date,
+        "The chat template of %s prints the date: every stage of this chain reads %s%s.",
+        model.path,
+        chat.date,
         ", as kept" if kept else "",
-    )  # fmt: skip
+    )
     return model.model_copy(update={"template_date": chat.date})
 
 
@@ -72,7 +94,8 @@ def open_chat(model: ModelSection) -> ChatFormat:
 
 def rendering_of(model: ModelSection) -> Rendering:
     """What a model section says of its conversations besides the template."""
-    return Rendering(None if model.end_tokens is None else tuple(model.end_tokens), model.template_date)
+    ends = None if model.end_tokens is None else tuple(model.end_tokens)
+    return Rendering(ends, model.template_date, model.thinking, model.template_kwargs)
 
 
 def identity_of(base: Base, model: ModelSection) -> BaseIdentity:
@@ -82,6 +105,7 @@ def identity_of(base: Base, model: ModelSection) -> BaseIdentity:
         chat_template=model.chat_template, attn_implementation=model.attn_implementation,
         trust_remote_code=model.trust_remote_code, quantize=model.quantize,
         end_tokens=list(base.chat.end_tokens[1:]), template_date=base.chat.date,
+        thinking=model.thinking, template_kwargs=dict(model.template_kwargs),
     )  # fmt: skip
 
 

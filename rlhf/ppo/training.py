@@ -149,9 +149,17 @@ class Training:
         config, progress = self.config, self.progress
         seed = runtime.derived_seed(config.seed, "ppo", "evaluation")
         outcome = measure.evaluate(
-            self.roles, self.engine, self.scorer, experiences.settle(config.missing_eos), self.base.chat,
-            self.held_out, config.sampling, seed, config.batch.micro_batch_size, config.batch.micro_batch_tokens,
-        )  # fmt: skip
+            self.roles,
+            self.engine,
+            self.scorer,
+            experiences.settle(config.missing_eos),
+            self.base.chat,
+            self.held_out,
+            config.sampling,
+            seed,
+            config.batch.micro_batch_size,
+            config.batch.micro_batch_tokens,
+        )
         self.run.write_samples(f"step-{progress.step}", outcome.rows)
         figures = outcome.metrics
         figures["eval/objective"] = figures["eval/score"] - config.kl.coef * figures["eval/exact_kl_nats"]

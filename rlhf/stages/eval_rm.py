@@ -169,9 +169,7 @@ def _report(config: EvalRmConfig, plan: Plan, subject: Subject, groups: Sequence
         report["drift"] = _drift(config, plan, subject, responses, pairs, unit)
     records = [group.record for group in groups]
     report["unit"] = {"raw_scores": unit, "of": "SFT samples" if subject.unit else "the examined responses"}
-    report["probes"] = probe(
-        subject.scorer, subject.chat, records, config.probes, config.max_length, unit, how
-    )  # fmt: skip
+    report["probes"] = probe(subject.scorer, subject.chat, records, config.probes, config.max_length, unit, how)
     return report
 
 
