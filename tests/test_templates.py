@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from tiny import build
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rlhf import artifacts, identity, origins
 from rlhf.artifacts import Manifest
@@ -306,3 +308,75 @@ def test_thinking_is_inherited_and_what_makes_no_difference_is_said(tmp_path, ca
 def test_a_date_that_is_none_is_refused(wrong):
     with pytest.raises(ValueError, match="template_date"):
         ModelSection(template_date=wrong)
+
+
+FAST = ("qwen3",)
+CHAIN = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+
+
+@pytest.mark.parametrize("name", CHAIN)
+def test_a_chain_runs_on_every_template_at_two_layers(name, tmp_path, monkeypatch, here):
+    """Dry run, rows as the model sees them, SFT, one PPO step against a function; the date is the first day's."""
+    monkeypatch.chdir(tmp_path)
+    own, config = tokenizer(name), tmp_path / "sft.yaml"
+    torch.manual_seed(3)
+    shape = LlamaConfig(
+        vocab_size=len(own),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=2048,
+        eos_token_id=own.eos_token_id,
+        bos_token_id=None,
+    )
+    LlamaForCausalLM(shape).save_pretrained("m")
+    own.save_pretrained("m")
+    with Path("d.jsonl").open("w", encoding="utf-8") as file:
+        for number in range(12):
+            file.write(json.dumps({"prompt": f"question {number}", "completion": f"answer {number}"}) + "\n")
+    Path("mine.py").write_text("def score(prompts, responses):\n    return [float(len(r)) for r in responses]\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    short = {"max_new_tokens": 4, "concurrency": 4}
+    sft = {
+        "run_dir": "runs/sft",
+        "model": {"path": "m"},
+        "data": {"path": "d.jsonl"},
+        "max_length": 2000,
+        "steps": 1,
+        "batch": {"batch_size": 2, "micro_batch_size": 2},
+        "sampling": short,
+        "end_token_samples": 2,
+        "min_end_token_rate": 0.0,
+        "require_improvement": False,
+        "holdout_fraction": 0.2,
+        "loss_on": "last_turn",
+        "lora": {"r": 2, "alpha": 4.0},
+        "optim": {"learning_rate": 1e-4},
+    }
+    ppo = {
+        "run_dir": "runs/ppo",
+        "policy": "runs/sft",
+        "prompts": {"path": "d.jsonl", "max_tokens": 1900},
+        "steps": 1,
+        "rewards": [{"function": "mine:score"}],
+        "sampling": short,
+        "value": {"pretrain_steps": 0},
+        "batch": {"batch_size": 2, "minibatch_size": 2, "micro_batch_size": 2},
+        "evaluation": {"num_prompts": 2},
+    }
+    config.write_text(yaml.safe_dump(sft))
+    Path("ppo.yaml").write_text(yaml.safe_dump(ppo))
+    code, text = here("sft", "-c", "sft.yaml", "--dry-run")
+    assert code == 0 and "0 dropped" in text, text
+    code, text = here("check", "sft.yaml", "--show", "1")
+    assert code == 0 and MARKS[name][4] in text, text
+    code, text = here("sft", "-c", "sft.yaml")
+    assert code == 0, text
+    made = artifacts.read("runs/sft").base
+    assert (made.template_date is not None) == (name in ("llama3.2", "gpt-oss"))
+    assert made.end_tokens == ([] if MARKS[name][3] == MARKS[name][4] else [MARKS[name][3]])
+    code, text = here("ppo", "-c", "ppo.yaml")
+    assert code == 0, text
+    assert artifacts.read("runs/ppo").base == made
