@@ -1,8 +1,7 @@
 """What makes a run the run it is: its inputs by name, and how those of two runs are compared.
 
-Gates (fields marked with GATE) and what is kept with the run (KEPT) are not part of it. Keys
-that an older version did not know, or that it called by
-another name, are no difference by themselves.
+Gates (fields marked with GATE) and what is kept with the run (KEPT) are not part of it. Keys that an older
+version did not know, or that it called by another name, are no difference by themselves.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 from rlhf import artifacts, identity, origins
 from rlhf.artifacts import Manifest
 from rlhf.config import load
+from rlhf.config.rewards import ClassifierSection
 from rlhf.config.sections import ModelSection
 from rlhf.config.stages import SftConfig
 from rlhf.data import rendering
@@ -308,6 +309,12 @@ def test_thinking_is_inherited_and_what_makes_no_difference_is_said(tmp_path, ca
 def test_a_date_that_is_none_is_refused(wrong):
     with pytest.raises(ValueError, match="template_date"):
         ModelSection(template_date=wrong)
+
+
+def test_a_variable_that_is_not_the_templates_is_refused():
+    for section in (ModelSection, ClassifierSection):
+        with pytest.raises(ValueError, match="tokenize: rlhf sets these itself"):
+            section(path="m", template_kwargs={"tokenize": True})
 
 
 FAST = ("qwen3",)

@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
-from rlhf.config.sections import GATE, Count, Finite, HeadName, NonNegative, Section, Text
+from rlhf.config.sections import GATE, Count, Finite, HeadName, NonNegative, Section, TemplateKwargs, Text
 from rlhf.data.thinking import Thinking
 
 
@@ -28,7 +28,7 @@ class ClassifierSection(Section):
         description="what it reads of an answer with thinking in <think> marks. strip: the answer alone; keep: all of "
         "it; off: as strip, and its template is asked for none",
     )
-    template_kwargs: dict[str, bool | int | float | str] = Field(
+    template_kwargs: TemplateKwargs = Field(
         default_factory=dict, description="variables that its chat template is given"
     )
     max_length: Count | None = Field(None, description="tokens that it reads; null: what its config says")

@@ -36,6 +36,34 @@ def _is_day(value: str) -> str:
 
 Day = Annotated[str, StringConstraints(pattern=r"^\d{4}-\d\d-\d\d$"), AfterValidator(_is_day)]
 
+RESERVED = (
+    "messages",
+    "conversation",
+    "chat_template",
+    "add_generation_prompt",
+    "continue_final_message",
+    "tokenize",
+    "tokenizer_kwargs",
+    "padding",
+    "truncation",
+    "max_length",
+    "return_tensors",
+    "return_dict",
+    "return_assistant_tokens_mask",
+    "tools",
+    "documents",
+    "strftime_now",
+)
+
+
+def _variables(value: dict[str, Any]) -> dict[str, Any]:
+    if taken := [name for name in value if name in RESERVED]:
+        raise ValueError(f"{', '.join(taken)}: rlhf sets these itself, or has no use for them")
+    return value
+
+
+TemplateKwargs = Annotated[dict[str, bool | int | float | str], AfterValidator(_variables)]
+
 TrackerName = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 ReportTo = Annotated[
     Annotated[Literal["none", TrackerName], Tag("name")] | Annotated[list[TrackerName], Tag("list")],
@@ -80,7 +108,7 @@ class ModelSection(Section):
         "the answer without it; keep: it is part of the response, trained and read; off: as strip, and the template is "
         "asked for none",
     )
-    template_kwargs: dict[str, bool | int | float | str] = Field(
+    template_kwargs: TemplateKwargs = Field(
         default_factory=dict, description="variables that the chat template is given, such as reasoning_effort: low"
     )
     template_date: Day | None = Field(
