@@ -33,7 +33,14 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "s
 
 @dataclass(frozen=True)
 class BaseIdentity:
-    """The frozen model that an adapter belongs to."""
+    """The frozen model that an adapter belongs to.
+
+    Args:
+        end_tokens: that end a response besides the one that the template writes; None: a run of an older version, whose
+            responses end with that one alone.
+        template_date: YYYY-MM-DD, which its template prints for today; None: it prints no date, or an older version
+            made the run.
+    """
 
     source: str
     digest: str
@@ -43,6 +50,10 @@ class BaseIdentity:
     attn_implementation: str | None = None
     trust_remote_code: bool = False
     quantize: str | None = None
+    end_tokens: list[str] | None = None
+    template_date: str | None = None
+    thinking: str = "strip"
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

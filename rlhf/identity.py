@@ -1,7 +1,7 @@
 """What makes a run the run it is: its inputs by name, and how those of two runs are compared.
 
-Gates (fields marked with GATE) are no part of it. Keys that an older version did not know, or that it called by
-another name, are no difference by themselves.
+Gates (fields marked with GATE) and what is kept with the run (KEPT) are not part of it. Keys that an older
+version did not know, or that it called by another name, are no difference by themselves.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Identity:
         """
         if self.config_class:
             translated = fields.as_today(self.config_class, old)
-            old = {key: value for key, value in translated.items() if not fields.is_gate(self.config_class, key)}
+            old = {key: value for key, value in translated.items() if fields.is_identity(self.config_class, key)}
         found: dict[str, tuple[Any, Any]] = {}
         for key in sorted({*old, *self.values}):
             before, now = old.get(key, MISSING), self.values.get(key, MISSING)
@@ -68,7 +68,7 @@ def of(config: Section, digests: dict[str, Any]) -> Identity:
     """The identity of a config with the digests of what it names."""
     kind = type(config)
     values = {key: value for key, value in flatten(config).items() if key.split(".")[0] not in NOT_IDENTITY}
-    values = {key: value for key, value in (values | digests).items() if not fields.is_gate(kind, key)}
+    values = {key: value for key, value in (values | digests).items() if fields.is_identity(kind, key)}
     return Identity(values, dict(_defaults("", config, None, ALWAYS)), kind)
 
 

@@ -147,7 +147,9 @@ def model_of(manifest: Manifest) -> ModelSection:
         {
             "path": base.source, "revision": base.revision, "dtype": base.dtype, "chat_template": base.chat_template,
             "attn_implementation": base.attn_implementation, "trust_remote_code": base.trust_remote_code,
-            "quantize": base.quantize,
+            "quantize": base.quantize, "end_tokens": base.end_tokens or [],
+            "template_date": base.template_date,
+            "thinking": base.thinking, "template_kwargs": base.template_kwargs,
         }
     )  # fmt: skip
 

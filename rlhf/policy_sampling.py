@@ -68,7 +68,7 @@ def own(manifest: Manifest | None) -> Own:
     section = of_run(manifest) if manifest else None
     if section:
         return Own(section, "as its own run does", True)
-    why = "its run does not say" if manifest else "it is not a run, and its generation_config is not used"
+    why = "its run does not say" if manifest else "it is not a run, and its generation_config gives only its end tokens"
     return Own(SamplingSection(), f"by rlhf's defaults: {why}")
 
 

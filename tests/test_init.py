@@ -468,9 +468,11 @@ def test_an_instruct_model_is_taken_as_it_is_unless_there_are_demonstrations(tmp
     assert code == 0
     code, text = here("init", "new", "--data", "world/preferences.jsonl", "--model", "demo:base")
     assert code == 0 and "no steps: the instruct model is taken as it is" in text
+    assert "until SFT has taught it" not in text
     both = ("--data", "world/preferences.jsonl", "--data", "world/demonstrations.jsonl", "--model", "demo:base")
     code, text = here("init", "shown", *both)
     assert code == 0 and "epochs" in text and "taken as it is" not in text
+    assert "answers at its own length until SFT has taught it that of the data: if GRD002" in text
     monkeypatch.chdir(tmp_path / "new")
     code, text = here("sft")
     assert code == 0 and "an adapter that adds nothing" in text

@@ -84,7 +84,7 @@ def test_generate_samples_as_the_run_does_and_as_it_is_asked_to(run):
     )
     assert sampled["elsewhere", "said"] == (
         "Sampling m with max_new_tokens 64, temperature 1.0, by rlhf's defaults: it is not a run, and its "
-        "generation_config is not used."
+        "generation_config gives only its end tokens."
     )
 
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from rlhf.config.rewards import RewardSource
-from rlhf.config.sections import GATE, DataSection, Section
+from rlhf.config.sections import DataSection, Section
 
 ANY = "*"
 Pattern = tuple[str, ...]
@@ -68,16 +68,34 @@ def places_in(annotation: Any, place: Pattern = ()) -> Iterator[tuple[Pattern, t
 @cache
 def gates(config_class: type[BaseModel]) -> frozenset[Pattern]:
     """The fields that are marked as gates."""
+    return _marked(config_class, "gate")
+
+
+def _marked(config_class: type[BaseModel], mark: str) -> frozenset[Pattern]:
     return frozenset(
         pattern for pattern, field in fields_of(config_class).items()
-        if isinstance(field.json_schema_extra, dict) and GATE.items() <= field.json_schema_extra.items()
+        if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get(mark)
     )  # fmt: skip
 
 
 def is_gate(config_class: type[BaseModel], key: str) -> bool:
     """Whether a dotted key is a gate, or stands below one."""
+    return _is_below(key, gates(config_class))
+
+
+def is_identity(config_class: type[BaseModel], key: str) -> bool:
+    """Whether a dotted key is part of what makes a run the run it is: neither a gate nor kept with the run."""
+    return not is_gate(config_class, key) and not _is_below(key, _kept(config_class))
+
+
+@cache
+def _kept(config_class: type[BaseModel]) -> frozenset[Pattern]:
+    return _marked(config_class, "kept")
+
+
+def _is_below(key: str, patterns: frozenset[Pattern]) -> bool:
     path = tuple(key.split("."))
-    return any(_matches(pattern, path[: len(pattern)]) for pattern in gates(config_class))
+    return any(_matches(pattern, path[: len(pattern)]) for pattern in patterns)
 
 
 def gone(config_class: type[BaseModel], path: Sequence[str | int]) -> tuple[int, Gone] | None:

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+from datetime import date
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, StringConstraints, Tag, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StringConstraints,
+    Tag,
+    model_validator,
+)
+
+from rlhf.data.thinking import Thinking
 
 Text = Annotated[str, StringConstraints(min_length=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -16,6 +28,42 @@ LearningRate = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 HeadName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z]\w*(-\w+)*$")]
 
+
+def _is_day(value: str) -> str:
+    date.fromisoformat(value)
+    return value
+
+
+Day = Annotated[str, StringConstraints(pattern=r"^\d{4}-\d\d-\d\d$"), AfterValidator(_is_day)]
+
+RESERVED = (
+    "messages",
+    "conversation",
+    "chat_template",
+    "add_generation_prompt",
+    "continue_final_message",
+    "tokenize",
+    "tokenizer_kwargs",
+    "padding",
+    "truncation",
+    "max_length",
+    "return_tensors",
+    "return_dict",
+    "return_assistant_tokens_mask",
+    "tools",
+    "documents",
+    "strftime_now",
+)
+
+
+def _variables(value: dict[str, Any]) -> dict[str, Any]:
+    if taken := [name for name in value if name in RESERVED]:
+        raise ValueError(f"{', '.join(taken)}: rlhf sets these itself, or has no use for them")
+    return value
+
+
+TemplateKwargs = Annotated[dict[str, bool | int | float | str], AfterValidator(_variables)]
+
 TrackerName = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 ReportTo = Annotated[
     Annotated[Literal["none", TrackerName], Tag("name")] | Annotated[list[TrackerName], Tag("list")],
@@ -26,6 +74,11 @@ ReportTo = Annotated[
 GATE: dict[str, Any] = {"gate": True}
 """``json_schema_extra`` of a field that bounds or accepts what a run read or measured. It changes no result, so it is
 not part of a run's identity: a finished run is judged again from the figures in its manifest."""
+
+
+KEPT: dict[str, Any] = {"kept": True}
+"""``json_schema_extra`` of a field that is drawn once and then kept with the run. It is not part of a run's identity:
+null means what was drawn."""
 
 
 class Section(BaseModel):
@@ -43,6 +96,26 @@ class ModelSection(Section):
     )
     chat_template: Literal["chatml", "plain"] | None = Field(
         None, description="named template for a base whose tokenizer has none; recorded in the artifact"
+    )
+    end_tokens: list[Text] | None = Field(
+        None,
+        description="tokens that end a response besides the one that the template writes, which is trained and which "
+        "rewards read in their place; null: those of the model's generation_config",
+    )
+    thinking: Thinking = Field(
+        "strip",
+        description="of models whose template marks thinking in front of answers. strip: rewards and later turns read "
+        "the answer without it; keep: it is part of the response, trained and read; off: as strip, and the template is "
+        "asked for none",
+    )
+    template_kwargs: TemplateKwargs = Field(
+        default_factory=dict, description="variables that the chat template is given, such as reasoning_effort: low"
+    )
+    template_date: Day | None = Field(
+        None,
+        json_schema_extra=KEPT,
+        description="YYYY-MM-DD that a template which prints today's date gets instead, in every later stage too; "
+        "null: the day on which the chain is started",
     )
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] | None = Field(
         None, description="null: what transformers chooses"

@@ -45,12 +45,21 @@ def respond(
     rollout = engine.generate([prompt.ids for prompt in prompts], how, rows or range(len(prompts)))
     logprobs: Sequence[list[float] | None] = rollout.logprobs or [None] * len(prompts)
     return [
-        Sample(
-            prompt.messages, chat.decode(tokens[:-1] if finished else tokens), prompt.ids, tokens, finished,
-            [*tokens[:-1], chat.end_id] if finished else tokens, said,
-        )
+        _sample(chat, prompt, tokens, finished, said)
         for prompt, tokens, finished, said in zip(prompts, rollout.tokens, rollout.finished, logprobs, strict=True)
     ]  # fmt: skip
+
+
+def _sample(chat: ChatFormat, prompt: PromptRow, tokens: list[int], finished: bool, said: list[float] | None) -> Sample:
+    """A sampled response as it is rescored (its ids), read as text, and read by a reward role (the scored ids: the
+    template's end in place of another, and no thinking unless that is kept)."""
+    kept, end = (tokens[:-1], [chat.end_id]) if finished else (tokens, [])
+    thought, answer = chat.thought_and_answer(kept)
+    scored = [*kept, *end]
+    if thought and chat.thinking != "keep":
+        # Thinking that was cut off leaves no answer; what there is then is read, and the missing-EOS rule decides.
+        scored = [*chat.response_ids(prompt.messages, chat.without_special(answer)), *end] or scored
+    return Sample(prompt.messages, chat.decode(kept), prompt.ids, tokens, finished, scored, said, thought)
 
 
 def answering(engine: RolloutEngine, chat: ChatFormat, how: Sampling) -> Answer:
@@ -146,6 +155,7 @@ def sample_rows(samples: Sequence[Sample], **columns: Sequence[float]) -> list[d
             "prompt": [{"role": message.role, "content": message.content} for message in sample.prompt],
             "response": sample.response,
             "finished": sample.finished,
+            **({"thinking": sample.thinking} if sample.thinking else {}),
             **{name: values[index] for name, values in columns.items()},
         }
         for index, sample in enumerate(samples)

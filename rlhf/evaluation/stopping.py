@@ -70,11 +70,15 @@ def figures(
         samples: the policy's own responses.
     """
     chat, own = base.chat, base.tokenizer.eos_token_id
-    other = base.tokenizer.eos_token if own not in (None, chat.end_id) else None
+    other = base.tokenizer.eos_token if own not in (None, *chat.end_ids) else None
     return {
         "end_token": chat.end_token, "max_new_tokens": max_new_tokens, "num_samples": len(samples),
         "end_row_untrained": chat.end_token not in trained and end_looks_untrained(base),
         "base_end_token": other,
         "num_base_end": sum(own in sample.response_ids for sample in samples) if other else 0,
+        "num_ended_by": {
+            token: sum(sample.finished and sample.response_ids[-1] == index for sample in samples)
+            for token, index in zip(chat.end_tokens, chat.end_ids, strict=True)
+        },
         "answers": answers.figures(max_new_tokens),
     }  # fmt: skip

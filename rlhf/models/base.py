@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ from transformers.utils import cached_file
 
 from rlhf import artifacts, connection, masking, model_files, names
 from rlhf.data.chat import ChatFormat
+from rlhf.data.rendering import Rendering
 from rlhf.demo import registry as demo
 from rlhf.errors import Problem, RlhfError, of_the_machine
-from rlhf.models import packing, quantised
+from rlhf.models import ends, packing, quantised
 
 log = logging.getLogger("rlhf")
 NO_LIMIT = 1 << 30
@@ -74,7 +75,7 @@ def load_context_length(source: str, revision: str | None = None, trust_remote_c
 def load_base(
     source: str, *, revision: str | None = None, dtype: str = "float32", device: torch.device | None = None,
     template: str | None = None, trust_remote_code: bool = False, attn_implementation: str | None = None,
-    quantize: str | None = None,
+    quantize: str | None = None, rendering: Rendering = Rendering(),
 ) -> Base:  # fmt: skip
     """Load, freeze, put in eval mode, switch dropout and the model's own generation settings off.
 
@@ -92,6 +93,7 @@ def load_base(
     path = resolve(source, revision, trust_remote_code)
     if Path(path).is_dir():
         model_files.read(Path(path), source)
+    rendering = with_ends(rendering, tokenizer, path, revision)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             path, revision=revision, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code,
@@ -115,8 +117,20 @@ def load_base(
         refuse_not_finite(source, model.named_parameters())
     _refuse_other_logits(source, model)
     settle(model)
-    chat = ChatFormat(tokenizer, template, context_length(model.config))
+    chat = ChatFormat(tokenizer, template, context_length(model.config), rendering)
     return Base(model, tokenizer, chat, source, artifacts.model_digest(directory), device, quantize)
+
+
+def with_ends(rendering: Rendering, tokenizer: Any, path: str, revision: str | None) -> Rendering:
+    """The same with the model's own end tokens where none are named.
+
+    Raises:
+        RlhfError: MOD031 for a token that the tokenizer does not have.
+    """
+    if rendering.ends is None:
+        return replace(rendering, ends=ends.of_model(path, tokenizer, revision))
+    ends.token_ids(rendering.ends, tokenizer, "model.end_tokens")
+    return rendering
 
 
 def _quantisation(quantize: str | None, dtype: str, device: torch.device) -> dict[str, Any]:

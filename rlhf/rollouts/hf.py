@@ -12,7 +12,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from rlhf.data.chat import ChatFormat
 from rlhf.errors import Problem, RlhfError
 from rlhf.models import decoding, packing
-from rlhf.models.adapters import token_ids
+from rlhf.models.ends import token_ids
 from rlhf.models.roles import Roles
 from rlhf.progress import track
 from rlhf.rollouts.cache import roomy
@@ -85,8 +85,8 @@ class HfEngine:
         return [self._cut(row, self._ends(sampling)) for row in whole[:, width:].tolist()]
 
     def _ends(self, sampling: Sampling) -> list[int]:
-        """The end token, and the stop tokens."""
-        return [self.chat.end_id, *token_ids(sampling.stop_tokens, self.chat.tokenizer, "sampling.stop_tokens")]
+        """The end tokens, the template's first, and the stop tokens."""
+        return [*self.chat.end_ids, *token_ids(sampling.stop_tokens, self.chat.tokenizer, "sampling.stop_tokens")]
 
     def _cut(self, row: list[int], ends: Sequence[int]) -> list[int]:
         """Up to and including the first token that ends a response."""

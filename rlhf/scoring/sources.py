@@ -168,8 +168,11 @@ def add_reward(roles: SharedBase, slot: str, run_dir: Path) -> None:
 
 
 def is_on(manifest: Manifest, base: Base) -> bool:
-    """Whether a run was made on this very base, with the same template and as it is quantised here."""
-    own = (base.digest, base.chat.template_name, base.quantize)
-    return manifest.base is not None and (
-        manifest.base.digest, manifest.base.chat_template, manifest.base.quantize
-    ) == own  # fmt: skip
+    """Whether a run was made on this very base, with the same template, variables and date, and quantised as here. A
+    run of an older version has recorded no date."""
+    made, own = manifest.base, (base.digest, base.chat.template_name, base.quantize)
+    if made is None or made.template_date not in (None, base.chat.date):
+        return False
+    return (made.digest, made.chat_template, made.quantize) == own and base.chat.is_rendered_as(
+        made.thinking, made.template_kwargs
+    )

@@ -88,8 +88,15 @@ def measure(config: SftConfig, device: torch.device, rows: HeldOutRows, answers:
     if config.lora:
         roles.add("policy", adapter=run.path / artifacts.ADAPTER)
     else:
-        del roles, base  # two of them would stand at once
-        trained_on = config.model.model_copy(update={"path": str(run.path / artifacts.MODEL), "revision": None})
+        del roles
+        trained_on = config.model.model_copy(
+            update={
+                "path": str(run.path / artifacts.MODEL),
+                "revision": None,
+                "end_tokens": list(base.chat.end_tokens[1:]),
+            }
+        )
+        del base  # two of them would stand at once
         base = opening.open_base(trained_on, device)
         roles = SharedBase(base)
         roles.add("policy")

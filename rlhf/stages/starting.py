@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from rlhf import preflight, progress, runs, settling
+from rlhf import artifacts, preflight, progress, runs, settling
 from rlhf.config import load
-from rlhf.config.stages import StageConfig
+from rlhf.config.stages import SftConfig, StageConfig
 from rlhf.errors import Problem, RlhfError
 from rlhf.preflight import Needs, Plan
 from rlhf.stages.registry import Stage, around, open_config
@@ -67,15 +67,34 @@ class Ready:
             self.settle()
             log.info("%s is up to date.", self.run_dir)
             return
+        config = self._with_date(start)
         with runs.open_run(
-            self.run_dir, self.stage.id, self.plan.inputs, load.dump(self.config), overwrite=start.overwrite,
+            self.run_dir, self.stage.id, self.plan.inputs, load.dump(config), overwrite=start.overwrite,
             resume=start.resume, allowed=start.allowed,
         ) as run:  # fmt: skip
-            run.complete = partial(settling.complete, self.config, self.needs, self.plan)
+            run.complete = partial(settling.complete, config, self.needs, self.plan)
             for note in self.plan.notes():
                 log.warning("%s.", note)
-            progress.load(self.stage.module).run(self.config, self.plan, run)
-        settling.settle(self.config, self.needs, self.plan)
+            progress.load(self.stage.module).run(config, self.plan, run)
+        settling.settle(config, self.needs, self.plan)
+
+    def _with_date(self, start: Start) -> StageConfig:
+        """The config, in which a base that is opened for the first time has the date that its template prints: that of
+        the run that goes on, or of the adapter that it starts from, else today's."""
+        if not isinstance(self.config, SftConfig):
+            return self.config
+        kept = self._kept_date() if start.resume and self.reasons == ["unfinished run"] else None
+        parent = self.plan.parents.get("adapter")
+        kept = kept or (parent.base.template_date if parent and parent.base else None)
+        model = progress.load("rlhf.models.opening").with_date(self.config.model, kept)
+        return self.config.model_copy(update={"model": model})
+
+    def _kept_date(self) -> str | None:
+        """The date in the config that an unfinished run has recorded; None where that cannot be read."""
+        try:
+            return load.load(SftConfig, self.run_dir / artifacts.CONFIG).model.template_date
+        except (RlhfError, OSError):
+            return None
 
 
 def ready(

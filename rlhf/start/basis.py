@@ -35,6 +35,11 @@ class Basis:
         return self.model.is_instruct and not self.parts.demonstrated
 
     @property
+    def has_length_to_learn(self) -> bool:
+        """Whether the model has a length of its own, and SFT is to teach it that of the data."""
+        return self.model.is_instruct and not self.as_it_is
+
+    @property
     def share_that_fits(self) -> float:
         """Of the answers in the data, those that ``max_new_tokens`` holds."""
         return choose.share_that_fits(self.lengths["sft"].response, self.new_tokens)
@@ -52,6 +57,8 @@ class Basis:
         if self.as_it_is:
             wanted = max(wanted, choose.LEAST_OWN)
             why = f"the model answers at its own length, which {choose.LEAST_OWN} tokens mostly hold"
+        elif self.has_length_to_learn:
+            why += "; an instruct model answers at its own length until SFT has taught it this one"
         if self.new_tokens < wanted:
             why += "; no more than 1,024, half of the context, and what the context holds behind a long prompt"
         found = {"max_new_tokens": Choice(self.new_tokens, why), "temperature": Choice(1.0, "the same in all stages")}

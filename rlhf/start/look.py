@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlhf.data.chat import TEMPLATES, ChatFormat
 from rlhf.data.records import Message
 from rlhf.demo import registry as demo
 from rlhf.errors import Problem, RlhfError
-from rlhf.models import embeddings
+from rlhf.models import embeddings, ends
 from rlhf.models.base import load_context_length, load_tokenizer, refuse_unknown
 from rlhf.start.facts import ModelFacts
 
@@ -61,14 +61,8 @@ def fitting_template(tokenizer: Any) -> str:
 
 def _ends(directory: Path, tokenizer: Any) -> tuple[str, ...]:
     """Tokens that the model's own settings end a text with."""
-    ids: list[int] = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    try:
-        own = GenerationConfig.from_pretrained(str(directory)).eos_token_id
-    except OSError:  # a model need not have one
-        own = None
-    ids += own if isinstance(own, list) else [] if own is None else [own]
-    known = [index for index in ids if index < len(tokenizer)]  # a class's own default may lie beyond the vocabulary
-    return tuple(dict.fromkeys(str(tokenizer.convert_ids_to_tokens(index)) for index in known))
+    first = [] if tokenizer.eos_token is None else [str(tokenizer.eos_token)]
+    return tuple(dict.fromkeys([*first, *ends.of_model(str(directory), tokenizer)]))
 
 
 def _embeddings(directory: Path, shape: Any) -> Tensor | None:

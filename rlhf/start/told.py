@@ -11,6 +11,10 @@ from rlhf.start.parts import Parts
 from rlhf.start.reading import File
 from rlhf.start.render import Choice, Tree
 
+OWN_LENGTH = (
+    "an instruct model answers at its own length until SFT has taught it that of the data: if GRD002 says that too few "
+    "answers end, more epochs, or a larger sampling.max_new_tokens"
+)
 TITLES = {
     "sft": "Supervised fine-tuning. Every later role starts from this run's adapter.",
     "train-rm": "Reward model: the SFT adapter goes on, with a scalar head, on pairs and rankings.",
@@ -58,6 +62,7 @@ def figures(basis: Basis, configs: dict[str, Tree]) -> list[tuple[str, str]]:
         ("beginning", model.bos),
         ("end token", f"{model.end_token!r}"),
         ("trained tokens", f"{', '.join(tokens) or 'none'}: {why}"),
+        *([("own length", OWN_LENGTH)] if basis.has_length_to_learn else []),
         ("padding", pad),
         ("limit", f"rows up to {basis.limit.tokens:,} tokens" + (f": {basis.limit.note}" if basis.limit.note else "")),
         ("answers", f"{basis.share_that_fits:.1%} of those in the data fit max_new_tokens, {basis.new_tokens:,}"),
