@@ -2,7 +2,7 @@
 
     python scripts/compare_peer.py --runs runs/seeds --peer /path/to/python-of-trl-1.12 [--seeds 0-4]
     python scripts/compare_peer.py --runs runs/seeds --peer ... --compatibility
-    python scripts/compare_peer.py --runs runs/seeds --steps 28 --settings value.fit=gradient
+    python scripts/compare_peer.py --runs runs/seeds --steps 28 --settings update.value_lam=0.95
 
 Needs finished chains RUNS/<seed>/{sft,train-rm} (`make seeds`). The peer, trl 1.12.0, has an environment of its own
 (scripts/peer/trl_ppo_world.py); without --peer only ours is measured. Both have the same base, SFT policy, reward
@@ -62,7 +62,7 @@ def config_of(args: argparse.Namespace, seed: int, out: Path) -> PpoConfig:
         f"prompts.path=demo:prompts?seed={seed}", f"steps={args.steps}", "save_every=null", "report_to=none",
     ]  # fmt: skip
     if args.settings and args.side == PEER:
-        overrides += [f"optim.value_learning_rate={VALUE_RATE}", *args.settings]
+        overrides += args.settings
     if args.compatibility:
         shipped = load.load(PpoConfig, args.config)
         overrides += ["value.fit=gradient", f"optim.value_learning_rate={VALUE_RATE}"]
