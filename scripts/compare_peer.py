@@ -2,7 +2,7 @@
 
     python scripts/compare_peer.py --runs runs/seeds --peer /path/to/python-of-trl-1.12 [--seeds 0-4]
     python scripts/compare_peer.py --runs runs/seeds --peer ... --compatibility
-    python scripts/compare_peer.py --runs runs/seeds --critics [--steps 28]
+    python scripts/compare_peer.py --runs runs/seeds --steps 28 --settings update.value_lam=0.95
 
 Needs finished chains RUNS/<seed>/{sft,train-rm} (`make seeds`). The peer, trl 1.12.0, has an environment of its own
 (scripts/peer/trl_ppo_world.py); without --peer only ours is measured. Both have the same base, SFT policy, reward
@@ -11,9 +11,8 @@ model, prompts, batch, rates and ranges, one thread, and are judged by the same 
 As users run them: ours with configs/ppo.yaml, value pretraining counted; the peer with a fresh adapter on the merged
 SFT model, and on a copy of the reward model as its critic. --compatibility: ours is set up as the peer is
 (scripts/peer/like_trl.py), the peer continues the SFT and the reward adapter as ours does, and both share the order of
-prompts and minibatches and the sampling noise, so that the curves should coincide. --critics: the peer is our own PPO
-with a value role trained by gradients, ours has its critic by least squares. Resumable; ends with tables and one line
-of JSON.
+prompts and minibatches and the sampling noise, so that the curves should coincide. --settings KEY=VALUE ...: the peer
+is our own PPO with these settings, and ours is as shipped. Resumable; ends with tables and one line of JSON.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -55,20 +54,21 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_WAIT_POLICY":
 
 
 def config_of(args: argparse.Namespace, seed: int, out: Path) -> PpoConfig:
-    """The config, moved to this seed's chain; with --compatibility what the peer's settings are in its keys, and for
-    the other side of --critics a critic that gradients train."""
+    """The config, moved to this seed's chain; with --compatibility with the peer's settings in its keys, and on the
+    other side of --settings with those."""
     chain = args.runs / str(seed)
     overrides = [
         f"run_dir={out}/{args.side}", f"seed={seed}", f"policy={chain}/sft", f"rewards.0.run={chain}/train-rm",
         f"prompts.path=demo:prompts?seed={seed}", f"steps={args.steps}", "save_every=null", "report_to=none",
         "rewards.0.examination=null",
     ]  # fmt: skip
-    if args.compatibility or (args.critics and args.side == PEER):
-        overrides += ["value.fit=gradient", f"optim.value_learning_rate={VALUE_RATE}"]
+    if args.settings and args.side == PEER:
+        overrides += args.settings
     if args.compatibility:
-        penalty = -load.load(PpoConfig, args.config).missing_eos.score
-        overrides += ["missing_eos.mode=subtract", f"missing_eos.penalty={penalty}"]
-        overrides += ["value.pretrain_steps=0", "optim.max_grad_norm=1e9"]
+        shipped = load.load(PpoConfig, args.config)
+        overrides += ["value.fit=gradient", f"optim.value_learning_rate={VALUE_RATE}"]
+        overrides += ["missing_eos.mode=subtract", f"missing_eos.penalty={-shipped.missing_eos.score}"]
+        overrides += ["value.pretrain_steps=0", "optim.max_grad_norm=1e9", f"update.value_lam={shipped.update.lam}"]
     return load.load(PpoConfig, args.config, overrides)
 
 
@@ -104,7 +104,7 @@ def measure_ours(args: argparse.Namespace, seed: int, out: Path) -> None:
                 while training.progress.pretraining is None:
                     training.pretrain_value()
             training.step()
-    write_judged(training.base, seed, lines, out / f"{args.side}.json")
+    write_judged(training.base, seed, lines, out / f"{args.side}.json", curves.means(runs.read_metrics(run.path)))
 
 
 def measure_peer(args: argparse.Namespace, seed: int, out: Path) -> None:
@@ -176,8 +176,10 @@ def order_of(config: PpoConfig, step: int, epoch: int) -> list[int]:
     return [int(row) for rows in updates.minibatches(size, part, seed, epoch) for row in rows]
 
 
-def write_judged(base: Base, seed: int, lines: Sequence[dict[str, Any]], path: Path) -> None:
-    """Mean gold of the answers at every evaluation, beside its step and CPU seconds."""
+def write_judged(
+    base: Base, seed: int, lines: Sequence[dict[str, Any]], path: Path, means: Mapping[str, float] | None = None
+) -> None:
+    """Mean gold of the answers at every evaluation, with its step and CPU seconds; and of ours means over the steps."""
     texts = [row.messages[-1].content for row in q.test_prompts(base, q.NUM_PROMPTS, seed)]
     end, curve = base.chat.end_id, []
     for line in lines:
@@ -186,7 +188,7 @@ def write_judged(base: Base, seed: int, lines: Sequence[dict[str, Any]], path: P
         ended = sum(ids[-1] == end for ids in line["responses"]) / len(judged)
         row = {"step": line["step"], "cpu_s": line["cpu_s"], "gold": float(numpy.mean(judged)), "end_token_rate": ended}
         curve.append(row)
-    storage.write_json(path, {"seed": seed, "curve": curve})
+    storage.write_json(path, {"seed": seed, "curve": curve, "means": means or {}})
 
 
 def curve_of(args: argparse.Namespace, path: Path) -> list[dict[str, Any]]:
@@ -197,14 +199,23 @@ def curve_of(args: argparse.Namespace, path: Path) -> list[dict[str, Any]]:
 
 
 def sides_of(args: argparse.Namespace) -> tuple[str, ...]:
-    return (PEER, OURS) if args.peer or args.critics else (OURS,)
+    return (PEER, OURS) if args.peer or args.settings else (OURS,)
 
 
-def run_all(args: argparse.Namespace, seeds: Sequence[int], mode: Path) -> None:
+def place_of(args: argparse.Namespace, seed: int, side: str) -> Path:
+    """The directory of one measurement. Every comparison of settings has the same ours."""
+    if args.settings:
+        mode = "as-shipped" if side == OURS else "_".join(args.settings).replace("/", "-")
+    else:
+        mode = f"{'compatibility' if args.compatibility else 'as-run'}-{args.critic}"
+    return args.out / mode / str(seed)
+
+
+def run_all(args: argparse.Namespace, seeds: Sequence[int]) -> None:
     """Every measurement that is missing, each in a process of its own, the peer and ours in turn."""
     for seed in seeds:
         for side in sides_of(args):
-            if curve_of(args, mode / str(seed) / f"{side}.json"):
+            if curve_of(args, place_of(args, seed, side) / f"{side}.json"):
                 continue
             command = [sys.executable, *sys.argv, "--one", str(seed), "--side", side]
             subprocess.run(command, check=True, env={**os.environ, **ONE_THREAD})
@@ -220,30 +231,34 @@ def main() -> None:
     parser.add_argument("--peer", help="python of an environment with trl==1.12.0; without it only ours is measured")
     parser.add_argument("--compatibility", action="store_true", help="ours set up as the peer, shared randomness")
     parser.add_argument("--critic", choices=("lora", "full"), default="lora", help="what the peer trains of its critic")
-    parser.add_argument("--critics", action="store_true", help="ours beside itself with value.fit: gradient")
+    parser.add_argument("--settings", nargs="+", default=[], metavar="KEY=VALUE", help="ours next to itself with these")
     parser.add_argument("--steps", type=int, default=14)
     parser.add_argument("--every", type=int, default=2, help="steps between evaluations")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--side", choices=(OURS, PEER), help=argparse.SUPPRESS)
     args = parser.parse_args()
     progress.log_to_console()
-    if args.critics and (args.peer or args.compatibility):
-        parser.error("--critics compares ours with itself")
+    if args.settings and (args.peer or args.compatibility):
+        parser.error("--settings compares ours with itself")
     if args.steps % args.every or args.steps < 2 * args.every:
         parser.error("--steps takes a multiple of --every, twice it at least")
-    kind = "compatibility" if args.compatibility else "as-run"
-    mode = args.out / ("critics" if args.critics else f"{kind}-{args.critic}")
     if args.one is not None:
-        (measure_ours if args.side == OURS or args.critics else measure_peer)(args, args.one, mode / str(args.one))
+        measure = measure_ours if args.side == OURS or args.settings else measure_peer
+        measure(args, args.one, place_of(args, args.one, args.side))
         return
     first, _, last = args.seeds.partition("-")
     seeds = range(int(first), int(last or first) + 1)
-    run_all(args, seeds, mode)
-    found = {
-        seed: {side: curve_of(args, mode / str(seed) / f"{side}.json") for side in reversed(sides_of(args))}
-        for seed in seeds
+    run_all(args, seeds)
+    files = {
+        seed: {side: place_of(args, seed, side) / f"{side}.json" for side in reversed(sides_of(args))} for seed in seeds
     }
-    print(json.dumps(curves.report(found)))
+    summary = curves.report({seed: {s: curve_of(args, f) for s, f in sides.items()} for seed, sides in files.items()})
+    if args.settings:
+        means = {
+            seed: {s: json.loads(f.read_text())["means"] for s, f in sides.items()} for seed, sides in files.items()
+        }
+        summary["means"] = curves.compare_means(list(means.values()))
+    print(json.dumps(summary))
 
 
 if __name__ == "__main__":

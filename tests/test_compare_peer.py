@@ -86,7 +86,8 @@ def training(tmp_path, monkeypatch):
     config = PpoConfig.model_validate(
         {
             "prompts": {"path": "demo:prompts"}, "sampling": {"max_new_tokens": 7},
-            "rewards": [{"function": f"{__name__}:lengths_reward"}], "update": {"gamma": 0.9, "lam": 0.8},
+            "rewards": [{"function": f"{__name__}:lengths_reward"}],
+            "update": {"gamma": 0.9, "lam": 0.8, "value_lam": 0.8},
             "batch": {"batch_size": 6, "minibatch_size": 3, "micro_batch_size": 2},
             "missing_eos": {"mode": "subtract", "penalty": 3.0}, "kl": {"coef": 0.1},
         }

@@ -56,12 +56,14 @@ def test_gae_equals_the_sum_of_discounted_errors(batch, gamma, lam):
 
 @given(ragged_batches(), st.floats(0, 1))
 @settings(max_examples=30, deadline=None)
-def test_lambda_one_gives_the_discounted_return(batch, gamma):
+def test_lambda_one_gives_the_discounted_outcome_whatever_the_values(batch, gamma):
     mask, (rewards, values, *_) = batch
     advantages = objective.gae_advantages(rewards, values, mask, gamma, 1.0)
-    found = rows_of(objective.returns_from(advantages, values, mask), mask)
-    for row, r in zip(found, rows_of(rewards, mask), strict=True):
-        assert row == pytest.approx([sum(gamma ** (k - t) * r[k] for k in range(t, len(r))) for t in range(len(r))])
+    outcomes = objective.outcomes(rewards, mask, gamma)
+    for returns in (outcomes, objective.returns_from(advantages, values, mask)):
+        assert (returns[~mask] == 0).all()
+        for row, r in zip(rows_of(returns, mask), rows_of(rewards, mask), strict=True):
+            assert row == pytest.approx([sum(gamma ** (k - t) * r[k] for k in range(t, len(r))) for t in range(len(r))])
 
 
 @given(ragged_batches())
@@ -196,10 +198,40 @@ def test_normalise_centre_and_rescale_see_only_the_mask():
 
 def test_explained_variance_is_one_for_the_truth_and_zero_for_a_constant():
     mask = tensors.response_mask(torch.tensor([3, 2]), 3)
-    returns = torch.randn(2, 3).masked_fill(~mask, NAN)
-    assert float(tensors.explained_variance(returns, returns, mask)) == pytest.approx(1)
-    assert float(tensors.explained_variance(torch.full((2, 3), 4.0), returns, mask)) == pytest.approx(0, abs=1e-6)
-    assert math.isnan(float(tensors.explained_variance(returns, torch.full((2, 3), 4.0), mask)))
+    outcomes = torch.randn(2, 3).masked_fill(~mask, NAN)
+    assert float(tensors.explained_variance(outcomes, outcomes, mask)) == pytest.approx(1)
+    assert float(tensors.explained_variance(torch.full((2, 3), 4.0), outcomes, mask)) == pytest.approx(0, abs=1e-6)
+    assert math.isnan(float(tensors.explained_variance(outcomes, torch.full((2, 3), 4.0), mask)))
+    assert math.isnan(float(tensors.explained_variance(outcomes, outcomes, torch.zeros_like(mask))))
+
+
+def test_thirds_divide_the_tokens_of_every_row_by_the_share_that_stands_before_them():
+    mask = tensors.response_mask(torch.tensor([1, 2, 3, 4, 7]), 8)
+    thirds = tensors.thirds(mask)
+    letters = ["".join(n[0] for t in range(8) for n, third in thirds.items() if third[row, t]) for row in range(5)]
+    assert letters == ["f", "fm", "fml", "ffml", "fffmmll"]
+    assert not torch.stack(list(thirds.values())).any(0)[~mask].any()
+
+
+@pytest.mark.parametrize("length", [53, 512])
+def test_a_critic_is_credited_with_what_it_knows_of_the_outcome_at_any_length(length):
+    """The outcome is sqrt(.5) times a walk of ``length`` steps, and sqrt(.5) times chance; lambda-returns are made of
+    the critic's values, which is why they flatter a critic that knows nothing."""
+    num, mask = 2000, torch.ones(2000, length, dtype=torch.bool)
+    generator = torch.Generator().manual_seed(length)
+    moves = torch.randn(num, length, generator=generator) * (0.5 / length) ** 0.5
+    chance = torch.randn(num, generator=generator) * 0.5**0.5
+    rewards = objective.token_rewards(torch.zeros(num, length), moves.sum(1) + chance, mask, 0.0)
+    outcomes, right = objective.outcomes(rewards, mask, 1.0), moves.cumsum(1) - moves
+    share = 0.5 * (length - 1) / (2 * length)  # the mean over t < T of .5 t / T, of a variance of 1
+    assert float(tensors.explained_variance(right, outcomes, mask)) == pytest.approx(share, abs=0.03)
+    parts = [float(tensors.explained_variance(right, outcomes, part)) for part in tensors.thirds(mask).values()]
+    assert parts == pytest.approx([0.5 / 6, 0.5 / 2, 0.5 * 5 / 6], abs=0.04)
+    unrelated = torch.randn(num, 1, generator=generator).expand(num, length)
+    assert float(tensors.explained_variance(unrelated, outcomes, mask)) == pytest.approx(-1, abs=0.15)
+    raw = objective.gae_advantages(rewards, unrelated, mask, 1.0, 0.95)
+    flattered = float(tensors.explained_variance(unrelated, objective.returns_from(raw, unrelated, mask), mask))
+    assert flattered > (0.9 if length == 512 else 0.3)
 
 
 def test_the_adaptive_coefficient_moves_towards_the_target_by_a_bounded_step():

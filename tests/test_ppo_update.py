@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import statistics
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ from rlhf.ppo import training as trainings
 from rlhf.ppo import update as updates
 from rlhf.ppo.least_squares import LeastSquares
 from rlhf.ppo.value_role import ValueRole
+from rlhf.rollouts.engine import Rollout
 from rlhf.rollouts.hf import HfEngine
 from rlhf.scoring.function import FunctionScorer
 
@@ -56,9 +59,9 @@ def world(tmp_path):
     roles.peft("policy")
     prompts = [PromptRow((Message("user", "p" * n),), [70 + n] * (n + 1)) for n in (3, 0, 5, 1, 4, 2)]
 
-    def collect(chosen, coef=0.1, critic=None, seed=3):
+    def collect(chosen, coef=0.1, critic=None, seed=3, engine=None):
         critic = critic or critic_of(chosen, roles, opened)
-        engine = HfEngine(roles, "policy", opened.chat, chosen.sampling.concurrency)
+        engine = engine or HfEngine(roles, "policy", opened.chat, chosen.sampling.concurrency)
         scorer = FunctionScorer(f"{__name__}:lengths")
         return experiences.collect(chosen, roles, critic, engine, scorer, opened, prompts, seed, 0, coef)
 
@@ -79,6 +82,36 @@ def test_a_batch_holds_scores_penalties_and_rewards_in_their_places(world):
         assert (batch.rewards[row, last[row] + 1 :] == 0).all() and (batch.old_values[row, last[row] + 1 :] == 0).all()
     assert any(not sample.finished for sample in batch.samples)
     assert batch.metrics["rollout/end_token_rate"] < 1
+
+
+@pytest.mark.parametrize("place", ["reward", "loss"])
+def test_the_explained_variance_is_of_real_outcomes_by_thirds_and_does_not_depend_on_lambda(world, place):
+    """With responses of one token and cut-off ones; the outcomes by a loop over scores, penalties and gamma."""
+    opened, _, collect = world
+    end = opened.chat.end_id
+    tokens = [[end], [80, 81, 82, end], [80, 81, 82, 83, 84, 85, end], [80, end], [90] * 7, [90, 91, end]]
+    engine = SimpleNamespace(generate=lambda *_: Rollout(tokens, [row[-1] == end for row in tokens], 0))
+    update = {"gamma": 0.9, "lam": 0.3, "normalise_advantages": place == "reward"}
+    name, found = "rollout/explained_variance", []
+    for value_lam in (0.2, 1.0):
+        chosen = config(update={**update, "value_lam": value_lam}, kl={"place": place})
+        batch = collect(chosen, 0.5, engine=engine)
+        found.append({key: value for key, value in batch.metrics.items() if key.startswith(name)})
+    parts = {"": [], "_first_third": [], "_middle_third": [], "_last_third": []}
+    for row, ids in enumerate(tokens):
+        kl = (batch.old_logprobs - batch.ref_logprobs)[row].tolist()
+        rewards = [-0.5 * nats if place == "reward" else 0.0 for nats in kl[: len(ids)]]
+        rewards[-1] += float(len(batch.samples[row].response)) if ids[-1] == end else -2.5
+        for t in range(len(ids)):
+            outcome = sum(0.9 ** (k - t) * rewards[k] for k in range(t, len(ids)))
+            third = ("_first_third", "_middle_third", "_last_third")[int(t / len(ids) * 3)]
+            for part in ("", third):
+                parts[part].append((outcome, outcome - float(batch.old_values[row, t])))
+    variances = {
+        part: [statistics.pvariance(column) for column in zip(*rows, strict=True)] for part, rows in parts.items()
+    }
+    wanted = {f"{name}{part}": 1 - wrong / spread for part, (spread, wrong) in variances.items()}
+    assert found[0] == found[1] == pytest.approx(wanted, abs=1e-5)
 
 
 def test_the_first_minibatch_has_ratio_one_and_nothing_clipped(world):
@@ -266,7 +299,7 @@ def test_the_start_of_a_trained_value_head_is_that_of_every_state_alone(world, s
 def test_the_batch_that_ends_the_pretraining_is_the_first_to_be_learnt_from(world, monkeypatch):
     opened, roles, collect = world
     chosen = config(value={"pretrain_steps": 2, "min_explained_variance": 1.0})
-    made, batch, critic = [], collect(chosen), critic_of(chosen, roles, opened)
+    made, recorded, batch, critic = [], [], collect(chosen), critic_of(chosen, roles, opened)
 
     def counted(*arguments):
         made.append((*arguments[6:9], random.random()))
@@ -277,10 +310,12 @@ def test_the_batch_that_ends_the_pretraining_is_the_first_to_be_learnt_from(worl
     vars(training).update(
         config=chosen, roles=roles, base=opened, train=list(range(60)), ready=None, engine=None, scorer=None,
         order=trainings.DataOrder(60, 6, 0), progress=trainings.Progress(0.1), critic=critic,
-        record=lambda step, values: None,
+        record=lambda step, values: recorded.append(values),
     )  # fmt: skip
     while training.progress.pretraining is None:
         training.pretrain_value()
+    explained = [key.replace("rollout/", "pretrain/") for key in batch.metrics if "explained_variance" in key]
+    assert [set(values) for values in recorded] == [{"pretrain/batch", *explained}] * 3
     assert training.progress.pretraining["batches"] == 2 and not training.progress.pretraining["reached"]
     assert critic.optimizer.step_count == 2 * chosen.update.epochs, "the first batch takes no gradient"
     offset, responses, ready = training.order.offset, training.progress.num_responses, training.ready

@@ -273,7 +273,7 @@ def test_the_thinking_of_data_is_trained_where_it_is_kept_and_its_marks_are_no_t
     stripped = ChatFormat(own)
     shorter, _ = stripped.demonstration(talk, last_only=True)
     assert shorter == stripped.demonstration((*USER, Message("assistant", "fine")), last_only=True)[0]
-    assert "Answers in the data hold thinking, which is left out" in caplog.text
+    assert "Answers in the data hold thinking: it is left out" in caplog.text
     if name == "qwen3":
         with pytest.raises(RlhfError, match="DAT060.*<think>"):
             ChatFormat(own).prompt_ids((Message("user", "a <think> b"),))

@@ -82,7 +82,10 @@ class UpdateSection(Section):
     )
     gamma: Fraction = Field(1.0, description="discount a token")
     lam: Fraction = Field(0.95, description="lambda of the policy's advantages")
-    value_lam: Fraction | None = Field(None, description="lambda of the value's targets; null: lam")
+    value_lam: Fraction | None = Field(
+        1.0,
+        description="lambda of the critic's targets; below 1 they are partly the critic's own values; null: lam",
+    )
     normalise_advantages: bool = Field(True, description="over the whole batch; false with kl.place: loss centres only")
     entropy_coef: NonNegative = Field(0.0, description="weight of an entropy bonus")
     target_kl: Positive | None = Field(None, description="nats a token of update KL that end a batch's epochs early")

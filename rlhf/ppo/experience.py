@@ -34,7 +34,9 @@ class Experience:
         mask: [B, T] bool, True on response tokens up to and including the end token.
         old_logprobs, entropy: [B, T] of the tempered policy; ref_logprobs, exact_kl: None where no step reads the
             reference.
-        old_values: [B, T]; rewards: [B, T]; advantages: [B, T] not yet normalised; returns: [B, T].
+        old_values: [B, T] before the critic learns from this batch; rewards: [B, T].
+        advantages: [B, T] not yet normalised; returns: [B, T] what the critic learns.
+        outcomes: [B, T] the rewards from each token to the end, which ``old_values`` are judged by.
         states: what the critic read: rows of a micro-batch, and the hidden states [n, d] before their response tokens.
         disagreement: [B] of an ensemble's members that are compared in differences.
     """
@@ -48,6 +50,7 @@ class Experience:
     rewards: Tensor
     advantages: Tensor
     returns: Tensor
+    outcomes: Tensor
     ref_logprobs: Tensor | None = None
     exact_kl: Tensor | None = None
     states: Sequence[tuple[list[int], Tensor]] = ()
@@ -78,9 +81,17 @@ class Experience:
             "rollout/entropy_nats": float(tensors.masked_mean(self.entropy, self.mask)),
             "rollout/response_tokens": float(lengths.mean()),
             "rollout/end_token_rate": sum(finished) / len(finished),
-            "rollout/explained_variance": float(tensors.explained_variance(self.old_values, self.returns, self.mask)),
+            **self._explained(),
             **({"rollout/engine_gap_nats": float(torch.cat(gaps).mean())} if gaps else {}),
             **others,
+        }
+
+    def _explained(self) -> dict[str, float]:
+        """How much of the real outcomes the critic foretold, over all tokens and by thirds of each response."""
+        name, masks = "rollout/explained_variance", tensors.thirds(self.mask)
+        parts = {name: self.mask, **{f"{name}_{third}_third": mask for third, mask in masks.items()}}
+        return {
+            key: float(tensors.explained_variance(self.old_values, self.outcomes, mask)) for key, mask in parts.items()
         }
 
 
@@ -135,7 +146,8 @@ def collect(
     rewards = objective.token_rewards(kl_penalty(config.kl, whole), scores, mask, coef)
     advantages, returns = estimate(config, rewards, whole["old_values"], mask)
     return Experience(
-        samples, scores, mask, rewards=rewards, advantages=advantages, returns=returns, states=states,
+        samples, scores, mask, rewards=rewards, advantages=advantages, returns=returns,
+        outcomes=objective.outcomes(rewards, mask, config.update.gamma), states=states,
         disagreement=found.disagreement, **whole,
     )  # fmt: skip
 
@@ -165,7 +177,7 @@ def kl_penalty(section: KlSection, figures: Mapping[str, Tensor]) -> Tensor:
 
 
 def estimate(config: PpoConfig, rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Advantages of the policy and returns for the critic, which may have a lambda of its own."""
+    """Advantages of the policy and returns for the critic, each with its own lambda."""
     update = config.update
     advantages = objective.gae_advantages(rewards, values, mask, update.gamma, update.lam)
     value_lam = update.lam if update.value_lam is None else update.value_lam

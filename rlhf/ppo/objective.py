@@ -88,6 +88,14 @@ def gae_advantages(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, 
     return advantages.masked_fill(~mask, 0.0)
 
 
+def outcomes(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
+    """[B, T] what came of every state: the sum over k >= t of gamma^(k - t) r_k; exactly 0 outside ``mask``.
+
+    No value enters, so a critic can be judged by it. ``gae_advantages`` with lambda 1 is this minus the value.
+    """
+    return gae_advantages(rewards, torch.zeros_like(rewards), mask, gamma, 1.0)
+
+
 def returns_from(advantages: Tensor, values: Tensor, mask: Tensor) -> Tensor:
     """[B, T] targets of the value role: raw advantages + values; 0 outside ``mask``. Normalise after, never before."""
     return (advantages + values).masked_fill(~mask, 0.0)

@@ -91,8 +91,22 @@ def full_kl(logits_p: Tensor, logits_q: Tensor) -> Tensor:
     return (logp.exp() * (logp - logq)).sum(-1)
 
 
-def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """1 - Var(returns - values) / Var(returns) over ``mask``; NaN where the returns do not vary. 0-d."""
-    spread = masked_var(returns, mask)
-    share = 1.0 - masked_var(returns - values, mask) / spread
+def thirds(mask: Tensor) -> dict[str, Tensor]:
+    """Three masks [B, T] that divide every row's tokens; ``mask`` [B, T] is True on the first n positions of a row.
+
+    Position t of n belongs to the third that holds t / n, the share of the response before it. A row of one token is
+    all first third.
+    """
+    shares = torch.arange(mask.shape[1], device=mask.device)[None] * 3 // mask.sum(1, keepdim=True).clamp_min(1)
+    return {name: mask & (shares == index) for index, name in enumerate(("first", "middle", "last"))}
+
+
+def explained_variance(values: Tensor, outcomes: Tensor, mask: Tensor) -> Tensor:
+    """1 - Var(outcomes - values) / Var(outcomes) over ``mask``, every token alike; 0-d.
+
+    NaN where the outcomes do not vary, or ``mask`` is True nowhere. A critic that knows nothing has 0; one that says
+    something unrelated has less.
+    """
+    spread = masked_var(outcomes, mask)
+    share = 1.0 - masked_var(outcomes - values, mask) / spread
     return share.masked_fill(spread == 0, float("nan"))

@@ -174,10 +174,10 @@ class Training:
         return (f"{BEST}-{self.progress.best_step}",) if self.progress.best_figures else ()
 
     def pretrain_value(self) -> None:
-        """Fit the critic to one batch of the unmoved policy, or find that it explains enough of the returns.
+        """Fit the critic to one batch of the unmoved policy, or find that it explains enough of the outcomes.
 
-        The explained variance is of a fresh batch, before it is learnt from; the batch that ends the pretraining is the
-        first that the policy learns from.
+        The explained variance is of a fresh batch, before the critic learns from it. The batch that ends the
+        pretraining is the first that the policy learns from.
         """
         config, progress = self.config, self.progress
         limit, number = config.value.pretrain_steps, progress.num_pretrained
@@ -186,7 +186,11 @@ class Training:
             return
         batch = self.look_ahead()
         explained = batch.metrics["rollout/explained_variance"]
-        self.record(0, {"pretrain/batch": number, "pretrain/explained_variance": explained})
+        figures = {
+            name.replace("rollout/", "pretrain/"): value
+            for name, value in batch.metrics.items() if name.startswith("rollout/explained_variance")
+        }  # fmt: skip
+        self.record(0, {"pretrain/batch": number, **figures})
         reached = explained >= config.value.min_explained_variance
         if reached or number == limit:
             progress.pretraining = {"batches": number, "reached": reached, "explained_variance": plain(explained)}

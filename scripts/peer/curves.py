@@ -16,6 +16,10 @@ from rlhf.metrics.intervals import Interval, grouped_bootstrap
 
 TARGET = 0.75
 OURS, PEER = "ours", "peer"
+SHOWN = (
+    "rollout/explained_variance", "rollout/explained_variance_first_third", "rollout/explained_variance_middle_third",
+    "rollout/explained_variance_last_third", "update/policy_clip_fraction",
+)  # fmt: skip
 Curve = Sequence[Mapping[str, Any]]
 
 
@@ -84,6 +88,29 @@ def compare(both: Sequence[Mapping[str, Curve]]) -> dict[str, Any]:
     titles = ("step", OURS, PEER, "difference", "95 % over seeds")
     progress.show(progress.table(f"Held-out gold, mean of {len(both)} seeds", titles, rows))
     return {name: {"mean": i.estimate, "ci95": [i.low, i.high]} for name, i in intervals.items()}
+
+
+def means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Of a run's metrics: the means of ``SHOWN`` over its steps, the KL of the last step, the value pretraining."""
+    steps = [row for row in rows if "update/policy_loss" in row]
+    found = {name: float(numpy.nanmean([float(row[name]) for row in steps])) for name in SHOWN}
+    before = [row for row in rows if "pretrain/batch" in row]
+    last = {"exact KL at the end": steps[-1]["rollout/exact_kl_nats"], "pretraining batches": len(before) - 1}
+    return found | last
+
+
+def compare_means(both: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, Any]:
+    """Every figure of ``means``, ours and the peer's, and their difference; the pairs are the seeds."""
+    found, rows = {}, []
+    for name in both[0][OURS]:
+        own, peer = (numpy.array([sides[side][name] for sides in both]) for side in (OURS, PEER))
+        gap = mean_over_seeds(own - peer)
+        found[name] = {OURS: own.tolist(), PEER: peer.tolist(), "difference": gap.estimate, "ci95": [gap.low, gap.high]}
+        interval = f"{gap.low:+.3f} to {gap.high:+.3f}"
+        rows.append((name, f"{own.mean():.3f}", f"{peer.mean():.3f}", f"{gap.estimate:+.3f}", interval))
+    titles = ("over the steps", OURS, PEER, "difference", "95 % over seeds")
+    progress.show(progress.table(f"Means of {len(both)} seeds", titles, rows))
+    return found
 
 
 def _ratio(ours: Sequence[float], peers: Sequence[float]) -> dict[str, Any]:
