@@ -61,8 +61,8 @@ def _ends_too_rarely(config: SftConfig, manifest: Manifest, rate: float) -> Prob
     )
     passing = math.floor(1000 * rate) / 1000
     accept = (
-        f"min_end_token_rate: {passing:g} accepts it, and PPO then gives every response that is cut off the score of "
-        "missing_eos in place of its own"
+        f"min_end_token_rate: {passing:g} accepts it, and PPO then scores every cut-off response by missing_eos "
+        "(a fixed score in place of its own)"
     )
     where = f"{config.run_dir}: eval/end_token_rate"
     return Problem("GRD002", where, what, "; ".join([*(fix for _, fix in causes), accept]))
@@ -111,5 +111,5 @@ def _little_training(config: SftConfig, ending: Mapping[str, Any]) -> tuple[str,
     if base_rate >= config.min_end_token_rate:
         why = f"{base_rate:.1%} of the responses of {config.model.path} itself end: training has unlearnt it"
         return why, "fewer epochs, a lower optim.learning_rate, or data whose answers end"
-    why = f"{config.model.path} itself ends {base_rate:.1%} of its responses, and training has not taught it more"
+    why = f"{config.model.path} itself ends {base_rate:.1%} of its responses, and training has not taught it enough"
     return why, f"{more}; for an instruct model, which answers at its own length, {longer}"

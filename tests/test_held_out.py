@@ -33,6 +33,7 @@ from rlhf.reward.learner import Learner
 from rlhf.reward.several import Heads
 from rlhf.reward.teacher import Teacher
 from rlhf.stages import plan as planning
+from rlhf.stages import sft_outcome
 
 SFT = {
     "model": {"path": "m"}, "data": {"path": "rows.jsonl"}, "max_length": 64, "steps": 8, "holdout_fraction": 0.2,
@@ -405,3 +406,8 @@ def test_the_held_out_loss_is_the_objective_without_what_is_not_about_labels(tmp
     if heads:
         with pytest.raises(RlhfError, match=r"DAT058.*evaluation.every: none of the 1 held-out prompts"):
             learner.measured(groups[2:])
+
+
+def test_a_loss_without_a_finite_perplexity_is_still_a_figure():
+    assert sft_outcome._perplexity(1.5) == pytest.approx(4.481689)
+    assert sft_outcome._perplexity(800.0) == math.inf and math.isnan(sft_outcome._perplexity(math.nan))

@@ -28,6 +28,7 @@ from rlhf.runs import Run
 from rlhf.scoring.scorer import Sample
 
 log = logging.getLogger("rlhf")
+LARGEST_LOSS = 700.0  # whose exponential is a float
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def measure(config: SftConfig, device: torch.device, rows: HeldOutRows, answers:
     rate = _end_rate(samples)
     log.info(
         "Held out: loss %.3f -> %.3f a token, perplexity %.2f -> %.2f; %.0f %% of %d samples end by themselves.",
-        losses["start"], loss, math.exp(losses["start"]), math.exp(loss), 100 * rate, len(samples),
+        losses["start"], loss, _perplexity(losses["start"]), _perplexity(loss), 100 * rate, len(samples),
     )  # fmt: skip
     new_tokens = config.sampling.max_new_tokens
     ending = stopping.figures(base, trained_tokens(config, base), samples, answers, new_tokens)
@@ -114,7 +115,7 @@ def measure(config: SftConfig, device: torch.device, rows: HeldOutRows, answers:
         ending["base_end_token_rate"] = _end_rate(_respond(config, roles, "base", rows.prompts))
     metrics = {
         "eval/base_loss": losses["base"], "eval/start_loss": losses["start"], "eval/loss": loss,
-        "eval/perplexity": math.exp(loss), "eval/end_token_rate": rate,
+        "eval/perplexity": _perplexity(loss), "eval/end_token_rate": rate,
     }  # fmt: skip
     return Outcome(metrics, ending, opening.identity_of(base, trained_on))
 
@@ -122,6 +123,10 @@ def measure(config: SftConfig, device: torch.device, rows: HeldOutRows, answers:
 def _loss(config: SftConfig, roles: SharedBase, slot: str, turns: Sequence[Turn]) -> float:
     with roles.acting_as(slot) as (model, _):
         return loss_of(config, roles.base, model, turns)
+
+
+def _perplexity(loss: float) -> float:
+    return math.inf if loss > LARGEST_LOSS else math.exp(loss)
 
 
 def _respond(config: SftConfig, roles: SharedBase, slot: str, prompts: Sequence[PromptRow]) -> list[Sample]:
