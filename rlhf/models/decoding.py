@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -39,6 +40,12 @@ class Decoder:
         self.sums = sum(weight.nbytes for weight in (self.head.weight, *weights)) <= SUMMED_BYTES
         self.prompts: list[list[Any]] = [[_cast(part) for part in block] for block in parts]
         self.tokens = [[_summed(part) for part in block] for block in parts] if self.sums else self.prompts
+
+    def of(self, chosen: Sequence[int]) -> Decoder:
+        """The same of some blocks alone, by their numbers."""
+        few = copy(self)
+        few.prompts, few.tokens = ([parts[number] for number in chosen] for parts in (self.prompts, self.tokens))
+        return few
 
     def __call__(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
