@@ -10,7 +10,7 @@ from rlhf.planning import clock, phases
 from rlhf.planning.phases import Spec
 
 log = logging.getLogger("rlhf")
-MEASURED_FOR, READ_BYTES = 0.1, 1 << 26  # seconds for each of the four figures that make a speed; little memory
+MEASURED_FOR, READ_BYTES = 0.1, 1 << 26  # seconds for each figure that makes a speed; little memory
 
 
 class FirstStep:
