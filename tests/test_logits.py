@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from test_blocks import SEQUENCES
@@ -9,11 +11,14 @@ from test_decoding import PROMPTS
 from test_models import two_roles
 from tiny import base, exact, lora, shake
 
+from rlhf.config.sections import SamplingSection
+from rlhf.errors import RlhfError
 from rlhf.models import decoding, forward, logits, packing
 from rlhf.models.roles import SharedBase
 from rlhf.ppo.tensors import TemperedLogprobs
 from rlhf.rollouts.continuous import ContinuousEngine
 from rlhf.rollouts.engine import Sampling
+from rlhf.rollouts.opening import open_engine
 
 V, D = 32768, 64
 SETTINGS = {"targets": {"q_proj", "lm_head"}}, {"train_tokens": ["<|im_end|>"]}, {}
@@ -63,16 +68,17 @@ def test_gradients_of_states_and_rows_are_those_of_whole_logits():
         assert (narrow - exact_).norm() < 0.02 * exact_.norm()
 
 
-def narrow_roles(tmp_path, targets=None, **settings):
+def narrow_roles(tmp_path, targets=None, seed=0, **settings):
     """Policy and reference on a base in bfloat16 whose logits have a standard deviation of about 6."""
+    torch.manual_seed(seed)
     opened = base(tmp_path / "m", tie=False)
     opened.model.bfloat16().model.norm.weight.data.mul_(6)
     roles = SharedBase(opened)
-    for seed, name in enumerate(("policy", "reference")):
+    for number, name in enumerate(("policy", "reference")):
         config = lora(opened, **settings)
         config.target_modules = targets or config.target_modules
         roles.add(name, adapter=config, trained=name == "policy")
-        shake(roles, name, seed, size=0.1)
+        shake(roles, name, seed + number, size=0.1)
     return opened, roles
 
 
@@ -135,6 +141,32 @@ def test_every_sampler_reads_them_too_and_gives_the_head_back(tmp_path, monkeypa
         with pytest.raises(Exception, match="RES007"):
             ContinuousEngine(roles, "policy", opened.chat, 3).generate(PROMPTS, Sampling(3, 1.0, 0), range(3))
         assert len(seen) == 2 and head.__dict__.get("forward") is before
+
+
+@pytest.mark.parametrize(("seed", "norm"), [(1, 1.0), (2, 3.0)])
+def test_continuous_batching_in_bfloat16_is_taken_at_any_size_of_logits_and_another_policy_is_not(
+    tmp_path, monkeypatch, seed, norm
+):
+    opened, roles = narrow_roles(tmp_path, seed=seed)
+    opened.model.model.norm.weight.data.mul_(norm)  # logit deviations of 7 and 20
+    section = SamplingSection(engine="continuous", temperature=0.7)
+    assert isinstance(open_engine(roles, "policy", opened.chat, section), ContinuousEngine)
+    own = ContinuousEngine.generate
+
+    def from_the_reference(self, *given):
+        self.slot = "reference"
+        found = own(self, *given)
+        self.slot = "policy"
+        return found
+
+    monkeypatch.setattr(ContinuousEngine, "generate", from_the_reference)
+    with pytest.raises(RlhfError, match=r"MOD044.* nats from .*, and up to .*; allowed: .* and "):
+        open_engine(roles, "policy", opened.chat, section)
+    if norm <= 1:  # of larger logits a temperature changes little: one token has nearly all
+        hotter = lambda self, prompts, how, rows: own(self, prompts, replace(how, temperature=1.0), rows)  # noqa: E731
+        monkeypatch.setattr(ContinuousEngine, "generate", hotter)
+        with pytest.raises(RlhfError, match="MOD044"):
+            open_engine(roles, "policy", opened.chat, section)
 
 
 def test_a_head_of_another_kind_is_said_to_be_rounded(tmp_path, caplog):

@@ -8,12 +8,13 @@ import sys
 
 import pytest
 import torch
+from peft import get_peft_model
 from tiny import ARCHITECTURES, base, build, exact, lora, shake
 
 from rlhf.config.sections import LoraSection
 from rlhf.data.batches import collate
 from rlhf.errors import RlhfError
-from rlhf.models import adapters, forward, fused_lora, packing
+from rlhf.models import adapters, forward, fused_lora, merged, packing
 from rlhf.models.base import load_base, weights_checksum
 from rlhf.models.heads import ScalarHead
 from rlhf.models.roles import SeparateModels, SharedBase
@@ -191,9 +192,19 @@ def test_training_a_role_leaves_the_base_and_the_other_roles_alone(tmp_path, arc
     assert all(torch.equal(reference[k], v) for k, v in roles.state("reference").state_dict()["adapter"].items())
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_an_adapter_grown_to_a_larger_rank_is_the_same_function(tmp_path, architecture):
-    _opened, roles = two_roles(tmp_path, architecture)
+@pytest.mark.parametrize("form", [{}, {"use_rslora": True}, {"use_dora": True}])
+@pytest.mark.parametrize(
+    ("architecture", "patterns"), [("llama", True), ("llama", False), ("qwen2", True), ("gpt2", False)]
+)
+def test_an_adapter_grown_to_a_larger_rank_is_the_same_function(tmp_path, architecture, patterns, form):
+    opened = base(tmp_path / "m", architecture)
+    config = lora(opened, **form)
+    if patterns:
+        config.rank_pattern = {"layers.0.self_attn.q_proj": 9, "up_proj": 2}
+        config.alpha_pattern = {"v_proj": 3, r"layers\.1\..*up_proj": 5, "layers.0.self_attn.q_proj": 1}
+    roles = SharedBase(opened)
+    roles.add("policy", adapter=config, trained=True)
+    shake(roles, "policy")
     roles.save("policy", tmp_path / "run")
     roles.add("larger", adapter=tmp_path / "run" / "adapter", trained=True, rank=7)
     sequences = collate(PROMPTS, RESPONSES, 0, CPU)
@@ -201,9 +212,42 @@ def test_an_adapter_grown_to_a_larger_rank_is_the_same_function(tmp_path, archit
     for name in ("policy", "larger"):
         with torch.no_grad(), roles.acting_as(name) as (model, _):
             found.append(forward.response_logprobs(model, sequences, 1.0))
-    assert torch.allclose(found[0], found[1], atol=1e-6)
+    assert torch.allclose(found[0], found[1], atol=1e-5)
+    ranks = {p.shape[0] for name, p in roles.peft("larger").named_parameters() if "lora_A.larger" in name}
+    assert ranks == ({7, 9} if patterns else {7})
     with pytest.raises(RlhfError, match="smaller"):
         roles.add("less", adapter=tmp_path / "run" / "adapter", rank=2)
+
+
+def test_lora_on_the_embedding_grows_too(tmp_path):
+    opened = base(tmp_path / "m")
+    config = lora(opened)
+    config.target_modules = {"q_proj", "embed_tokens"}
+    model = get_peft_model(opened.model, config)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+    ids, state = torch.tensor([PROMPTS[0]]), adapters.weights(model, "default")
+    wanted = model(input_ids=ids).logits
+    config, state = adapters.grow(config, state, 11)
+    model.add_adapter("larger", config)
+    adapters.load(model, "larger", state)
+    model.set_adapter("larger")
+    assert torch.allclose(model(input_ids=ids).logits, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("more", [{"modules_to_save": ["lm_head"]}, {"bias": "all"}])
+def test_an_adapter_that_trains_more_than_lora_is_refused_by_name(tmp_path, more):
+    opened, roles = two_roles(tmp_path)
+    roles.save("policy", tmp_path)
+    path = tmp_path / "adapter" / adapters.CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | more))
+    [(key, value)] = more.items()
+    said = f"MOD033.*{adapters.CONFIG}: trains more.*{key}: {value[0] if key != 'bias' else value}"
+    with pytest.raises(RlhfError, match=said):
+        roles.add("again", adapter=tmp_path / "adapter")
+    with pytest.raises(RlhfError, match="MOD033"):
+        merged.policy(opened, tmp_path / "adapter")
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import ARCHITECTURES, base, build, lora, shake, tokenizer
-from transformers import BertConfig, BertLMHeadModel, LlamaForCausalLM
+from transformers import BertConfig, BertLMHeadModel, Llama4ForCausalLM, Llama4TextConfig, LlamaForCausalLM
 
 from rlhf.data.batches import collate
 from rlhf.data.chat import ChatFormat
@@ -152,6 +152,18 @@ def test_a_model_whose_head_is_more_than_one_layer_is_refused(tmp_path):
     BertLMHeadModel(config).save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)
     with pytest.raises(RlhfError, match="MOD004"):
+        load_base(str(tmp_path))
+
+
+def test_a_model_whose_backbone_stands_elsewhere_is_refused_by_name(tmp_path):
+    own = tokenizer()
+    config = Llama4TextConfig(
+        vocab_size=len(own), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, intermediate_size=48, intermediate_size_mlp=48, num_local_experts=2, max_position_embeddings=128,
+    )  # fmt: skip
+    Llama4ForCausalLM(config).save_pretrained(tmp_path)
+    own.save_pretrained(tmp_path)
+    with pytest.raises(RlhfError, match=r"MOD009.*Llama4ForCausalLM \(llama4_text\).*another architecture"):
         load_base(str(tmp_path))
 
 

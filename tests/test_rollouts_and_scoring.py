@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from test_decoding import Recorded
 from tiny import base, exact, lora, shake
 
 from rlhf.config.sections import SamplingSection
@@ -19,8 +20,9 @@ from rlhf.models.base import load_base
 from rlhf.models.heads import ScalarHead
 from rlhf.models.roles import SeparateModels, SharedBase
 from rlhf.optimizer import Optimizer, schedule_factor
+from rlhf.planning import memory
 from rlhf.rollouts.continuous import ContinuousEngine
-from rlhf.rollouts.engine import Sampling, draw, uniforms
+from rlhf.rollouts.engine import DRAWN_VALUES, Sampling, draw, uniforms
 from rlhf.rollouts.hf import HfEngine
 from rlhf.rollouts.opening import open_engine
 from rlhf.scoring.function import FunctionScorer
@@ -149,6 +151,33 @@ def test_a_small_nucleus_holds_the_likeliest_token_alone(roles):
 def test_noise_at_the_edges_takes_only_tokens_that_have_probability():
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]]).expand(3, 5)
     assert draw(logits, torch.tensor([0.0, 0.5, 1.0 - 1e-16], dtype=torch.float64)).tolist() == [1, 3, 3]
+
+
+@pytest.mark.parametrize("size", [5, 4096, 5000, 49152])
+def test_a_token_is_where_the_whole_cumulative_distribution_passes_the_noise(size):
+    generator = torch.Generator().manual_seed(size)
+    logits = 4 * torch.randn(40, size, generator=generator)
+    logits[:20, torch.randperm(size, generator=generator)[: size // 2]] = -torch.inf
+    noise = torch.rand(40, dtype=torch.float64, generator=generator)
+    noise[[3, 23]], noise[[4, 24]] = 0.0, 1 - 2**-53
+    cumulative = logits.double().softmax(-1).numpy().cumsum(-1)
+    wanted = [
+        row.searchsorted(each * row[-1], side="right") for row, each in zip(cumulative, noise.numpy(), strict=True)
+    ]
+    found = draw(logits, noise)
+    inner = [row for row in range(40) if row not in (4, 24)]
+    assert [found[row] for row in inner] == [wanted[row] for row in inner]
+    assert torch.isfinite(logits.gather(1, found[:, None])).all()
+    assert all(cumulative[row, found[row]] > 1 - 1e-12 for row in (4, 24))
+
+
+def test_many_rows_of_a_large_vocabulary_are_drawn_in_one_pass_where_launches_cost(monkeypatch):
+    monkeypatch.setitem(DRAWN_VALUES, "cpu", DRAWN_VALUES["cuda"])
+    logits, noise = torch.zeros(64, 128256), torch.full((64,), 32064.5 / 128256, dtype=torch.float64)
+    with Recorded() as seen:
+        assert draw(logits, noise).tolist() == [32064] * 64
+    assert len(seen.shapes) < 30 and sum(each > logits.nbytes for each in seen.bytes) == 3
+    assert memory.DRAWN_VALUES | {"cpu": DRAWN_VALUES["cuda"]} == DRAWN_VALUES
 
 
 def test_sampling_under_checkpointing_is_the_same(roles):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from rlhf.models.ends import token_ids
 from rlhf.snapshots import require_finite
 from rlhf.storage import staged_directory, write_bytes, write_json
 
+FIRST_FACTOR = re.compile(r"(base_model\.model\.)?(?P<module>.+)\.lora_(?P<kind>embedding_)?A(\.weight)?")
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
 
@@ -97,7 +99,8 @@ def read(directory: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
     """Config and weights of an adapter directory; the config comes back without dropout, ready to train.
 
     Raises:
-        RlhfError: CKP010 if a file is missing, SEC005 if there are only pickle weights.
+        RlhfError: CKP010 if a file is missing, MOD033 for an adapter that also trains whole modules or biases, SEC005
+            if there are only pickle weights.
     """
     if (directory / PICKLED).is_file() and not (directory / WEIGHTS).is_file():
         what = "pickle weights are refused."
@@ -106,8 +109,20 @@ def read(directory: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
         if not (directory / name).is_file():
             raise RlhfError(Problem("CKP010", str(directory / name), "missing.", "make the run again"))
     config = LoraConfig.from_pretrained(str(directory))
+    _refuse_more_than_lora(config, directory)
     config.inference_mode, config.lora_dropout, config.base_model_name_or_path = False, 0.0, None
     return config, load_file(directory / WEIGHTS)
+
+
+def _refuse_more_than_lora(config: LoraConfig, directory: Path) -> None:
+    """Whole modules and biases would be changed on the base that all roles share."""
+    also = [f"modules_to_save: {', '.join(config.modules_to_save)}"] if config.modules_to_save else []
+    if config.bias != "none":
+        also.append(f"bias: {config.bias}")
+    if also:
+        what = f"trains more than LoRA and single token rows ({'; '.join(also)}), which roles on one base cannot hold."
+        fix = "merge it into its model and name that as model.path, or train an adapter without them"
+        raise RlhfError(Problem("MOD033", str(directory / CONFIG), what, fix))
 
 
 def weights(model: PeftModel, adapter: str) -> dict[str, Tensor]:
@@ -154,24 +169,35 @@ def belongs(parameter: str, adapter: str) -> bool:
 def grow(config: LoraConfig, state: dict[str, Tensor], rank: int) -> tuple[LoraConfig, dict[str, Tensor]]:
     """The same function at a larger rank: A gets new rows at random, B zero columns, alpha grows with the rank.
 
+    Each module by the rank and alpha that it has (``rank_pattern``, ``alpha_pattern``). One that has a larger rank than
+    asked for keeps it.
+
     Raises:
-        RlhfError: CFG020 for a smaller rank, which would change the function.
+        RlhfError: CFG020 for a smaller rank than the adapter's, which would change the function.
     """
     if rank == config.r:
         return config, state
     if rank < config.r:
         what = f"rank {rank} is smaller than the adapter's {config.r}."
         raise RlhfError(Problem("CFG020", "lora.r", what, "the same rank or a larger one"))
-    generator = torch.Generator().manual_seed(rank)
-    grown = dict(state)
-    for name, tensor in state.items():
-        if ".lora_A." in name:
-            extra = torch.empty(rank - tensor.shape[0], *tensor.shape[1:])
-            bound = tensor.shape[1] ** -0.5
-            grown[name] = torch.cat([tensor, extra.uniform_(-bound, bound, generator=generator)])
-        elif ".lora_B." in name:
-            grown[name] = torch.cat([tensor, torch.zeros(tensor.shape[0], rank - tensor.shape[1])], 1)
-    # The scaling stays: alpha / r, or alpha / sqrt(r) in rank-stabilised LoRA.
-    config.lora_alpha *= math.sqrt(rank / config.r) if config.use_rslora else rank / config.r
-    config.r = rank
+    generator, grown = torch.Generator().manual_seed(rank), dict(state)
+    ranks, alphas = {}, {}
+    for name, a in state.items():
+        if not (found := FIRST_FACTOR.fullmatch(name)):
+            continue
+        module, kind, own, size = found["module"], found["kind"] or "", a.shape[0], max(rank, a.shape[0])
+        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module), config.lora_alpha)
+        ranks[module], alphas[module] = size, alpha * _growth(config, own, size)
+        other = name.replace(f"lora_{kind}A", f"lora_{kind}B")
+        extra, bound, b = torch.empty(size - own, *a.shape[1:]), a.shape[1] ** -0.5, state[other]
+        grown[name] = torch.cat([a, extra.uniform_(-bound, bound, generator=generator).to(a.dtype)])
+        grown[other] = torch.cat([b, b.new_zeros(b.shape[0], size - own)], 1)
+    config.lora_alpha, config.r = config.lora_alpha * _growth(config, config.r, rank), rank
+    config.rank_pattern = {module: size for module, size in ranks.items() if size != rank}
+    config.alpha_pattern = {module: alpha for module, alpha in alphas.items() if alpha != config.lora_alpha}
     return config, grown
+
+
+def _growth(config: LoraConfig, own: int, rank: int) -> float:
+    """By what alpha grows so that the scaling stays: alpha / r, or alpha / sqrt(r) in rank-stabilised LoRA."""
+    return math.sqrt(rank / own) if config.use_rslora else rank / own

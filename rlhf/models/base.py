@@ -84,9 +84,9 @@ def load_base(
     Raises:
         RlhfError: MOD001 where nothing can be loaded, MOD003 where the tokenizer is larger than the embeddings,
             MOD004 for logits that the logprobs here do not follow, MOD005 where weights are missing, MOD006 where files
-            are damaged, MOD008 where weights are not finite, RES005 where the library for ``quantize`` is missing,
-            SEC004 for remote code that is not pinned, SEC005 for pickle, SEC006 for names that lead elsewhere, SEC007
-            for remote code.
+            are damaged, MOD008 where weights are not finite, MOD009 for an architecture that is built in another way,
+            RES005 where the library for ``quantize`` is missing, SEC004 for remote code that is not pinned, SEC005 for
+            pickle, SEC006 for names that lead elsewhere, SEC007 for remote code.
     """
     device = device or torch.device("cpu")
     tokenizer = load_tokenizer(source, revision, trust_remote_code)
@@ -230,7 +230,11 @@ def refuse_not_finite(source: str, weights: Iterable[tuple[str, Tensor]]) -> Non
 
 
 def refuse_unknown(source: str, model: Any, tokenizer: Any) -> None:
-    """MOD003 for a tokenizer larger than the embeddings, MOD004 for logits that are scaled; needs no weights."""
+    """MOD003 for a tokenizer larger than the embeddings, MOD004 for logits that are scaled, MOD009 for a model that is
+    not a backbone with an output head; needs no weights."""
+    if not hasattr(model, model.base_model_prefix) or model.get_output_embeddings() is None:
+        what = f"{type(model).__name__} ({model.config.model_type}) is not a backbone with an output head on it."
+        raise RlhfError(Problem("MOD009", source, what, "a model of another architecture"))
     config = model.config.get_text_config()
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:

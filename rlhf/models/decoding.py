@@ -15,7 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from rlhf.models import fused_lora, logits, thin
+from rlhf.models import fused_lora, logits, thin, trained_rows
 from rlhf.models.blocks import Layers, heads, rms_norm
 from rlhf.models.fused_lora import Adapted
 
@@ -36,8 +36,8 @@ class Decoder:
     def __init__(self, model: Any, blocks: Sequence[Layers]) -> None:
         parts = [(first, second[:1], second[1:3], second[3:]) for first, second in blocks]
         weights = [layer.weight for block in blocks for part in block for layer in part]
-        self.inner, self.head = getattr(model, model.base_model_prefix), model.get_output_embeddings()
-        self.sums = sum(weight.nbytes for weight in (self.head.weight, *weights)) <= SUMMED_BYTES
+        self.inner, head = getattr(model, model.base_model_prefix), trained_rows.weight(model.get_output_embeddings())
+        self.sums = sum(weight.nbytes for weight in (head, *weights)) <= SUMMED_BYTES
         self.prompts: list[list[Any]] = [[_cast(part) for part in block] for block in parts]
         self.tokens = [[_summed(part) for part in block] for block in parts] if self.sums else self.prompts
 

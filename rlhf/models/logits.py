@@ -57,10 +57,11 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if x.is_cuda:
         y = torch.mm(x, weight.t(), out_dtype=torch.float32)
     else:
-        y, wide = x.new_empty(len(x), len(weight), dtype=torch.float32), x.float()
-        size = max(1, CAST_VALUES // weight.shape[1])
+        wide, size = x.float(), min(len(weight), max(1, CAST_VALUES // weight.shape[1]))
+        y, cast = (wide.new_empty(shape) for shape in ((len(x), len(weight)), (size, weight.shape[1])))
         for start in range(0, len(weight), size):
-            torch.mm(wide, weight[start : start + size].float().t(), out=y[:, start : start + size])
+            part = weight[start : start + size]
+            torch.mm(wide, cast[: len(part)].copy_(part).t(), out=y[:, start : start + size])
     return y if bias is None else y.add_(bias)
 
 

@@ -17,7 +17,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from rlhf import artifacts
-from rlhf.models import adapters, fused_lora, whole
+from rlhf.models import adapters, fused_lora, trained_rows, whole
 from rlhf.models.base import Base
 from rlhf.models.heads import ScalarHead
 from rlhf.models.part import Part
@@ -189,6 +189,7 @@ class SharedBase(_Slots):
         inside = {id(wrapper.token_adapter) for wrapper in self._wrappers}
         self._layers = [m for m in modules if isinstance(m, BaseTunerLayer) and id(m) not in inside]
         fused_lora.install(self.base.model)
+        trained_rows.install(self.base.model)
         self.base.model.eval()  # PEFT makes its dropout layers in train mode
         self._active = "?"
         self._switch(None)

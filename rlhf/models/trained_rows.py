@@ -3,11 +3,13 @@ the whole weight for every forward pass."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from peft.utils.other import TrainableTokensWrapper
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import embedding
 
 
 class Rows(NamedTuple):
@@ -22,6 +24,11 @@ def wraps(module: Any) -> bool:
     return isinstance(module, TrainableTokensWrapper)
 
 
+def weight(module: Any) -> Tensor:
+    """The module's own weight; PEFT's wrapper gives a copy with the trained rows in it."""
+    return (module.token_adapter.base_layer if wraps(module) else module).weight  # type: ignore[no-any-return]
+
+
 def active(module: Any) -> Rows | None:
     """The rows of the adapter that is active now; None where it trains none."""
     own = module.token_adapter
@@ -33,3 +40,22 @@ def active(module: Any) -> Rows | None:
     if places is None or places.device != values.device:
         places = known[names[0]] = torch.tensor(own.token_indices[names[0]], device=values.device)
     return Rows(places, values)
+
+
+def install(model: nn.Module) -> None:
+    """Give every embedding whose rows are trained a forward of its own; for the head, see ``rlhf.models.logits``."""
+    modules: list[Any] = list(model.modules())
+    for module in modules:
+        if wraps(module) and isinstance(module.token_adapter.base_layer, nn.Embedding):
+            module.forward = partial(_embedded, module)
+
+
+def _embedded(module: Any, ids: Tensor) -> Tensor:
+    """[..., d] of token ids [...]: the weight's own rows, and the trained ones where a token has one."""
+    found, rows = module.token_adapter.base_layer(ids), active(module)
+    if rows is None or rows.places is None or rows.values is None:
+        return found  # type: ignore[no-any-return]
+    hits = torch.eq(ids[..., None], rows.places)
+    trained = embedding(hits.to(torch.uint8).argmax(-1), rows.values.to(found.dtype))
+    scale = module.token_adapter._get_embed_scale()
+    return torch.where(hits.any(-1, keepdim=True), trained if scale is None else trained * scale.to(found.dtype), found)

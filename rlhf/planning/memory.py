@@ -40,7 +40,7 @@ from rlhf.planning.shape import Shape
 
 FLOAT32 = 4
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a code, a scale every 64, the scale of the scales every 256 of these
-DRAWN_VALUES = 1 << 19  # of which the choice of tokens holds float64 copies at once: rlhf.rollouts.engine
+DRAWN_VALUES = {"cpu": 1 << 19, "cuda": 1 << 23}  # from which a token is chosen at once: rlhf.rollouts.engine
 CHUNK_VALUES = 1 << 25  # logits of ours that exist at once: rlhf.models.forward
 CAST_VALUES = 1 << 19  # of the head in half precision that exist in float32 at once: rlhf.models.logits
 SFT_TILE = (4096, 32768)  # tokens and vocabulary of TRL's fused head
@@ -240,9 +240,11 @@ def casts(held: Numbers, device: str) -> bool:
     return held.mixed and device == "cpu"
 
 
-def logits_sampled(shape: Shape, held: Numbers, rows: int) -> int:
-    """Of one sampled token a row: logits and a copy in float32, and for the choice three in float64 of a few rows."""
-    return rows * shape.V * 2 * FLOAT32 + 24 * min(rows * shape.V, DRAWN_VALUES)
+def logits_sampled(shape: Shape, held: Numbers, rows: int, device: str = "cpu") -> int:
+    """Of one sampled token a row: logits and a copy in float32 or, where a CPU casts the head, logits beside the cast;
+    for the choice, of some rows, whole blocks of float32 logits and two copies in float64."""
+    chosen = min(rows * shape.V, DRAWN_VALUES["cpu" if device == "cpu" else "cuda"])
+    return _logits(shape, held, rows, 2, device) + (FLOAT32 + 2 * 8) * chosen
 
 
 def logits_sft(shape: Shape, held: Numbers, num_tokens: int, device: str = "cpu") -> int:

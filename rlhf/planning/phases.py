@@ -156,7 +156,7 @@ def _sampling(spec: Spec, name: str, rows: int, prompt: int) -> Phase:
     last = {
         "kv_cache": memory.kv_cache(shape, held, rows, prompt + spec.response),
         "activations": memory.passing(shape, held, rows, 1, spec.device, 1) + sums,
-        "logits": memory.logits_sampled(shape, held, rows),
+        "logits": memory.logits_sampled(shape, held, rows, spec.device),
     }  # fmt: skip
     worse = max(first, last, key=lambda moment: sum(moment.values()))
     return Phase(name, {**_standing(spec, _trained(spec)), **worse})

@@ -9,8 +9,11 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-DRAWN_VALUES = 1 << 19
+DRAWN_VALUES = {"cpu": 1 << 19, "cuda": 1 << 23}  # probabilities in float64 at once: a CPU's caches, a GPU's launches
+BLOCK, FEW = 512, 4096  # tokens of a block; vocabularies that are searched whole
+BELOW_ONE = 1 - 2**-52
 
 
 @dataclass(frozen=True)
@@ -61,13 +64,30 @@ def uniforms(seed: int, rows: Sequence[int], steps: int) -> Tensor:
 def draw(logits: Tensor, noise: Tensor) -> Tensor:
     """[B] the token where the cumulative distribution of softmax(``logits`` [B, V]) passes ``noise`` [B].
 
-    In float64, a few rows at a time, so that B x V numbers are never held in it.
+    In float64, of at most ``DRAWN_VALUES`` numbers at a time: 64 rows of a vocabulary of 128k are one pass on a GPU.
     """
-    rows = max(1, DRAWN_VALUES // logits.shape[-1])
+    rows = max(1, DRAWN_VALUES["cpu" if logits.device.type == "cpu" else "cuda"] // logits.shape[-1])
     return torch.cat([_draw(*part) for part in zip(logits.split(rows), noise.split(rows), strict=True)])
 
 
 def _draw(logits: Tensor, noise: Tensor) -> Tensor:
-    cumulative = logits.double().softmax(-1).cumsum(-1)
-    places = torch.searchsorted(cumulative, (noise * cumulative[:, -1])[:, None], right=True)[:, 0]
-    return places.clamp(max=logits.shape[-1] - 1)
+    """In a large vocabulary first the block, by the sums of all blocks, then the token in it. Sums in another order
+    differ in the sixteenth digit, and a token with them where the noise lies that near to an edge."""
+    if logits.shape[-1] <= FEW:
+        cumulative = logits.softmax(-1, dtype=torch.float64).cumsum(-1)
+        return _passed(cumulative, noise * cumulative[:, -1])
+    probs = pad(logits, (0, -logits.shape[-1] % BLOCK), value=-torch.inf).softmax(-1, dtype=torch.float64)
+    blocks = probs.unflatten(-1, (-1, BLOCK))
+    ends = blocks.sum(-1).cumsum(-1)
+    wanted = noise * ends[:, -1]
+    block = _passed(ends, wanted)
+    before = pad(ends, (1, 0)).gather(1, block[:, None])[:, 0]
+    inside = blocks[torch.arange(len(block), device=block.device), block].cumsum(-1)
+    return block * BLOCK + _passed(inside, wanted - before)
+
+
+def _passed(cumulative: Tensor, wanted: Tensor) -> Tensor:
+    """[B] the first place of ``cumulative`` [B, n] that is more than ``wanted`` [B], which rounding may not put at its
+    end: what comes there has no probability."""
+    below = torch.minimum(wanted, cumulative[:, -1] * BELOW_ONE)
+    return torch.searchsorted(cumulative, below[:, None], right=True)[:, 0]

@@ -23,7 +23,7 @@ def model(path: str) -> tuple[ModelFacts, ChatFormat]:
     """Tokenizer, config and, where they are here, embeddings; no other weight is read.
 
     Raises:
-        RlhfError: MOD001 where nothing can be loaded, MOD003, MOD004, MOD010 to MOD015 for what no stage would take.
+        RlhfError: MOD001 where nothing can be loaded, MOD003, MOD004, MOD009 to MOD015 for what no stage would take.
     """
     tokenizer = load_tokenizer(path)
     context = load_context_length(path)
