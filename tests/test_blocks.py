@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 from test_models import CPU, PROMPTS, RESPONSES, bias_and_norms, gradients, two_roles
-from tiny import base, exact, lora, shake
+from tiny import base, both_ways, exact, lora, shake
 
 from rlhf.data.batches import collate
 from rlhf.models import blocks, decoding, forward, packing
@@ -30,7 +30,7 @@ def test_values_and_gradients_are_those_of_the_models_own_blocks(tmp_path, archi
     assert packing.known_blocks(opened.model) and opened.model.knows_blocks
     found = []
     for fused in (True, False):
-        opened.model.knows_blocks = fused
+        opened.model.knows_blocks = both_ways(fused)
         both = forward.policy_and_reference(roles, SEQUENCES, 0.7)
         found.append([*vars(both).values(), *gradients(roles)])
     assert len(found[0]) == 5 + 2 * 2 * (7 if targets == "all-linear" else 3)
@@ -100,7 +100,7 @@ def test_the_last_block_runs_its_mlp_on_wanted_tokens_alone(tmp_path, monkeypatc
         )
         forward.response_logprobs(model, SEQUENCES, 1.0)
         forward.end_scores(model, ScalarHead(32).double(), SEQUENCES)
-        opened.model.knows_blocks = False
+        opened.model.knows_blocks = both_ways(False)
         own = packing.backbone(
             model, SEQUENCES.ids, SEQUENCES.attention_mask, SEQUENCES.lengths, torch.tensor([11, 2, 2])
         )
@@ -116,7 +116,7 @@ def test_half_precision_is_as_near_to_the_truth_as_the_models_own_blocks(tmp_pat
         parameter.data = parameter.data.float()
     found = {}
     for name in ("fused", "own", "truth"):
-        opened.model.knows_blocks = name == "fused"
+        opened.model.knows_blocks = both_ways(name == "fused")
         if name == "truth":
             exact(opened.model)
         with torch.no_grad(), roles.acting_as("policy") as (model, _):
@@ -135,7 +135,7 @@ def test_half_precision_is_as_near_to_the_truth_as_the_models_own_blocks(tmp_pat
 def test_blocks_of_another_kind_are_left_to_the_model(tmp_path, architecture):
     opened, roles = two_roles(tmp_path, architecture)
     gradients(roles)
-    assert getattr(opened.model, "knows_blocks", None) is None
+    assert not opened.model.knows_blocks
     assert blocks.read(opened.model.base_model) is None
 
 
@@ -158,7 +158,7 @@ def test_a_model_whose_every_weight_is_trained(tmp_path, architecture):
     assert packing.known_blocks(opened.model)
     found = []
     for fused in (True, False):
-        opened.model.knows_blocks = fused
+        opened.model.knows_blocks = both_ways(fused)
         found.append(gradients(roles))
     for name, ours, theirs in zip(dict(opened.model.named_parameters()), *found, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-10), name
@@ -170,10 +170,10 @@ def test_a_model_that_computes_otherwise_is_found_out_and_said(tmp_path, caplog)
     block = opened.model.model.layers[1]
     own = type(block.mlp).forward
     block.mlp.forward = lambda x: 0.22 * own(block.mlp, x)
-    opened.model.knows_blocks = None
+    opened.model.knows_blocks = {}
     with caplog.at_level(logging.INFO):
         changed = gradients(roles)
-    assert opened.model.knows_blocks is False and "not fused" in caplog.text
+    assert opened.model.knows_blocks == {True: False} and "not fused" in caplog.text
     assert not any(torch.allclose(a, b) for a, b in zip(before, changed, strict=True))
 
 
@@ -183,14 +183,14 @@ def test_packed_and_sampled_rows_are_both_looked_at(tmp_path, monkeypatch, modul
     assert packing.packs(opened.model)
     run = module.heads
     monkeypatch.setattr(module, "heads", lambda own, projected, cos, sin: run(own, projected, cos, -sin))
-    assert packing.known_blocks(opened.model) is None and opened.model.knows_blocks is False
+    assert packing.known_blocks(opened.model) is None and opened.model.knows_blocks == {False: False}
 
 
 def test_an_embedding_row_that_is_trained_gets_its_gradient(tmp_path):
     opened, roles = two_roles(tmp_path, train_tokens=["<|im_end|>"])
     found = []
     for fused in (True, False):
-        opened.model.knows_blocks = fused
+        opened.model.knows_blocks = both_ways(fused)
         found.append(gradients(roles))
     assert len(found[0]) > 28, "the trained row is among them"
     assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-11) for a, b in zip(*found, strict=True))
@@ -204,6 +204,6 @@ def test_the_bare_base_is_read_too(tmp_path):
     shake(roles, "policy")
     both = forward.policy_and_reference(roles, SEQUENCES, 1.0)
     assert opened.model.knows_blocks and float(both.exact_kl.sum()) > 1e-3
-    opened.model.knows_blocks = False
+    opened.model.knows_blocks = both_ways(False)
     own = forward.policy_and_reference(roles, SEQUENCES, 1.0)
     assert torch.allclose(both.ref_logprobs, own.ref_logprobs, rtol=1e-10)

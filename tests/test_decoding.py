@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_blocks import KNOWN
 from test_models import bias_and_norms, two_roles
+from tiny import both_ways
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlhf.models import blocks, decoding, fused_lora, packing, thin
@@ -47,14 +48,15 @@ def test_samples_are_those_of_the_models_own_blocks(tmp_path, monkeypatch, slot,
     assert packing.known_blocks(opened.model)
     found = []
     for fused in (True, False):
-        opened.model.knows_blocks = fused
+        opened.model.knows_blocks = both_ways(fused)
         found.append(engine.generate(PROMPTS, how, range(3)))
     assert found[0] == found[1] and len({tuple(row) for row in found[0].tokens}) == 3
 
 
 def test_prompts_are_read_without_their_padding(tmp_path, monkeypatch):
     opened, roles = two_roles(tmp_path)
-    assert packing.known_blocks(opened.model)
+    with roles.acting_as("policy"):
+        assert packing.known_blocks(opened.model)
     rows, run = [], fused_lora.products
     monkeypatch.setattr(fused_lora, "products", lambda x, layers: rows.append(len(x)) or run(x, layers))
     HfEngine(roles, "policy", opened.chat, 3).generate(PROMPTS, Sampling(9, 0.8, 3), range(3))

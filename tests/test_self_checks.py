@@ -10,7 +10,7 @@ import torch
 from test_decoding import Recorded
 from tiny import base, lora, shake
 
-from rlhf.models import blocks, packing, self_checks
+from rlhf.models import blocks, fused_lora, packing, self_checks
 from rlhf.models.roles import SharedBase
 
 
@@ -61,7 +61,7 @@ def test_half_precision_is_fused_unless_it_rounds_more_than_the_models_own(narro
     with roles.acting_as("policy"):
         assert packing.known_blocks(opened.model)
         before = [*opened.model.model.layers]
-        run, opened.model.knows_blocks = blocks.rms_norm, None
+        run, opened.model.knows_blocks = blocks.rms_norm, {}
 
         def coarse(x, weight, eps):
             y, scale = run(x, weight, eps)
@@ -72,6 +72,25 @@ def test_half_precision_is_fused_unless_it_rounds_more_than_the_models_own(narro
             assert packing.known_blocks(opened.model) is None
     assert "not fused. Its states differ from exact ones by" in caplog.text
     assert [*opened.model.model.layers] == before
+
+
+@pytest.mark.parametrize("size", [0.0, 1e4])
+def test_the_verdict_is_of_the_code_and_not_of_the_weights_that_an_adapter_has_come_to(tmp_path, monkeypatch, size):
+    opened = base(tmp_path / "m")
+    roles = SharedBase(opened)
+    roles.add("policy", adapter=lora(opened), trained=True)
+    shake(roles, "policy", size=size)
+    before = [parameter.clone() for parameter in roles.trained_parameters("policy")]
+    with roles.acting_as("policy"):
+        assert packing.known_blocks(opened.model)
+        assert all(map(torch.equal, before, roles.trained_parameters("policy")))
+        run, opened.model.knows_blocks = fused_lora.products, {}
+        monkeypatch.setattr(
+            fused_lora,
+            "products",
+            lambda x, layers: run(x, [layer._replace(scaling=0.9 * layer.scaling) for layer in layers]),
+        )
+        assert packing.known_blocks(opened.model) is None, "an adapter that is scaled wrongly is seen"
 
 
 def test_a_token_that_is_wrong_shows_among_many(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft.utils.other import TrainableTokensWrapper
 from test_decoding import Recorded
-from tiny import base, lora, shake
+from tiny import base, both_ways, lora, shake
 
 from rlhf.data.batches import collate
 from rlhf.models import forward, logits, packing
@@ -41,7 +41,7 @@ def update(roles):
 def test_no_pass_copies_the_embedding_or_the_head(tmp_path, monkeypatch, dtype, tie, fused):
     monkeypatch.setattr(logits, "CAST_VALUES", 1024)  # of the head at a time
     opened, roles = rows_trained(tmp_path, dtype, tie)
-    opened.model.knows_blocks = None if fused else False
+    opened.model.knows_blocks = {} if fused else both_ways(False)
     engine = HfEngine(roles, "policy", opened.chat, 3)
     engine.generate(PROMPTS, Sampling(2, 1.0, 3), range(3))
     with Recorded() as seen:

@@ -105,6 +105,11 @@ def lora(opened: Base, **settings):
     return adapters.fresh_lora(LoraSection(r=4, alpha=8.0, **settings), opened.model, opened.tokenizer)
 
 
+def both_ways(fused: bool) -> dict[bool, bool]:
+    """The verdict that a model's blocks are fused, or are not, with and without an adapter: ``model.knows_blocks``."""
+    return dict.fromkeys((False, True), fused)
+
+
 def shake(roles, name: str, seed: int = 0, size: float = 0.3) -> None:
     """Give a slot's adapter weights that do something: fresh LoRA adds nothing."""
     generator = torch.Generator().manual_seed(seed)

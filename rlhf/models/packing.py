@@ -48,7 +48,7 @@ def enable(model: Any, text_ids: Sequence[int] | None = None) -> None:
     Args:
         text_ids: ordinary text in the model's tokens, which it is tried on.
     """
-    model.text_ids = text_ids
+    model.text_ids, model.knows_blocks = text_ids, {}
     config = model.config.get_text_config()
     windows = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
     partial = any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or [])
@@ -103,15 +103,14 @@ def _packed(inner: Any, ids: Tensor, positions: Tensor, lengths: Sequence[int]) 
 def known_blocks(model: Any) -> list[blocks.Layers] | None:
     """What runs in the place of the model's own blocks, with the adapters that are active now; None: they run.
 
-    When first asked, it is seen whether it computes the same.
+    When first asked of the bare base, and when first asked of an adapter, it is seen whether it computes the same.
     """
-    inner = getattr(model, model.base_model_prefix)
-    if not packs(model) or getattr(model, "knows_blocks", None) is False:
+    if not packs(model) or not (found := blocks.read(getattr(model, model.base_model_prefix))):
         return None
-    found = blocks.read(inner)
-    if found and getattr(model, "knows_blocks", None) is None:
-        model.knows_blocks = _same(model, found)
-    return found if found and model.knows_blocks else None
+    adapts = any(layer.a is not None for block in found for part in block for layer in part)
+    if adapts not in model.knows_blocks:
+        model.knows_blocks[adapts] = _same(model, found)
+    return found if model.knows_blocks[adapts] else None
 
 
 @waiting("Comparing the fused blocks with the model's own")
@@ -120,8 +119,8 @@ def _same(model: Any, found: list[blocks.Layers]) -> bool:
     """Whether fused blocks, packed and as sampling runs them, are no further from a wider arithmetic than the model's
     own. Seen on ordinary text in three blocks; see ``self_checks``."""
     inner, given = getattr(model, model.base_model_prefix), self_checks.rows(model)
-    decoder = decoding.Decoder(model, found)
-    with self_checks.few_blocks(inner) as chosen:
+    with self_checks.few_blocks(inner) as chosen, self_checks.drawn_factors(inner):
+        decoder = decoding.Decoder(model, found)
         own = _packed(inner, given.ids, given.positions, given.lengths)
         with self_checks.Wide(self_checks.wider(own.dtype)):
             truth = _packed(inner, given.ids, given.positions, given.lengths)
@@ -148,7 +147,8 @@ def _keeps_apart(model: Any) -> bool:
     """
     inner, given = getattr(model, model.base_model_prefix), self_checks.rows(model)
     own_numbers = quantised.is_quantised(model)
-    with nullcontext() if own_numbers else self_checks.Wide(torch.float32):
+    arithmetic = nullcontext() if own_numbers else self_checks.Wide(torch.float32)
+    with arithmetic, self_checks.drawn_factors(inner):
         parts = given.ids.split(list(given.lengths))
         alone = torch.cat([inner(input_ids=row[None], use_cache=False).last_hidden_state[0] for row in parts])
         try:

@@ -17,7 +17,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from rlhf import artifacts
-from rlhf.models import adapters, fused_lora, trained_rows, whole
+from rlhf.models import adapters, fused_lora, packing, trained_rows, whole
 from rlhf.models.base import Base
 from rlhf.models.heads import ScalarHead
 from rlhf.models.part import Part
@@ -253,7 +253,9 @@ class SlotState:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         slot = self.roles.slots[self.name]
         if slot.adapter is None:
-            whole.load(self.roles.host(self.name).base.model, state["model"])
+            model = self.roles.host(self.name).base.model
+            packing.known_blocks(model)  # of the base's own weights, as in the run that this goes on with
+            whole.load(model, state["model"])
         else:
             adapters.load(self.roles.peft(self.name), slot.adapter, state["adapter"])
         if slot.head:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
@@ -21,6 +22,7 @@ wrote anything down. "A good memory," she said, "costs nothing and weighs nothin
 the house where she lived, and the price of a ticket is 12 euros."""
 LENGTHS, LAST = (96, 41, 7), 3  # tokens of three rows; of each, those that are sampled one by one
 FACTOR, FLOOR = 1.5, 1e-5
+CHANGED = 0.1
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,37 @@ def few_blocks(inner: Any) -> Iterator[list[int]]:
         yield chosen
     finally:
         inner.layers = own
+
+
+@contextmanager
+def drawn_factors(inner: Any) -> Iterator[None]:
+    """The active adapter's A and B stand aside for drawn ones, which change a weight by a tenth of its size.
+
+    A verdict is of the code. Of a trained adapter's weights it would hang on when it is asked: a fresh B is zero and
+    shows nothing, a large one rounds as no other, and a resumed run would compute in another way than the run it goes
+    on with.
+    """
+    generator, own = torch.Generator().manual_seed(0), []
+    layers = [module for module in inner.modules() if isinstance(module, LoraLayer) and not module.disable_adapters]
+    for layer in layers:
+        for name in set(layer.active_adapters) & set(layer.lora_A):
+            a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+            size = CHANGED * _deviation(layer.get_base_layer()) / layer.scaling[name]
+            own += [(factor, factor.data) for factor in (a, b)]
+            for factor, deviation in ((a, len(a) ** -0.5), (b, size)):
+                drawn = torch.empty(factor.shape).normal_(0, deviation, generator=generator)
+                factor.data = drawn.to(factor.device, factor.dtype)
+    try:
+        yield
+    finally:
+        for factor, data in own:
+            factor.data = data
+
+
+def _deviation(layer: nn.Module) -> float:
+    """Of a layer's weights; of packed ones, as a quantised layer has them, what is usual."""
+    weight = layer.weight
+    return float(weight.detach().float().std()) if weight.is_floating_point() else 0.02
 
 
 def as_sampled(decoder: Callable[..., Any], given: Rows) -> Tensor:
