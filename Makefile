@@ -18,6 +18,7 @@ help: ## Show the verbs
 setup: $(READY) ## Create .venv and install the package with its dev extras
 
 $(READY): pyproject.toml constraints.txt
+	@echo "Installing rlhf and what it needs (torch first) into $(VENV): minutes the first time, and quiet."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
@@ -25,8 +26,8 @@ $(READY): pyproject.toml constraints.txt
 
 sft: $(RUNS)/sft/manifest.json ## Supervised fine-tuning on the embedded world
 train-rm: $(RUNS)/train-rm/manifest.json ## Reward model, and what it needs
-ppo: $(RUNS)/ppo/manifest.json ## PPO, and what it needs
 eval-rm: $(RUNS)/eval-rm/manifest.json ## Examine the reward model, and what it needs
+ppo: $(RUNS)/ppo/manifest.json ## PPO with an examined reward model, and what it needs
 
 # A run that is up to date is left alone, an unfinished one goes on, a changed one is moved aside and made again.
 $(RUNS)/sft/manifest.json: configs/sft.yaml | $(READY)
@@ -35,11 +36,11 @@ $(RUNS)/sft/manifest.json: configs/sft.yaml | $(READY)
 $(RUNS)/train-rm/manifest.json: configs/train-rm.yaml $(RUNS)/sft/manifest.json | $(READY)
 	$(RLHF) train-rm -c $< --resume --overwrite
 
-$(RUNS)/ppo/manifest.json: configs/ppo.yaml $(RUNS)/sft/manifest.json $(RUNS)/train-rm/manifest.json | $(READY)
-	$(RLHF) ppo -c $< --resume --overwrite
-
 $(RUNS)/eval-rm/manifest.json: configs/eval-rm.yaml $(RUNS)/train-rm/manifest.json | $(READY)
 	$(RLHF) eval-rm -c $< --resume --overwrite
+
+$(RUNS)/ppo/manifest.json: configs/ppo.yaml $(RUNS)/sft/manifest.json $(RUNS)/train-rm/manifest.json $(RUNS)/eval-rm/manifest.json | $(READY)
+	$(RLHF) ppo -c $< --resume --overwrite
 
 pipeline: $(READY) ## Bring all stages of configs/pipeline.yaml up to date
 	$(RLHF) pipeline -c configs/pipeline.yaml

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 from rlhf import __version__, storage
 from rlhf.errors import Problem, RlhfError
+from rlhf.progress import waiting
 
 FORMAT = 1
 MANIFEST, CONFIG, METRICS, LOG = "manifest.json", "config.yaml", "metrics.jsonl", "run.log"
@@ -20,14 +22,25 @@ ADAPTER, MODEL, HEAD, MEMBERS, TOKENIZER, CHECKPOINTS, SAMPLES, PLOTS = (
     "adapter", "model", "head", "members", "tokenizer", "checkpoints", "samples", "plots",
 )  # fmt: skip
 PREFERENCES, EXAMINATION, CONTRADICTED = "preferences.jsonl", "eval.json", "contradicted.jsonl"
+FIGURES = "figures.txt"
 ANNOTATORS, RUBRIC = "annotators.json", "rubric.yaml"
+VERDICTS = ("verdict", "verdicts")
+PARTS = (ADAPTER, MODEL, HEAD, MEMBERS, TOKENIZER, CHECKPOINTS, SAMPLES, PLOTS)
 HASHED = (ADAPTER, MODEL, HEAD, MEMBERS, TOKENIZER, PREFERENCES, EXAMINATION, RUBRIC)
+FAILED_GATES = "failed_gates"
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "safetensors")
 
 
 @dataclass(frozen=True)
 class BaseIdentity:
-    """The frozen model that an adapter belongs to."""
+    """The frozen model that an adapter belongs to.
+
+    Args:
+        end_tokens: that end a response besides the one that the template writes; None: a run of an older version, whose
+            responses end with that one alone.
+        template_date: YYYY-MM-DD, which its template prints for today; None: it prints no date, or an older version
+            made the run.
+    """
 
     source: str
     digest: str
@@ -37,6 +50,10 @@ class BaseIdentity:
     attn_implementation: str | None = None
     trust_remote_code: bool = False
     quantize: str | None = None
+    end_tokens: list[str] | None = None
+    template_date: str | None = None
+    thinking: str = "strip"
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -71,7 +88,7 @@ class Manifest:
     @property
     def digest(self) -> str:
         """Identity of the artifact: its kind, base and file contents, not when or where it was made."""
-        contents = {path: entry["sha256"] for path, entry in self.files.items()}
+        contents = {path: _identity_of(entry) for path, entry in self.files.items()}
         base = self.base.digest if self.base else None
         return storage.sha256_json({"kind": self.kind, "base": base, "files": contents})
 
@@ -89,13 +106,50 @@ def write(run_dir: Path, manifest: Manifest) -> Manifest:
 
 
 def file_table(run_dir: Path) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of every file that makes up the artifact."""
+    """Size and SHA-256 of every file that makes up the artifact, and of an examination the digest of its figures."""
     paths = [path for name in HASHED if (top := run_dir / name).exists() for path in (sorted(top.rglob("*")) or [top])]
-    return {
-        path.relative_to(run_dir).as_posix(): {"sha256": storage.sha256(path), "size": path.stat().st_size}
-        for path in paths
-        if path.is_file()
-    }
+    return {path.relative_to(run_dir).as_posix(): _entry(path) for path in paths if path.is_file()}
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    figures = {"figures": figures_digest(json.loads(path.read_text("utf-8")))} if path.name == EXAMINATION else {}
+    return {"sha256": storage.sha256(path), "size": path.stat().st_size, **figures}
+
+
+def _identity_of(entry: Mapping[str, Any]) -> str:
+    """What a file counts as in the artifact's digest. The verdicts of an examination do not count: it may be judged
+    again by other thresholds, and is the same examination then."""
+    return str(entry.get("made_as") or entry.get("figures") or entry["sha256"])
+
+
+def figures_digest(report: Mapping[str, Any]) -> str:
+    """Digest of an examination without its verdicts."""
+    return storage.sha256_json({key: value for key, value in report.items() if key not in VERDICTS})
+
+
+def judged_again(run_dir: Path, manifest: Manifest, report: Mapping[str, Any]) -> Manifest:
+    """Write an examination's report with other verdicts; the manifest that comes back is still to be written.
+
+    Manifest and report fit together at every moment in between: the figures are what is verified. In a manifest that
+    has no digest of them, of an older version, the digest of the file as it was made is kept as what it counts as.
+    """
+    entry = manifest.files[EXAMINATION]
+    if "figures" not in entry:
+        entry = {**entry, "made_as": entry["sha256"], "figures": figures_digest(report)}
+        rewrite(run_dir, replace(manifest, files={**manifest.files, EXAMINATION: entry}))
+    storage.write_json(run_dir / EXAMINATION, report)
+    entry = {**entry, **_entry(run_dir / EXAMINATION)}
+    return replace(manifest, files={**manifest.files, EXAMINATION: entry})
+
+
+def write_config(run_dir: Path, text: str) -> None:
+    """The config that a run keeps of itself."""
+    storage.write_text(run_dir / CONFIG, text)
+
+
+def rewrite(run_dir: Path, manifest: Manifest) -> None:
+    """Replace the manifest of a finished run whose files stay what they are."""
+    storage.write_json(run_dir / MANIFEST, asdict(manifest))
 
 
 def adapter_of(run_dir: str | Path) -> Path | None:
@@ -130,6 +184,11 @@ def is_finished(run_dir: Path) -> bool:
     return storage.is_file(run_dir / MANIFEST)
 
 
+def is_recorded_config(path: Path) -> bool:
+    """Whether it is the config that a run, finished or not, keeps of itself."""
+    return path.name == CONFIG and any(storage.is_file(path.parent / name) for name in (MANIFEST, STARTED))
+
+
 def read(run_dir: str | Path, *kinds: str, where: str = "") -> Manifest:
     """The manifest of a finished run of one of ``kinds`` (any, if none is named).
 
@@ -159,6 +218,12 @@ def read(run_dir: str | Path, *kinds: str, where: str = "") -> Manifest:
     return manifest
 
 
+def failed_gates(manifest: Manifest, where: str = "") -> list[Problem]:
+    """The gates that a finished run did not pass when it was last judged; ``where`` replaces the place."""
+    return [Problem(**{**one, "where": where or one["where"]}) for one in manifest.details.get(FAILED_GATES, [])]
+
+
+@waiting("Comparing the files of a run with its manifest")
 def verify(run_dir: Path, manifest: Manifest) -> None:
     """Raise CKP005 naming every file that is missing or differs from the manifest.
 
@@ -174,11 +239,20 @@ def verify(run_dir: Path, manifest: Manifest) -> None:
             problems.append(
                 Problem("CKP005", str(path), "missing, though the manifest lists it.", "make the run again")
             )
-        elif path.stat().st_size != entry["size"] or storage.sha256(path) != entry["sha256"]:
+        elif _differs(path, entry):
             what = "differs from what the manifest says (size or SHA-256)."
             problems.append(Problem("CKP005", str(path), what, "restore the file, or make the run again"))
     if problems:
         raise RlhfError(*problems)
+
+
+def _differs(path: Path, entry: Mapping[str, Any]) -> bool:
+    if "figures" not in entry:
+        return bool(path.stat().st_size != entry["size"] or storage.sha256(path) != entry["sha256"])
+    try:
+        return bool(figures_digest(json.loads(path.read_text("utf-8"))) != entry["figures"])
+    except (ValueError, AttributeError):
+        return True
 
 
 def _leading_out(run_dir: Path, manifest: Manifest) -> list[Problem]:

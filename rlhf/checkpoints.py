@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rlhf import artifacts, interrupts, snapshots, storage
 from rlhf.errors import Problem, RlhfError
+from rlhf.progress import waiting
 from rlhf.runs import Run
 from rlhf.snapshots import Entry, Stateful
 
@@ -94,13 +95,25 @@ class Checkpoints:
             return
         clock = time.perf_counter()
         name = f"step-{step}" if step else f"start-{self._order}"
-        snapshots.save(
-            self.directory / name, step, self._order, self.seconds(), self.run.metrics_size(), self.state, needs
-        )
-        self.retire(needs)
+        with waiting(f"Saving {name}"):
+            snapshots.save(
+                self.directory / name, step, self._order, self.seconds(), self.run.metrics_size(), self.state, needs
+            )
+            self.retire(needs)
         log.info("Saved %s in %.2f s.", name, time.perf_counter() - clock)
         if signum:
             raise interrupts.Interrupted(signum, name)
+
+    def keep_best(self, name: str, save: Callable[[Path], None], needs: Sequence[str]) -> None:
+        """Write what is the best so far next to the checkpoints, and delete a former best that none of them needs.
+
+        Args:
+            name: of the directory, which begins with ``BEST`` and a hyphen; ``save`` writes it whole or not at all.
+            needs: what the next checkpoint will need, this one included.
+        """
+        assert name.startswith(f"{BEST}-") and name in needs, name
+        save(self.directory / name)
+        self.retire(needs)
 
     def retire(self, needs: Sequence[str]) -> None:
         """Delete the checkpoints beyond the newest whole ones, and what none of these needs. A failure is only said."""

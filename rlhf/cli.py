@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import logging
 import os
 import signal
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
-from rlhf import __version__, artifacts, errors, interrupts, masking, preflight, progress, runs
+from rlhf import __version__, artifacts, errors, interrupts, masking, names, progress, runs
 from rlhf.commands import curve, judge, prepare, use, verdict
-from rlhf.commands.options import ConfigFile, Json, Sets
-from rlhf.config import load
+from rlhf.commands.options import Bare, ConfigFile, Json, Sets
+from rlhf.commands.parsing import ANYWHERE, Command, Group, StageCommand, example
 from rlhf.errors import Problem, RlhfError
-from rlhf.stages import inspection, pipeline
-from rlhf.stages.registry import STAGES, Stage
+from rlhf.stages import inspection, listing, pipeline, starting
+from rlhf.stages.registry import STAGES, Stage, open_config
+from rlhf.stages.starting import Start
 
 log = logging.getLogger("rlhf")
-ANYWHERE = ("--debug", "--json-errors")
 
-Bare = Annotated[list[str] | None, typer.Argument(help="The same as --set: a.b=c.", show_default=False)]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the unfinished run in run_dir.")]
 AllowChange = Annotated[
     list[str] | None, typer.Option("--allow-change", help="Config key that may differ when resuming. Repeatable.")
@@ -42,15 +39,7 @@ UsageError: Any = typer.BadParameter.__mro__[1]
 ClickException: Any = typer.BadParameter.__mro__[2]
 
 
-class _Group(TyperGroup):
-    """Lets the flags of ``ANYWHERE`` stand behind a command as well as before it."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        hoisted = [arg for arg in args if arg in ANYWHERE]
-        return super().parse_args(ctx, hoisted + [arg for arg in args if arg not in ANYWHERE])
-
-
-app = typer.Typer(cls=_Group, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = typer.Typer(cls=Group, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
 def _print_version(wanted: bool) -> None:
@@ -84,58 +73,25 @@ def _add_stage(stage: Stage) -> None:
         limit: Limit = None,
         as_json: Json = False,
     ) -> None:
-        start = Start(dry_run, overwrite, resume, tuple(allow_change or ()))
+        start = Start(overwrite, resume, tuple(allow_change or ()))
         path, overrides = config or _default_config(stage.default_config), [*(sets or []), *(bare or [])]
-        overrides += limits(stage, path, overrides, limit) if limit else []
-        _run_stage(stage, path, overrides, start, as_json)
+        overrides += starting.limits(stage, path, overrides, limit) if limit else []
+        _run_stage(stage, path, overrides, start, as_json, dry_run)
 
-    app.command(stage.id, help=f"{stage.summary} Without -c, reads {stage.default_config}.")(command)
-
-
-@dataclass(frozen=True)
-class Start:
-    """How a stage is started: only planned, over what stands there, or where it was cut off."""
-
-    dry_run: bool = False
-    overwrite: bool = False
-    resume: bool = False
-    allowed: tuple[str, ...] = ()
+    app.command(stage.id, cls=StageCommand, help=f"{stage.summary} Without -c, reads {stage.default_config}.")(command)
 
 
-def limits(stage: Stage, path: Path, overrides: list[str], limit: int) -> list[str]:
-    """``--limit N`` as overrides: the key of every data set that the stage reads."""
-    inputs = stage.needs(load.load(stage.config_class, path, overrides)).inputs
-    if not inputs:
-        raise RlhfError(Problem("CFG005", "--limit", f"rlhf {stage.id} reads no data set.", "leave it out"))
-    return [f"{item.key}.limit={limit}" for item in inputs]
-
-
-def _run_stage(stage: Stage, path: Path, overrides: list[str], start: Start, as_json: bool) -> None:
-    config = load.load(stage.config_class, path, overrides)
-    needs = stage.needs(config)
-    plan = preflight.prepare(config, needs)
-    run_dir = Path(config.run_dir)
-    reasons = runs.status(run_dir, plan.identity)
-    if start.dry_run:
-        lines = [f"{note}." for note in (*plan.notes(), *plan.figures)]
-        lines += importlib.import_module(stage.module).dry_run(config, plan)
-        lines += [f"run_dir {run_dir}: {'up to date' if reasons is None else '; '.join(reasons)}."]
+def _run_stage(
+    stage: Stage, path: Path, overrides: list[str], start: Start, as_json: bool, dry_run: bool = False
+) -> None:  # fmt: skip
+    found = starting.ready(stage, path, overrides)
+    if dry_run:
+        lines = found.lines()
         typer.echo(json.dumps({"stage": stage.id, "plan": lines}) if as_json else "\n".join(lines))
         return
-    if reasons is None:
-        runs.mark_current(run_dir)
-        log.info("%s is up to date.", run_dir)
-    else:
-        text = load.dump(config)
-        with runs.open_run(
-            run_dir, stage.id, plan.identity, text, overwrite=start.overwrite, resume=start.resume,
-            allowed=start.allowed,
-        ) as run:  # fmt: skip
-            for note in plan.notes():
-                log.warning("%s.", note)
-            importlib.import_module(stage.module).run(config, plan, run)
+    found.run(start)
     if as_json:
-        typer.echo(json.dumps(inspection.summary(run_dir)))
+        typer.echo(json.dumps(inspection.summary(found.run_dir)))
 
 
 def _default_config(name: str) -> Path:
@@ -165,25 +121,27 @@ def _examine(
 ) -> None:
     if fail_on not in (None, "warn", "fail"):
         raise RlhfError(Problem("CFG005", "--fail-on", f"no verdict {fail_on}.", "warn or fail"))
-    stage, start = STAGES["eval-rm"], Start(dry_run, overwrite, resume, tuple(allow_change or ()))
+    stage, start = STAGES["eval-rm"], Start(overwrite, resume, tuple(allow_change or ()))
     path, overrides = config or _default_config(stage.default_config), [*(sets or []), *(bare or [])]
     overrides += [f"benchmark={benchmark}"] if benchmark else []
     overrides += [f"data.path={data}"] if data else []
-    overrides += limits(stage, path, overrides, limit) if limit else []
-    _run_stage(stage, path, overrides, start, as_json)
+    overrides += starting.limits(stage, path, overrides, limit) if limit else []
+    _run_stage(stage, path, overrides, start, as_json, dry_run)
     if fail_on and not dry_run:
-        verdict.require(load.load(stage.config_class, path, overrides).run_dir, fail_on)
+        verdict.require(open_config(stage.id, path, overrides).run_dir, fail_on)
 
 
 for _stage in STAGES.values():
     if _stage.id != "eval-rm":
         _add_stage(_stage)
-app.command("eval-rm", help="Examine a reward model. Without -c, reads configs/eval-rm.yaml.")(_examine)
+app.command("eval-rm", cls=StageCommand, help="Examine a reward model. Without -c, reads configs/eval-rm.yaml.")(
+    _examine
+)
 for _name, _function in {**use.COMMANDS, **judge.COMMANDS, **prepare.COMMANDS, **curve.COMMANDS}.items():
-    app.command(_name)(_function)
+    app.command(_name, cls=StageCommand if _name in curve.COMMANDS else Command)(_function)
 
 
-@app.command("resume")
+@app.command("resume", cls=Command)
 def _resume(
     run: Annotated[Path, typer.Argument(help="Directory of an unfinished run.")], allow_change: AllowChange = None,
     as_json: Json = False,
@@ -194,32 +152,67 @@ def _resume(
     _run_stage(stage, run / artifacts.CONFIG, [f"run_dir={run}"], start, as_json)
 
 
-@app.command("pipeline")
-def _pipeline(config: ConfigFile = None, as_json: Json = False) -> None:
-    """Run stages in order, each in its own process. What is finished and unchanged is skipped."""
-    outcome = pipeline.run(config or _default_config("configs/pipeline.yaml"))
+@app.command("pipeline", cls=Command)
+def _pipeline(
+    config: ConfigFile = None,
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", help="Override one key of a stage: STAGE.a.b=c. Repeatable.")
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option("--limit", min=1, show_default=False, help="Read only the first N rows of each data set of every "
+                     "stage, for a trial. These are other runs: finished ones are moved aside and made anew."),
+    ] = None,
+    first: Annotated[str | None, typer.Option("--from", metavar="STAGE", help="Begin with this stage.")] = None,
+    last: Annotated[str | None, typer.Option("--to", metavar="STAGE", help="End with this stage.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan of each stage; run nothing.")] = False,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Run stages in order, each in its own process. What is finished and unchanged is skipped. STAGE is the name of a
+    stage, or its number where the pipeline has the stage more than once."""
+    path = config or _default_config("configs/pipeline.yaml")
+    part = pipeline.Part(tuple(sets or ()), limit, first, last)
+    if dry_run:
+        plans = pipeline.plans(path, part)
+        lines = [line for plan in plans for line in (f"{plan['title']}:", *(f"  {line}" for line in plan["plan"]))]
+        typer.echo(json.dumps(plans) if as_json else "\n".join(lines))
+        return
+    outcome = pipeline.run(path, part)
     if as_json:
         typer.echo(json.dumps(outcome))
 
 
-@app.command("show")
-def _show(run: Annotated[Path, typer.Argument(help="Run directory.")], as_json: Json = False) -> None:
-    """What a run is: kind, parents, metrics, lineage."""
-    typer.echo(json.dumps(inspection.summary(run)) if as_json else inspection.describe(run))
+@app.command("show", cls=Command)
+def _show(
+    run: Annotated[
+        Path | None, typer.Argument(help="A run, or a directory that holds some; none: runs/.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """What a run is: kind, parents, metrics, lineage; or the runs of a directory, a line each."""
+    if run is not None and (artifacts.is_finished(run) or not names.exists(str(run))):
+        typer.echo(json.dumps(inspection.summary(run)) if as_json else inspection.describe(run))
+        return
+    entries = listing.below(run or listing.RUNS)
+    if run is not None and not entries:
+        raise RlhfError(Problem("CKP001", str(run), "is not a run and holds none.", "rlhf show lists those in runs/"))
+    lines = listing.lines(entries, run or listing.RUNS)
+    typer.echo(json.dumps([asdict(entry) for entry in entries]) if as_json else "\n".join(lines))
 
 
 def main() -> None:
     """Entry point: every outcome is an exit code, every mistake one block of text."""
-    progress.log_to_console()
+    progress.log_to_console(announces="--json" not in sys.argv[1:])
     interrupts.install()
     flags: dict[str, Any] = {name: name in sys.argv[1:] for name in ANYWHERE}
     try:
-        code = app(standalone_mode=False) or errors.EXIT_OK
+        code = app(prog_name="rlhf", standalone_mode=False) or errors.EXIT_OK
     except RlhfError as error:
         code = _left(error) or _report(error.problems, error.exit_code, flags)
     except ClickException as error:
         where = error.ctx.command_path if isinstance(error, UsageError) and error.ctx else "rlhf"
-        code = _report((Problem("CFG000", where, error.format_message(), f"see {where} --help"),), 2, flags)
+        fix = "; ".join(text for text in (example(where), f"see {where} --help") if text)
+        code = _report((Problem("CFG000", where, error.format_message(), fix),), 2, flags)
     except interrupts.Interrupted as stop:
         saved = f"saved {stop.saved}" if stop.saved else "no step was under way"
         log.error("Interrupted by %s; %s. --resume goes on with an unfinished run.", stop, saved)

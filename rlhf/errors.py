@@ -11,7 +11,8 @@ EXIT_OK, EXIT_BUG = 0, 1
 EXIT_CODES = {"BUG": EXIT_BUG, "CFG": 2, "DAT": 3, "MOD": 4, "CKP": 5, "RES": 6, "GRD": 7, "SEC": 8, "VER": 10}
 MAX_SHOWN = 20
 MEMORY = ("out of memory", "bad_alloc", "can't allocate memory", "Cannot allocate memory", "can't start new thread")
-DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EMFILE}
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EMFILE}
+PLACE = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
 
 
 @dataclass(frozen=True)
@@ -63,10 +64,13 @@ def render_json(problems: Sequence[Problem], exit_code: int) -> str:
 
 
 def of_the_machine(error: Exception) -> Problem | None:
-    """The problem behind an exception that says that the disk or the memory gave out; None for any other."""
+    """The problem behind an exception of the disk, the memory or a place without rights; None for any other."""
     fix = "--resume goes on from the last checkpoint, which is whole"
     if isinstance(error, OSError) and error.errno in DISK:
         return Problem("RES010", str(error.filename or "disk"), f"cannot be written or read: {error.strerror}.", fix)
+    if isinstance(error, OSError) and error.errno in PLACE:
+        what = f"cannot be read or written: {error.strerror}."
+        return Problem("RES002", str(error.filename), what, "name another place, or get the right to use this one")
     text = str(error)
     if isinstance(error, MemoryError) or any(words in text for words in MEMORY):
         first = text.splitlines()[0] if text else "out of memory"

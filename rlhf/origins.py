@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from rlhf import artifacts, model_files, names, resources
+from rlhf import artifacts, connection, model_files, names, resources
 from rlhf.artifacts import Manifest
 from rlhf.config.rewards import ClassifierSection, RewardSource
 from rlhf.config.sections import ModelSection
 from rlhf.demo import registry as demo
-from rlhf.errors import Problem
+from rlhf.errors import Problem, RlhfError
 
 START = "init_from"
+CONSENT = "RLHF_TRUST_REMOTE_CODE"
 
 
 def other_bases(parents: Mapping[str, Manifest], unchecked: list[str]) -> list[Problem]:
@@ -128,6 +130,43 @@ def model_digest(
         return artifacts.model_digest(Path(model.path))
     unchecked.append(f"{key} {model.path}: not a local directory, taken for a hub id")
     return None
+
+
+def model_of(manifest: Manifest) -> ModelSection:
+    """The model section that a finished run was made with.
+
+    Raises:
+        RlhfError: SEC010 where the run says that its base's own code is to be run, and this machine does not.
+    """
+    base = manifest.base
+    assert base is not None, "policies and rewards have a base"
+    if base.trust_remote_code and os.environ.get(CONSENT) != "1":
+        what = "the run was made on a model with Python code of its own."
+        raise RlhfError(Problem("SEC010", base.source, what, f"{CONSENT}=1 in the environment, if you trust that code"))
+    return ModelSection.model_validate(
+        {
+            "path": base.source, "revision": base.revision, "dtype": base.dtype, "chat_template": base.chat_template,
+            "attn_implementation": base.attn_implementation, "trust_remote_code": base.trust_remote_code,
+            "quantize": base.quantize, "end_tokens": base.end_tokens or [],
+            "template_date": base.template_date,
+            "thinking": base.thinking, "template_kwargs": base.template_kwargs,
+        }
+    )  # fmt: skip
+
+
+def not_reached(
+    models: Sequence[tuple[str, ModelSection | ClassifierSection]], parents: Mapping[str, Manifest]
+) -> list[Problem]:
+    """MOD001 for each hub model, of the config or of a run that it starts from, that neither hub nor cache gives."""
+    wanted = [(f"{key}.path", model.path, model.revision) for key, model in models]
+    wanted += [(f"{key}: base", run.base.source, run.base.revision) for key, run in parents.items() if run.base]
+    found = [
+        connection.model_problem(f"{where}: {name}", name, revision)
+        for where, name, revision in wanted
+        if not (demo.is_demo(name) or names.exists(name))
+        if not (names.refused(name, where, "MOD001") or names.refused_revision(revision, where))
+    ]
+    return [problem for problem in found if problem]
 
 
 def directory_digest(key: str, path: str, problems: list[Problem]) -> str | None:

@@ -7,9 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from rlhf import artifacts, examined, installed, names, origins, resources, room, runs
+from rlhf import artifacts, examined, identity, installed, names, origins, resources, room, runs
 from rlhf.artifacts import Manifest
-from rlhf.config.load import flatten
 from rlhf.config.rewards import ClassifierSection, RewardSource
 from rlhf.config.sections import DataSection, ModelSection
 from rlhf.config.stages import StageConfig
@@ -18,9 +17,13 @@ from rlhf.data.settings import NOT_REACHED
 from rlhf.data.sources import Loaded
 from rlhf.demo import registry as demo
 from rlhf.errors import Problem, RlhfError
+from rlhf.identity import Identity
+from rlhf.neighbours import Nearby, command
 from rlhf.planning.phases import Spec
+from rlhf.progress import waiting
 
-NOT_IDENTITY = ("run_dir", "runtime", "report_to", "save_every", "keep_checkpoints", "guards")
+MISSING = ("CKP001", "CKP002")
+TOO_MANY_DROPPED = "DAT020"
 DATA_FILES = (".jsonl", ".ndjson", ".json", ".gz", ".parquet", ".csv", ".tsv", ".txt", ".arrow", ".zst", ".zip")
 
 
@@ -44,7 +47,11 @@ class Input:
 
 @dataclass(frozen=True)
 class Needs:
-    """All that a stage reads from outside its config."""
+    """All that a stage reads from outside its config.
+
+    Args:
+        settled: from the parents to the config keys, with their values, that the config leaves to them.
+    """
 
     parents: tuple[Parent, ...] = ()
     inputs: tuple[Input, ...] = ()
@@ -55,24 +62,51 @@ class Needs:
     members: int = 1
     trains_whole: bool = False
     heads: tuple[str, ...] = ()
+    settled: Callable[[Mapping[str, Manifest]], Mapping[str, Any]] = lambda _: {}
 
 
 @dataclass(frozen=True)
 class Plan:
     """A checked start: parents' manifests, data rows, identity, what could not be checked, disk and memory figures, and
-    what memory and time are predicted from, where that is known."""
+    what memory and time are predicted from, where that is known.
+
+    Args:
+        beyond: that more rows are dropped than allowed, where a finished run with this identity stands.
+        unnamed: for each reward whose config names no examination, the examinations of it that were found nearby.
+    """
 
     parents: dict[str, Manifest]
     data: dict[str, Loaded]
-    identity: dict[str, Any]
+    inputs: Identity
     unchecked: tuple[str, ...]
     figures: tuple[str, ...] = ()
     spec: Spec | None = None
     warnings: tuple[str, ...] = ()
+    beyond: tuple[Problem, ...] = ()
+    unnamed: Mapping[str, Mapping[str, Manifest]] = field(default_factory=dict)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The inputs by name, for the manifest."""
+        return self.inputs.values
 
     def notes(self) -> list[str]:
         """What is to be said of the data that was read, and of rewards that were not examined, or not with success."""
         return [*self.warnings] + [f"{key}: {note}" for key, loaded in self.data.items() for note in loaded.notes()]
+
+    def check_dropped(self) -> None:
+        """Raise DAT020 for every data set of which too many rows are dropped, too long ones included."""
+        problems = [problem for loaded in self.data.values() for problem in loaded.dropped.problems()]
+        if problems:
+            raise RlhfError(*problems)
+
+    def dropped(self) -> dict[str, Any]:
+        """For the manifest: {data key: {"rows", "dropped": {reason: rows}}}, so that the bound can be judged again."""
+        return {key: loaded.dropped.record() for key, loaded in self.data.items()}
+
+    def dropped_lines(self) -> list[str]:
+        """The same in words, for data sets of which rows are dropped."""
+        return [f"{key}: {one.dropped.sentence()}." for key, one in self.data.items() if one.dropped.total]
 
     def parents_table(self, needs: Needs) -> dict[str, dict[str, str]]:
         """For the manifest: key -> run directory and digest of each parent."""
@@ -84,25 +118,30 @@ class Plan:
 
 @dataclass(frozen=True)
 class Checked:
-    """A sound config of a stage, and what was read for it."""
+    """A sound config of a stage, what was read for it, and the folders whose configs belong to it, its own first."""
 
     stage: str
     config: StageConfig
     needs: Needs
     plan: Plan
+    folders: tuple[Path, ...] = (Path(),)
 
 
-def prepare(config: StageConfig, needs: Needs, parents_may_be_missing: bool = False) -> Plan:
+@waiting("Checking the config, its data and the runs that it builds on")
+def prepare(config: StageConfig, needs: Needs, parents_may_be_missing: bool = False, nearby: Nearby = tuple) -> Plan:
     """Check everything that needs no weights; all problems of a phase are raised together.
 
     Args:
         parents_may_be_missing: a parent that has not been run yet is only noted, as for ``rlhf check`` of a chain, and
             so is a hub that cannot be reached.
+        nearby: configs around this one, by which a message can name the command that makes what is missing.
     """
     unchecked: list[str] = []
     problems = installed.missing_trackers(getattr(config, "report_to", None))
-    data = _read_data(needs, config.seed, parents_may_be_missing, problems, unchecked)
-    parents = _read_parents(needs, parents_may_be_missing, problems, unchecked)
+    beyond: list[Problem] = []
+    loose = beyond if artifacts.is_finished(Path(config.run_dir)) else None
+    data = _read_data(needs, config.seed, parents_may_be_missing, nearby, problems, unchecked, loose)
+    parents = _read_parents(needs, parents_may_be_missing, nearby, problems, unchecked)
     data |= _overlaps(data, parents)
     problems += origins.libraries(needs.model, parents)
     models: list[tuple[str, ModelSection | ClassifierSection]] = [*needs.scorers]
@@ -115,21 +154,32 @@ def prepare(config: StageConfig, needs: Needs, parents_may_be_missing: bool = Fa
     problems += origins.start_of_another(parents, needs.members, needs.trains_whole, needs.heads)
     digests = {key: origins.model_digest(key, model, problems, unchecked) for key, model in models}
     digests |= {key: origins.directory_digest(key, path, problems) for key, path in needs.directories}
-    warnings = examined.check(needs.rewards, parents, digests, problems, unchecked)
-    identity = {} if problems else _identity(config, data, parents, digests)
+    warnings, unnamed = examined.check(needs.rewards, parents, digests, problems, unchecked, nearby)
+    warnings += dict.fromkeys(mark for manifest in parents.values() for mark in examined.marks(manifest))
+    more = {**_digests(data, parents, digests), **needs.settled(parents)}
+    inputs = Identity({}) if problems else identity.of(config, more)
     figures: list[str] = []
     spec: Spec | None = None
-    if problems or not _is_current(config.run_dir, identity):
+    if problems or not _is_current(config.run_dir, inputs):
+        problems += beyond
         figures, spec = _resources(config, needs, data, parents, problems, unchecked)
+        problems += [] if parents_may_be_missing else origins.not_reached(models, parents)
     if problems:
         raise RlhfError(*problems)
     unchecked.append("token lengths and model weights (a --dry-run counts tokens)")
-    return Plan(parents, data, identity, tuple(unchecked), tuple(figures), spec, tuple(warnings))
+    return Plan(parents, data, inputs, tuple(unchecked), tuple(figures), spec, tuple(warnings), tuple(beyond), unnamed)
 
 
 def _read_data(
-    needs: Needs, seed: int, hub_may_be_away: bool, problems: list[Problem], unchecked: list[str]
-) -> dict[str, Loaded]:
+    needs: Needs, seed: int, hub_may_be_away: bool, nearby: Nearby, problems: list[Problem],
+    unchecked: list[str], beyond: list[Problem] | None,
+) -> dict[str, Loaded]:  # fmt: skip
+    """The rows of every data set that can be read.
+
+    Args:
+        beyond: takes what says that more rows would be dropped than allowed, where a finished run stands: if that run
+            is current, its manifest is judged instead. None: such a problem is a problem like any other.
+    """
     data: dict[str, Loaded] = {}
     for item in needs.inputs:
         try:
@@ -139,9 +189,22 @@ def _read_data(
         except RlhfError as error:
             if hub_may_be_away and error.problems[0].code == NOT_REACHED:
                 unchecked.append(f"{item.key}: the rows of {item.section.path}, as the hub cannot be reached")
+            elif beyond is not None and {problem.code for problem in error.problems} == {TOO_MANY_DROPPED}:
+                beyond += error.problems
+                data[item.key] = item.read(item.section.model_copy(update={"max_dropped_fraction": 1.0}), seed)
             else:
-                problems += error.problems
+                problems += [_with_command(problem, item, nearby) for problem in error.problems]
     return data
+
+
+def _with_command(problem: Problem, item: Input, nearby: Nearby) -> Problem:
+    """The same, with the command that makes the run which is named as data and is not there."""
+    missing = [
+        source.path for source in item.section.sources
+        if source.path in problem.where and not names.exists(source.path)
+    ]  # fmt: skip
+    made = [one.command for one in nearby() if one.run_dir in missing] if missing else []
+    return replace(problem, fix=made[0]) if made else problem
 
 
 def _refused_data(item: Input) -> list[Problem]:
@@ -156,7 +219,7 @@ def _refused_data(item: Input) -> list[Problem]:
 
 
 def _read_parents(
-    needs: Needs, may_be_missing: bool, problems: list[Problem], unchecked: list[str]
+    needs: Needs, may_be_missing: bool, nearby: Nearby, problems: list[Problem], unchecked: list[str]
 ) -> dict[str, Manifest]:
     parents: dict[str, Manifest] = {}
     for parent in needs.parents:
@@ -168,7 +231,16 @@ def _read_parents(
             artifacts.verify(Path(parent.run_dir), manifest)
             parents[parent.key] = manifest
         except RlhfError as error:
-            problems += error.problems
+            problems += [
+                replace(one, fix=command(parent.run_dir, parent.kinds, nearby())) if one.code in MISSING else one
+                for one in error.problems
+            ]
+            continue
+        failed = artifacts.failed_gates(manifest, f"{parent.key}: {parent.run_dir}")
+        if may_be_missing:
+            unchecked += [f"{problem.where}: has not passed its gate yet: {problem.what}" for problem in failed]
+        else:
+            problems += failed
     return parents
 
 
@@ -214,16 +286,16 @@ def _base_of(needs: Needs, parents: Mapping[str, Manifest]) -> tuple[str, str] |
     return next(found, None)
 
 
-def _is_current(run_dir: str, identity: Mapping[str, Any]) -> bool:
+def _is_current(run_dir: str, inputs: Identity) -> bool:
     """Whether the run stands finished already, so that nothing will be written."""
-    return artifacts.is_finished(Path(run_dir)) and runs.status(Path(run_dir), identity) is None
+    return artifacts.is_finished(Path(run_dir)) and runs.status(Path(run_dir), inputs) is None
 
 
-def _identity(
-    config: StageConfig, data: Mapping[str, Loaded], parents: Mapping[str, Manifest], digests: Mapping[str, str | None]
+def _digests(
+    data: Mapping[str, Loaded], parents: Mapping[str, Manifest], digests: Mapping[str, str | None]
 ) -> dict[str, Any]:
-    keys = {key: value for key, value in flatten(config).items() if key.split(".")[0] not in NOT_IDENTITY}
-    keys |= {f"{key}.rows": loaded.digest for key, loaded in data.items()}
+    """What the identity holds besides the config's keys."""
+    keys: dict[str, Any] = {f"{key}.rows": loaded.digest for key, loaded in data.items()}
     for key, loaded in data.items():
         keys |= {f"{key}.mixture.{index}.drawn": one.num_drawn for index, one in enumerate(loaded.drawn)}
     keys |= {f"{key}.run": manifest.digest for key, manifest in parents.items()}

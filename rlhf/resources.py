@@ -65,17 +65,19 @@ def written(
     if isinstance(config, SftConfig):
         if config.lora is None:
             whole = FLOAT32 * sum(tensor.num_elements for tensor in tensors.values())
-            return _with_checkpoints(whole, whole, _num_checkpoints(config, num_rows))
+            return _with_checkpoints(whole, config, num_rows)
         tokens = 2 * hidden * len(config.lora.train_tokens)
         adapter = FLOAT32 * (lora_parameters(tensors, config.lora.r, config.lora.target_modules) + tokens)
-        return _with_checkpoints(adapter, adapter, _num_checkpoints(config, num_rows))
+        return _with_checkpoints(adapter, config, num_rows)
     if isinstance(config, RewardConfig):
         start = config.init_from or config.policy
         slot = _slot(tensors, parents["init_from" if config.init_from else "policy"], config.lora is None) + head
         own = _rank(start) if config.lora and artifacts.adapter_of(start) else 0
         members = [math.ceil(slot * rank / own) if rank and own else slot for rank in config.ranks]
         largest, num_saved = sum(members) + 2 * max(members), _num_checkpoints(config, num_rows)
-        return Written(largest, sum(members) + num_saved * largest)
+        # of members that are trained already the best weights stay the same, from one checkpoint to the next
+        best = sum(members) + (num_saved - 1) * max(members) if _keeps_best(config) else 0
+        return Written(largest, sum(members) + best + num_saved * largest)
     if isinstance(config, PpoConfig):
         policy = _slot(tensors, parents["policy"], config.lora is None)
         rewards = [
@@ -100,20 +102,25 @@ def _slot(tensors: Mapping[str, StoredTensor], start: Manifest, trains_whole: bo
 
 def run_dir_problem(run_dir: str) -> Problem | None:
     """Why the run directory cannot be made or written to; None if nothing speaks against it."""
-    where, path = f"run_dir: {names.shown(run_dir)}", Path(run_dir)
-    if not run_dir.isprintable():
+    return directory_problem(run_dir, f"run_dir: {names.shown(run_dir)}", "run_dir")
+
+
+def directory_problem(directory: str, where: str, called: str) -> Problem | None:
+    """The same for any directory; ``called`` is what messages call it."""
+    path = Path(directory)
+    if not directory.isprintable():
         return Problem("SEC006", where, "has a control character.", "name a directory")
     if any(len(os.fsencode(part)) > MAX_NAME for part in path.parts):
         return Problem("RES002", where, f"has a part longer than {MAX_NAME} bytes.", "a shorter name")
     place = nearest_existing(path)
     if not place.is_dir():
-        what = "run_dir is a file." if place == path else f"cannot be made: {place} is a file."
+        what = f"{called} is a file." if place == path else f"cannot be made: {place} is a file."
         return Problem("RES002", where, what, "name a directory")
     if path.is_symlink() and place != path:
         return Problem("RES002", where, "is a symbolic link to what is not there.", "name a directory")
     if not os.access(place, os.W_OK | os.X_OK):
         what = "cannot be written to." if place == path else f"cannot be made: {place} is not writable."
-        return Problem("RES002", where, what, "another run_dir, or the right to write there")
+        return Problem("RES002", where, what, f"another {called}, or the right to write there")
     return None
 
 
@@ -197,9 +204,14 @@ def _num_checkpoints(config: SftConfig | RewardConfig | PpoConfig, num_rows: int
     return min(config.keep_checkpoints, 1 + steps // config.save_every) if config.save_every else 1
 
 
-def _with_checkpoints(trained: int, results: int, num_saved: int) -> Written:
-    largest = WITH_MOMENTS * trained
-    return Written(largest, results + num_saved * largest)
+def _with_checkpoints(trained: int, config: SftConfig, num_rows: int) -> Written:
+    """What is trained as the result, and each checkpoint with the best weights so far, where these are kept."""
+    largest, num_saved = WITH_MOMENTS * trained, _num_checkpoints(config, num_rows)
+    return Written(largest, trained + num_saved * (largest + (trained if _keeps_best(config) else 0)))
+
+
+def _keeps_best(config: SftConfig | RewardConfig) -> bool:
+    return config.evaluation.every is not None and config.use == "best" and config.steps != 0
 
 
 def _stored_adapter(manifest: Manifest) -> int:

@@ -6,33 +6,33 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rlhf import artifacts, storage
 from rlhf.errors import Problem, RlhfError
+from rlhf.identity import Identity
+from rlhf.progress import waiting
 
 log = logging.getLogger("rlhf")
+TAIL = 1 << 16  # bytes: more than the longest line of metrics
 
 
-def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Every input that differs between two identities, as 'key: old -> new'."""
-    return [
-        f"{key}: {_short(old.get(key))} -> {_short(new.get(key))}"
-        for key in sorted({*old, *new})
-        if old.get(key) != new.get(key)
-    ]
+def described(changes: Mapping[str, tuple[Any, Any]]) -> list[str]:
+    """Each as 'key: old -> new'."""
+    return [f"{key}: {_short(old)} -> {_short(new)}" for key, (old, new) in changes.items()]
 
 
-def status(run_dir: Path, identity: Mapping[str, Any]) -> list[str] | None:
+def status(run_dir: Path, identity: Identity) -> list[str] | None:
     """None: a finished run with this identity is there. Else the reasons why it is not, the first one telling most."""
     if not run_dir.exists() or (run_dir.is_dir() and all(_is_nothing(path.name) for path in run_dir.iterdir())):
         return ["no run yet"]
     if not artifacts.is_finished(run_dir):
         return ["unfinished run"]
-    return changes(artifacts.read(run_dir).identity, identity) or None
+    return described(identity.changes(artifacts.read(run_dir).identity)) or None
 
 
 def _is_nothing(name: str) -> bool:
@@ -47,8 +47,8 @@ def mark_current(run_dir: Path) -> None:
 
 
 def open_run(
-    run_dir: Path, stage: str, identity: Mapping[str, Any], config_text: str, *, overwrite: bool = False,
-    resume: bool = False, allowed: Sequence[str] = (),
+    run_dir: Path, stage: str, identity: Identity, config_text: str, *, overwrite: bool = False, resume: bool = False,
+    allowed: Sequence[str] = (),
 ) -> Run:  # fmt: skip
     """The run directory of a stage that starts, or with ``resume`` of one that goes on where it was cut off.
 
@@ -78,12 +78,43 @@ def open_run(
         if resume and not again and not overwrite:
             log.info("Nothing to resume in %s: starts at the beginning.", run_dir)
         storage.sweep(run_dir)
-        storage.write_text(run_dir / artifacts.CONFIG, config_text)
-        storage.write_json(run_dir / artifacts.STARTED, {"format": 1, "stage": stage, "identity": dict(identity)})
+        artifacts.write_config(run_dir, config_text)
+        storage.write_json(run_dir / artifacts.STARTED, {"format": 1, "stage": stage, "identity": identity.values})
     except BaseException:
         os.close(lock)
         raise
     return Run(run_dir, lock, again)
+
+
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """For a change to a finished run: nobody else writes it. CKP007 if another process does."""
+    lock = _lock(run_dir)
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+
+def is_begun(run_dir: Path) -> bool:
+    """Whether a stage was started here, and perhaps finished."""
+    return artifacts.is_finished(run_dir) or storage.is_file(run_dir / artifacts.STARTED)
+
+
+def last_step(run_dir: Path) -> int | None:
+    """The step of the last figures that were written; None before the first."""
+    path = run_dir / artifacts.METRICS
+    if not storage.is_file(path):
+        return None
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - TAIL))
+        rows = file.read().splitlines()
+    for row in reversed(rows):
+        try:
+            return int(json.loads(row)["step"])
+        except (ValueError, KeyError, TypeError):
+            continue  # cut off where the process ended, or where the tail begins
+    return None
 
 
 def started(run_dir: Path) -> dict[str, Any]:
@@ -119,28 +150,28 @@ def _lock(run_dir: Path) -> int:
     return descriptor
 
 
-def _may_resume(
-    run_dir: Path, stage: str, identity: Mapping[str, Any], allowed: Sequence[str], overwrite: bool
-) -> bool:
+def _may_resume(run_dir: Path, stage: str, identity: Identity, allowed: Sequence[str], overwrite: bool) -> bool:
     """Whether the unfinished run is this one, but for what is ``allowed`` to differ; raises CKP008 if not."""
     if not (run_dir / artifacts.STARTED).is_file():
         return False
     before = started(run_dir)
-    old = before["identity"]
-    names = sorted(key for key in {*old, *identity} if old.get(key) != identity.get(key))
-    kept = [name for name in names if not _is_allowed(name, allowed) and not _is_mere_length(name, identity)]
+    changes = identity.changes(before["identity"])
+    refused = {
+        name: change for name, change in changes.items()
+        if not _is_allowed(name, allowed) and not _is_mere_length(name, identity.values)
+    }  # fmt: skip
     if before["stage"] != stage:
-        kept.insert(0, "stage")
-        old, identity = {**old, "stage": before["stage"]}, {**identity, "stage": stage}
-    if not kept:
-        for change in changes({name: old.get(name) for name in names}, {name: identity.get(name) for name in names}):
+        refused = {"stage": (before["stage"], stage), **refused}
+    if not refused:
+        for change in described(changes):
             log.warning("Resumes with a change: %s.", change)
         return True
     if overwrite:
         return False
-    told = changes({name: old.get(name) for name in kept}, {name: identity.get(name) for name in kept})
-    fix = f"restore it, or --allow-change {kept[0]}"
-    raise RlhfError(*(Problem("CKP008", str(run_dir), f"was started with other inputs: {one}.", fix) for one in told))
+    fix = f"restore it, or --allow-change {next(iter(refused))}"
+    raise RlhfError(
+        *(Problem("CKP008", str(run_dir), f"was started with other inputs: {one}.", fix) for one in described(refused))
+    )
 
 
 def _is_allowed(name: str, allowed: Sequence[str]) -> bool:
@@ -159,7 +190,11 @@ class Run:
     Args:
         lock: descriptor that holds the directory's lock.
         resumed: the directory holds the beginning of this run.
+
+    ``complete`` adds to the manifest what no stage knows of itself: which gates the run failed, and what was accepted.
     """
+
+    complete: Callable[[artifacts.Manifest], artifacts.Manifest] | None = None
 
     def __init__(self, path: Path, lock: int, resumed: bool = False) -> None:
         self.path, self.resumed, self._lock = path, resumed, lock
@@ -200,9 +235,12 @@ class Run:
     def finish(self, manifest: artifacts.Manifest) -> artifacts.Manifest:
         """Write the manifest, last. Figures that are not finite stand in it as "nan" or "inf"."""
         metrics = {name: plain(value) for name, value in manifest.metrics.items()}
-        complete = artifacts.write(self.path, replace(manifest, metrics=metrics))
+        manifest = replace(manifest, metrics=metrics)
+        manifest = self.complete(manifest) if self.complete else manifest
+        with waiting(f"Hashing what stands in {self.path}"):
+            written = artifacts.write(self.path, manifest)
         log.info("Finished %s in %.0f s.", self.path, manifest.seconds)
-        return complete
+        return written
 
 
 def write_samples(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

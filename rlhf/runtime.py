@@ -16,6 +16,7 @@ from torch import nn
 
 from rlhf.config.sections import RuntimeSection
 from rlhf.errors import Problem, RlhfError
+from rlhf.progress import ONCE_A_CHAIN
 
 log = logging.getLogger("rlhf")
 SMALL_MODEL = 10_000_000
@@ -77,7 +78,7 @@ def set_threads(section: RuntimeSection, model: nn.Module, device: torch.device)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     threads = section.threads or (1 if num_parameters < SMALL_MODEL else torch.get_num_threads())
     torch.set_num_threads(threads)
-    log.info("Running on the CPU with %d thread%s.", threads, "" if threads == 1 else "s")
+    log.info("Running on the CPU with %d thread%s.", threads, "" if threads == 1 else "s", extra=ONCE_A_CHAIN)
 
 
 class Generators:

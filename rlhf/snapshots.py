@@ -60,12 +60,9 @@ def save(
     Raises:
         RlhfError: GRD005 if a tensor is not finite; nothing is written then.
     """
-    tensors: dict[str, Tensor] = {}
-    values = {name: _pack(part.state_dict(), name, tensors) for name, part in state.items()}
-    require_finite(tensors, directory)
+    packed = _packed(state, directory)
     with storage.staged_directory(directory) as staging:
-        storage.write_bytes(staging / TENSORS, save_tensors(tensors))
-        storage.write_json(staging / VALUES, values)
+        _write(staging, *packed)
         files = {f"{directory.name}/{name}": _file(staging / name) for name in (TENSORS, VALUES)}
         for need in needs:
             paths = [path for path in sorted((directory.parent / need).rglob("*")) if path.is_file()]
@@ -73,6 +70,17 @@ def save(
         versions = {name: metadata.version(name) for name in artifacts.PACKAGES}
         entry = Entry(step, order, metrics_size, seconds, sorted(state), files, versions)
         storage.write_text(staging / MANIFEST, _render(entry))
+
+
+def save_state(directory: Path, state: Mapping[str, Stateful]) -> None:
+    """The states alone, whole or not at all, for ``read``: what a checkpoint then names among its needs.
+
+    Raises:
+        RlhfError: GRD005 as ``save``.
+    """
+    packed = _packed(state, directory)
+    with storage.staged_directory(directory) as staging:
+        _write(staging, *packed)
 
 
 def require_finite(tensors: Mapping[str, Tensor], target: Path) -> None:
@@ -138,7 +146,7 @@ def load(directory: Path, entry: Entry, state: Mapping[str, Stateful]) -> None:
 
 
 def read(directory: Path) -> dict[str, dict[str, Any]]:
-    """name -> state of a verified checkpoint."""
+    """name -> state, of a verified checkpoint or of what ``save_state`` wrote."""
     tensors = load_file(directory / TENSORS)
     values = json.loads((directory / VALUES).read_text("utf-8"))
     return {name: _unpack(value, tensors) for name, value in values.items()}
@@ -148,6 +156,19 @@ def _render(entry: Entry) -> str:
     """The manifest with its own digest, in one form only: any other byte is damage."""
     digest = storage.sha256_json(vars(entry))
     return json.dumps({**vars(entry), "digest": digest}, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def _packed(state: Mapping[str, Stateful], target: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """All tensors by path, and the rest as JSON values; ``target`` is where an error says they were to go."""
+    tensors: dict[str, Tensor] = {}
+    values = {name: _pack(part.state_dict(), name, tensors) for name, part in state.items()}
+    require_finite(tensors, target)
+    return tensors, values
+
+
+def _write(directory: Path, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+    storage.write_bytes(directory / TENSORS, save_tensors(tensors))
+    storage.write_json(directory / VALUES, values)
 
 
 def _file(path: Path) -> dict[str, Any]:

@@ -77,6 +77,7 @@ def staged_directory(target: Path) -> Iterator[Path]:
     staging.mkdir()
     try:
         yield staging
+        _set_modes(staging)
         for path in sorted(staging.rglob("*")):
             if path.is_file():
                 sync_file(path)
@@ -90,6 +91,20 @@ def staged_directory(target: Path) -> Iterator[Path]:
         sync_directory(target.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _set_modes(staging: Path) -> None:
+    """Give everything the mode that a plain ``open`` or ``mkdir`` gives here: libraries write some files as 0600 and
+    rename them, and a copy keeps the mode of what it was made from."""
+    probe = staging / f".probe.tmp-{os.getpid()}"
+    probe.mkdir()
+    (probe / "file").touch()
+    of_files, of_directories = ((path.stat().st_mode & 0o777) for path in (probe / "file", probe))
+    shutil.rmtree(probe)
+    for path in (staging, *staging.rglob("*")):
+        wanted = of_directories if path.is_dir() else of_files
+        if not path.is_symlink() and path.stat().st_mode & 0o777 != wanted:
+            path.chmod(wanted)
 
 
 def copy_directory(source: Path, target: Path) -> None:
@@ -118,7 +133,7 @@ def sweep(directory: Path) -> None:
 
 def lock(path: Path) -> int | None:
     """An open descriptor that holds the lock of ``path`` until it is closed or the process ends; None if taken."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

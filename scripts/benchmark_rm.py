@@ -60,9 +60,9 @@ def ours(size: str) -> dict[str, float]:
     from rlhf.models.heads import ScalarHead
     from rlhf.models.roles import SharedBase
     from rlhf.optimizer import Optimizer
+    from rlhf.reward.learner import Learner
     from rlhf.reward.length import LengthPenalty
     from rlhf.reward.training import Member
-    from rlhf.stages import train_rm
 
     config = RewardConfig.model_validate({"data": {"path": "x"}, "steps": 1, "batch": {"batch_size": PROMPTS}})
     device = runtime.set_up(config.runtime, 0)
@@ -77,12 +77,12 @@ def ours(size: str) -> dict[str, float]:
     member = Member("reward", [], 1, optimizer, DataOrder(1, 1, 0), LengthPenalty(0.0, []))
     pairs = tuple(Judgement(i, j, 1.0) for i, j in itertools.combinations(range(RANKED), 2))
     record = Comparison((Message("user", "x"),), ("",) * RANKED, pairs, "here")
-    spent = []
+    learner, spent = Learner(config, base, roles), []
     for step in range(STEPS[size] + 1):
         drawn = rankings(SIZES[size]["vocab_size"], PROMPTS)
         groups = [Group(prompt, responses, pairs, record) for prompt, responses in drawn]
         started = time.process_time()
-        train_rm._step(config, roles, member, base, groups, step, None, None)
+        learner.step(member, groups, step)
         spent.append(time.process_time() - started)
     assert torch.get_num_threads() == 1
     return {"cpu_s": statistics.fmean(spent[1:]), "peak_rss_mb": runtime.peak_rss_mb()}

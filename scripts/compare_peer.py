@@ -29,7 +29,7 @@ from typing import Any
 from unittest import mock
 
 import numpy
-import quickstart as q
+import quickstart_gold as q
 from peer import curves, like_trl
 from peer.curves import OURS, PEER
 from safetensors.torch import save_file
@@ -60,6 +60,7 @@ def config_of(args: argparse.Namespace, seed: int, out: Path) -> PpoConfig:
     overrides = [
         f"run_dir={out}/{args.side}", f"seed={seed}", f"policy={chain}/sft", f"rewards.0.run={chain}/train-rm",
         f"prompts.path=demo:prompts?seed={seed}", f"steps={args.steps}", "save_every=null", "report_to=none",
+        "rewards.0.examination=null",
     ]  # fmt: skip
     if args.settings and args.side == PEER:
         overrides += args.settings
@@ -80,7 +81,7 @@ def measure_ours(args: argparse.Namespace, seed: int, out: Path) -> None:
     config = config_of(args, seed, out)
     plan = preflight.prepare(config, STAGES["ppo"].needs(config))
     lines: list[dict[str, Any]] = []
-    with runs.open_run(Path(config.run_dir), "ppo", plan.identity, load.dump(config), overwrite=True) as run:
+    with runs.open_run(Path(config.run_dir), "ppo", plan.inputs, load.dump(config), overwrite=True) as run:
         with mock.patch.object(ppo, "Training", like_trl.LikeTrl if args.compatibility else like_trl.Measured):
             training = ppo._set_up(config, plan, run)
         training.tracker = Tracker(run.path, "none")

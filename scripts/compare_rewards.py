@@ -17,10 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import quickstart as q
+from quickstart_gold import MAX_NEW_TOKENS
 
 from rlhf import artifacts, progress, runtime, storage
 from rlhf.config.sections import DataSection, RuntimeSection
 from rlhf.data import sources, tokenised
+from rlhf.data.dropped import DroppedRows
+from rlhf.data.fitting import Limit
 from rlhf.data.records import prompt_key
 from rlhf.evaluation import figures
 from rlhf.evaluation import reward as examine
@@ -69,7 +72,7 @@ def measure(out: Path, seed: int, prompts: int = PROMPTS, compared: int = COMPAR
     if path.is_file() and (found := json.loads(path.read_text("utf-8")))["of"] == wanted:
         return dict(found)
     records = sources.load_prompts(DataSection(path=f"demo:prompts?split=test&size={prompts}&seed={seed}")).records
-    how = Sampling(q.MAX_NEW_TOKENS, 1.0, runtime.derived_seed(seed, "compare rewards"))
+    how = Sampling(MAX_NEW_TOKENS, 1.0, runtime.derived_seed(seed, "compare rewards"))
     policy = str(out / str(seed) / "sft")
     samples = generate.sample(policy, None, records, BEST_OF, how, "prompts")
     device = runtime.set_up(RuntimeSection(), seed)
@@ -97,7 +100,9 @@ def measure(out: Path, seed: int, prompts: int = PROMPTS, compared: int = COMPAR
 def _on_comparisons(run: Path, rankings: Any, device: Any) -> dict[str, Any]:
     """What ``eval-rm`` says of accuracy and calibration, and of each comparison whether it is ordered rightly."""
     base = opening.reopen_base(artifacts.read(run), device)
-    groups, _ = tokenised.groups(rankings, base.chat, MAX_LENGTH, "drop", 0.0, "data")
+    dropped = DroppedRows("data", 0.0, False, len(rankings))
+    groups, _ = tokenised.groups(rankings, base.chat, Limit(MAX_LENGTH), dropped)
+    assert not dropped.total, dropped.sentence()
     scores = examine.score(open_run(str(run), SharedBase(base), 32, raw=True), groups)
     pairs = examine.pairs_of(groups, scores)
     said = figures.report(pairs, examine.responses_of(groups, scores), HOW)

@@ -137,7 +137,6 @@ def sft_peak(case: Case, base: Base) -> int:
         model = get_peft_model(base.model, adapters.fresh_lora(config.lora, base.model, base.tokenizer))
         fused_lora.install(base.model)
         trainer = sft._trainer(config, model, base, rows, SimpleNamespace(path=Path(directory)))
-        trainer.save_step = lambda *_, **__: None
         trainer._get_train_sampler = lambda *_: SequentialSampler(trainer.train_dataset)
         trainer.train()
     return peak.high

@@ -28,13 +28,14 @@ from typing import Any
 
 from planted_labels import ANNOTATORS, PLANTS, Case, rankings
 
-from rlhf import artifacts, preflight, progress, runs, storage
+from rlhf import artifacts, progress, runs, storage
 from rlhf.config import load
 from rlhf.config.examination import ThresholdSection
 from rlhf.config.stages import EvalRmConfig
 from rlhf.evaluation import verdicts
-from rlhf.stages import eval_rm, sft, train_rm
+from rlhf.stages import starting
 from rlhf.stages.registry import STAGES
+from rlhf.stages.starting import Start
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / "tests/golden/planted_defects.json.gz"
@@ -89,9 +90,9 @@ def train(case: Case, out: Path) -> None:
     """The reward model of a case, in ``out/CASE/train-rm``."""
     policy = out / "sft" / str(case.seed % NUM_SFT)
     if not artifacts.is_finished(policy):
-        _stage("sft", sft, policy, [f"data.path=demo:demonstrations?seed={case.seed % NUM_SFT}"], case.seed % NUM_SFT)
+        _stage("sft", policy, [f"data.path=demo:demonstrations?seed={case.seed % NUM_SFT}"], case.seed % NUM_SFT)
     sets = [f"policy={policy}", f"data.path={_write(case, out, 'train', TRAINED)}", *SMALL]
-    _stage("train-rm", train_rm, out / case.name / "train-rm", sets, case.seed)
+    _stage("train-rm", out / case.name / "train-rm", sets, case.seed)
 
 
 def examine(case: Case, out: Path) -> None:
@@ -102,7 +103,7 @@ def examine(case: Case, out: Path) -> None:
         f"reward={out / case.name / 'train-rm'}", f"data.path={_write(case, out, 'test', EXAMINED)}",
         f"probes.num_prompts={0 if case.defect in UNPROBED else PROBED}", "num_resamples=500",
     ]  # fmt: skip
-    _stage("eval-rm", eval_rm, out / case.name / "eval-rm", sets, case.seed)
+    _stage("eval-rm", out / case.name / "eval-rm", sets, case.seed)
 
 
 def examined(out: Path, of: Iterable[Case]) -> dict[str, dict[str, Any]]:
@@ -227,15 +228,10 @@ def _write(case: Case, out: Path, split: str, size: int) -> Path:
     return path
 
 
-def _stage(stage: str, module: Any, run_dir: Path, sets: list[str], seed: int) -> None:
+def _stage(stage: str, run_dir: Path, sets: list[str], seed: int) -> None:
     """The shipped config of a stage with overrides, in this process; what is finished and unchanged stays."""
-    config = load.load(STAGES[stage].config_class, ROOT / STAGES[stage].default_config, [
-        f"run_dir={run_dir}", f"seed={seed}", *sets])  # fmt: skip
-    plan = preflight.prepare(config, STAGES[stage].needs(config))
-    if runs.status(run_dir, plan.identity) is None:
-        return
-    with runs.open_run(run_dir, stage, plan.identity, load.dump(config), overwrite=True) as run:
-        module.run(config, plan, run)
+    path = ROOT / STAGES[stage].default_config
+    starting.ready(STAGES[stage], path, [f"run_dir={run_dir}", f"seed={seed}", *sets]).run(Start(overwrite=True))
 
 
 def _show(title: str, rows: list[dict[str, Any]]) -> None:

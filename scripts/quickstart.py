@@ -1,59 +1,41 @@
-"""SFT -> reward model -> PPO on the embedded world, then the truth about it: gold, on prompts that chose nothing.
+"""SFT -> reward model -> its examination -> PPO on the embedded world, then the truth about it: gold.
 
     python scripts/quickstart.py [--seed 0] [--out runs/quickstart]
 
-Each stage runs in its own process with the shipped config; what is finished and unchanged is not run again. The end is
-a table (base, SFT, SFT at its best temperature, PPO; per axis; 95 % intervals over prompts), plots and summary.json.
+Each stage runs in its own process with the shipped config; what is finished and unchanged is not run again. A reward
+model that fails its examination stops the chain before PPO (exit 7). The end is three tickets answered before and
+after, a table (base, SFT, SFT at its best temperature, PPO; per axis; 95 % intervals over prompts), the examination's
+verdicts, plots and summary.json. Gold is measured on prompts that no stage trained on or chose by.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
+import os
 import resource
-import subprocess
+import shlex
+import shutil
 import sys
+import textwrap
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy
-import torch
+from rlhf import artifacts, errors, interrupts, progress, storage
+from rlhf.errors import RlhfError
+from rlhf.evaluation import examination
+from rlhf.stages import pipeline
 
-from rlhf import artifacts, progress, runs, runtime
-from rlhf.config.sections import DataSection, RuntimeSection
-from rlhf.data import sources, tokenised
-from rlhf.data.rows import prompt_of
-from rlhf.demo import gold, probes
-from rlhf.evaluation import plots
-from rlhf.evaluation import policy as measure
-from rlhf.metrics.intervals import grouped_bootstrap, paired_bootstrap
-from rlhf.models import opening
-from rlhf.models.base import Base
-from rlhf.models.heads import ScalarHead
-from rlhf.models.roles import SharedBase
-from rlhf.rollouts.engine import Sampling
-from rlhf.rollouts.hf import HfEngine
-from rlhf.scoring.scorer import Sample
-from rlhf.scoring.shared import SharedScorer
-
-TEMPERATURES = (0.25, 0.5, 0.75, 1.0)
-NUM_PROMPTS, MAX_NEW_TOKENS, PROBES = 300, 64, 60
-STAGES = ("sft", "train-rm", "ppo", "eval-rm")
-
-
-@dataclass(frozen=True)
-class Judged:
-    """The judged samples of one policy at one temperature: axis -> [N] and the end-token rate."""
-
-    axes: dict[str, list[float]]
-    end_token_rate: float
-
-    def mean(self, axis: str = "gold") -> float:
-        return float(numpy.mean(self.axes[axis]))
+STAGES = {
+    "sft": "the base learns from demonstrations", "train-rm": "a reward model learns from rankings",
+    "eval-rm": "the reward model is examined", "ppo": "the policy learns from the reward model",
+}  # fmt: skip
+NUM_TICKETS, ANSWER_LENGTH = 3, 300
+log = logging.getLogger("rlhf")
 
 
 @contextmanager
@@ -67,155 +49,117 @@ def stopwatch(seconds: dict[str, float], name: str) -> Iterator[None]:
 def run_stage(stage: str, out: Path, seed: int, *overrides: str) -> None:
     """One shipped config, moved to ``out`` and to this seed; data of the seed, splits as ever."""
     data = f"&seed={seed}" if stage == "eval-rm" else f"?seed={seed}"
-    own = {
+    moved = {
         "sft": [f"data.path=demo:demonstrations{data}"],
         "train-rm": [f"policy={out}/sft", f"data.path=demo:preferences{data}"],
-        "ppo": [f"policy={out}/sft", f"rewards.0.run={out}/train-rm", f"prompts.path=demo:prompts{data}"],
         "eval-rm": [f"reward={out}/train-rm", f"data.path=demo:preferences?split=test&size=300{data}"],
-    }[stage]
-    command = [sys.executable, "-m", "rlhf", stage, "-c", f"configs/{stage}.yaml", "--resume", "--overwrite"]
-    command += [f"run_dir={out}/{stage}", f"seed={seed}", *own, *overrides]
-    code = subprocess.run(command, check=False).returncode
-    if code:
-        raise SystemExit(code)
+        "ppo": [
+            f"policy={out}/sft", f"prompts.path=demo:prompts{data}", f"rewards.0.run={out}/train-rm",
+            f"rewards.0.examination={out}/eval-rm",
+        ],
+    }[stage]  # fmt: skip
+    moved = [f"run_dir={out}/{stage}", f"seed={seed}", *moved]
+    pipeline.bring_up_to_date(stage, Path(f"configs/{stage}.yaml"), [*moved, *overrides])
 
 
-def test_prompts(base: Base, size: int, seed: int) -> list[tokenised.PromptRow]:
-    """Prompts of the test split, which no stage trains on or chooses by."""
-    loaded = sources.load_prompts(DataSection(path=f"demo:prompts?split=test&size={size}&seed={seed}"))
-    return tokenised.prompt_rows(loaded.records, base.chat, base.context_length, 0.0, "prompts")[0]
-
-
-def sample(
-    roles: SharedBase, slot: str, base: Base, prompts: Sequence[Any], temperature: float, seed: int
-) -> list[Sample]:
-    """One response to each prompt."""
-    engine = HfEngine(roles, slot, base.chat, 100)
-    how = Sampling(MAX_NEW_TOKENS, temperature, runtime.derived_seed(seed, "quickstart", slot, str(temperature)))
-    return measure.respond(engine, base.chat, prompts, how)
-
-
-def judge(samples: Sequence[Sample]) -> Judged:
-    """Gold and its axes of each sample."""
-    found = [gold.judge(sample.prompt[-1].content, sample.response) for sample in samples]
-    axes = {axis: [row[axis] for row in found] for axis in ("gold", *gold.AXES)}
-    return Judged(axes, sum(sample.finished for sample in samples) / len(samples))
-
-
-def open_roles(out: Path) -> tuple[Base, SharedBase]:
-    """Base, SFT policy, PPO policy and reward model of a finished chain on one base."""
-    manifest = artifacts.read(out / "ppo", "policy")
-    device = runtime.set_up(RuntimeSection(), 0)
-    base = opening.reopen_base(manifest, device)
-    runtime.set_threads(RuntimeSection(), base.model, device)
-    roles = SharedBase(base)
-    roles.add("base")
-    roles.add("sft", adapter=out / "sft" / artifacts.ADAPTER)
-    roles.add("ppo", adapter=out / "ppo" / artifacts.ADAPTER)
-    head = ScalarHead.load(out / "train-rm" / artifacts.HEAD)
-    roles.add("reward", adapter=out / "train-rm" / artifacts.ADAPTER, head=head)
-    return base, roles
-
-
-def probe_accuracies(roles: SharedBase, base: Base, seed: int) -> dict[str, float]:
-    """Share of minimal pairs that the reward model orders rightly (ties 1/2), by what differs."""
-    hits: dict[str, list[float]] = {}
-    pairs = list(probes.minimal_pairs(PROBES, seed))
-    samples = []
-    for pair in pairs:
-        prompt = prompt_of(pair["prompt"])
-        for text in (pair["chosen"], pair["rejected"]):
-            ids = [*base.chat.response_ids(prompt, text), base.chat.end_id]
-            samples.append(Sample(prompt, text, base.chat.prompt_ids(prompt), ids, True, ids))
-    scores = SharedScorer(roles, "reward", 32).score(samples).mean
-    for pair, difference in zip(pairs, (scores[0::2] - scores[1::2]).tolist(), strict=True):
-        hits.setdefault(pair["fact"], []).append(0.5 + 0.5 * float(numpy.sign(difference)))
-    return {fact: float(numpy.mean(values)) for fact, values in hits.items()}
-
-
-def evaluate(out: Path, seed: int, seconds: dict[str, float]) -> tuple[dict[str, Any], dict[str, Judged]]:
-    """Gold of every policy on the same prompts, the KL, and the reward model's examination."""
-    with stopwatch(seconds, "eval"):
-        base, roles = open_roles(out)
-        prompts = test_prompts(base, NUM_PROMPTS, seed)
-        by_temperature = {t: judge(sample(roles, "sft", base, prompts, t, seed)) for t in TEMPERATURES}
-        best = max(by_temperature, key=lambda t: by_temperature[t].mean())
-        answers = sample(roles, "ppo", base, prompts, 1.0, seed)
-        shown = {
-            "base": judge(sample(roles, "base", base, prompts, 1.0, seed)), "SFT": by_temperature[1.0],
-            f"SFT, T={best:g}": by_temperature[best], "PPO": judge(answers),
-        }  # fmt: skip
-        roles.slots |= {"policy": roles.slots["ppo"], "reference": roles.slots["sft"]}
-        kl = measure.exact_kl(roles, answers, base.chat.pad_id, 1.0, 32)
-        facts = probe_accuracies(roles, base, seed)
-    groups = list(range(len(prompts)))
-    gain = paired_bootstrap(shown["PPO"].axes["gold"], shown["SFT"].axes["gold"], groups)
-    over = paired_bootstrap(shown["PPO"].axes["gold"], by_temperature[best].axes["gold"], groups)
-    examined = json.loads((out / "eval-rm" / artifacts.EXAMINATION).read_text())
-    runs.write_samples(out / "samples.jsonl", measure.sample_rows(answers, gold=shown["PPO"].axes["gold"]))
-    summary = {
-        "gold": {
-            "base": shown["base"].mean(), "sft": shown["SFT"].mean(), "ppo": shown["PPO"].mean(),
-            "gain": gain.estimate, "ci95": [gain.low, gain.high], "num_prompts": len(prompts),
-            "sft_best_temperature": {"temperature": best, "gold": by_temperature[best].mean()},
-            "sft_by_temperature": {str(t): found.mean() for t, found in by_temperature.items()},
-            "gain_over_best_temperature": {"gain": over.estimate, "ci95": [over.low, over.high]},
-        },
-        "axes": {a: {"sft": shown["SFT"].mean(a), "ppo": shown["PPO"].mean(a)} for a in gold.AXES},
-        "reward_model": {
-            "accuracy": examined["accuracy"]["estimate"], "accuracy_ci95": examined["accuracy"]["ci95"],
-            "ece": examined["ece"]["estimate"], "minimal_pairs": facts,
-        },
-        "kl": float(kl.mean()), "end_token_rate": {name: found.end_token_rate for name, found in shown.items()},
-    }  # fmt: skip
-    return summary, shown
-
-
-def show(summary: dict[str, Any], shown: dict[str, Judged], out: Path) -> None:
-    """The tables on the screen, the plots on the disk."""
-    axes = ("gold", *gold.AXES)
-    rows = []
-    for name, found in shown.items():
-        intervals = [grouped_bootstrap(found.axes[axis], list(range(NUM_PROMPTS))) for axis in axes]
-        rows.append((name, *(f"{i.estimate:.2f} \u00b1{(i.high - i.low) / 2:.2f}" for i in intervals)))
-    title = f"Gold on {NUM_PROMPTS} held-out prompts, 95 % intervals over prompts"
-    progress.show(progress.table(title, ("", *axes), rows))
-    reward = summary["reward_model"]
-    facts = [(fact, f"{value:.2f}") for fact, value in reward["minimal_pairs"].items()]
-    progress.show(progress.table("Reward model on minimal pairs", ("one thing differs", "accuracy"), facts))
-    figures = summary["gold"]
-    progress.console.print(
-        f"PPO - SFT: {figures['gain']:+.3f} {figures['ci95'][0]:+.3f} to {figures['ci95'][1]:+.3f}; "
-        f"PPO - SFT at its best temperature: {figures['gain_over_best_temperature']['gain']:+.3f}; "
-        f"KL {summary['kl']:.1f} nats; {summary['seconds']['total']:.0f} s, {summary['peak_rss_mb']:.0f} MB."
-    )
-    (out / artifacts.PLOTS).mkdir(exist_ok=True)
-    series = {axis: {name: found.mean(axis) for name, found in shown.items()} for axis in axes}
-    plots.bars(series, "mean on held-out prompts", out / artifacts.PLOTS / "result.png")
-    curves = {
-        "eval/score": "held-out score",
-        "eval/exact_kl_nats": "KL to SFT, nats",
-        "rollout/response_tokens": "tokens",
-    }
-    plots.curves(runs.read_metrics(out / "ppo"), curves, out / artifacts.PLOTS / "curves.png")
-    progress.console.print(f"{out}/summary.json, {out}/plots/, {out}/samples.jsonl")
-
-
-def quickstart(out: Path, seed: int) -> dict[str, Any]:
-    """The chain, its evaluation, and ``out/summary.json``."""
+def quickstart(out: Path, seed: int) -> None:
+    """The chain, what came of it on the screen, and ``out/summary.json``."""
     seconds: dict[str, float] = {}
     out.mkdir(parents=True, exist_ok=True)
-    for stage in STAGES:
+    for number, (stage, does) in enumerate(STAGES.items(), 1):
+        log.info("Stage %d of %d, %s: %s.", number, len(STAGES), stage, does)
         with stopwatch(seconds, "eval" if stage == "eval-rm" else stage):
             run_stage(stage, out, seed)
-    summary, shown = evaluate(out, seed, seconds)
-    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-    summary["seconds"] = {**seconds, "total": sum(seconds.values())}
-    summary["peak_rss_mb"] = max(children, runtime.peak_rss_mb())
-    summary["seed"] = seed
-    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    show(summary, shown, out)
-    return summary
+    log.info("All stages are done. Now the truth about them, on held-out tickets:")
+    os.environ |= progress.stage_environment()
+    with stopwatch(seconds, "eval"):
+        gold = progress.load("quickstart_gold")
+        outcome = gold.measure_chain(out, seed)
+    with progress.waiting("Drawing the plots"):
+        gold.draw(outcome, out)
+    usages = [resource.getrusage(who).ru_maxrss / 1024 for who in (resource.RUSAGE_CHILDREN, resource.RUSAGE_SELF)]
+    measured = {"seconds": {**seconds, "total": sum(seconds.values())}, "peak_rss_mb": max(usages), "seed": seed}
+    summary = {**outcome.summary, **measured}
+    storage.write_json(out / "summary.json", summary)
+    show_tickets(outcome.tickets[:NUM_TICKETS])
+    show_table(outcome.intervals, summary["gold"]["num_prompts"])
+    show_verdicts(out / "eval-rm")
+    show_rest(summary, out)
+
+
+def show_tickets(tickets: Sequence[Any]) -> None:
+    """What customers wrote, and what they are answered before and after PPO."""
+    rows = []
+    for ticket in tickets:
+        rows.append(("ticket", "", ticket.prompt))
+        for name, (answer, value) in ticket.answers.items():
+            rows.append((f"  {name}", f"{value:.2f}", textwrap.shorten(answer, ANSWER_LENGTH, placeholder=" ...")))
+    progress.console.print(f"\nThe first {len(tickets)} held-out tickets, answered by SFT and by PPO, with their gold:")
+    progress.show(progress.grid(rows))
+
+
+def show_table(policies: dict[str, Any], num_prompts: int) -> None:
+    """Gold and its axes of every policy."""
+    rows = [
+        (name, *(f"{one.estimate:.2f} \u00b1{(one.high - one.low) / 2:.2f}" for one in row.values()))
+        for name, row in policies.items()
+    ]
+    axes = next(iter(policies.values()))
+    progress.console.print(f"\nGold on {num_prompts} held-out tickets, with 95 % intervals over tickets:")
+    progress.show(progress.table("", ("", *axes), rows))
+
+
+def show_verdicts(run: Path) -> None:
+    """One line each; the figures behind them are in a file."""
+    report = json.loads((run / artifacts.EXAMINATION).read_text("utf-8"))
+    progress.console.print(
+        f"\nExamination of the reward model: {report['verdict']}. All figures: {run / artifacts.FIGURES}"
+    )
+    progress.show(examination.verdict_lines(report["verdicts"]))
+
+
+def show_rest(summary: dict[str, Any], out: Path) -> None:
+    """The gain in one line, the files, and what to do next."""
+    figures, rlhf = summary["gold"], command()
+    over = figures["gain_over_best_temperature"]["gain"]
+    ppo, reward = (shlex.quote(f"{out}/{stage}") for stage in ("ppo", "train-rm"))
+    progress.console.print(
+        f"\nPPO over SFT: {figures['gain']:+.2f} [{figures['ci95'][0]:+.2f}, {figures['ci95'][1]:+.2f}] gold, "
+        f"{over:+.2f} over SFT at its best temperature, {summary['kl']:.1f} nats away from it. "
+        f"{summary['seconds']['total']:.0f} s, {summary['peak_rss_mb']:.0f} MB.\n"
+        f"Files: {out}/summary.json, {out}/plots/, {out}/samples.jsonl\n\n"
+        "Next: talk to it, see what it was made from, and begin with your own (a file in place of demo:preferences,\n"
+        "a model directory or hub id in place of demo:base):\n"
+        f"  {rlhf} chat {ppo} --reward {reward}\n"
+        f"  {rlhf} show {ppo}\n"
+        f"  {rlhf} init mine --data demo:preferences --model demo:base",
+        markup=False,
+    )
+
+
+def command() -> str:
+    """How this rlhf is called from here: by its name, by the path of its script, or as a module."""
+    script = Path(sys.executable).with_name("rlhf")
+    if (found := shutil.which("rlhf")) and Path(found).samefile(script):
+        return "rlhf"
+    if not script.is_file():
+        return shlex.join([sys.executable, "-m", "rlhf"])
+    here = Path.cwd()
+    return shlex.quote(str(script.relative_to(here) if script.is_relative_to(here) else script))
+
+
+def main(function: Callable[..., None], *arguments: Any) -> None:
+    """Log to the screen; a stage that failed, a mistake and a signal are exit codes without a traceback."""
+    progress.log_to_console()
+    interrupts.install()
+    try:
+        function(*arguments)
+    except RlhfError as error:
+        log.error(errors.render(error.problems))
+        sys.exit(error.exit_code)
+    except interrupts.Interrupted as stop:
+        log.error("Interrupted by %s: the same command goes on from here.", stop)
+        sys.exit(stop.exit_code)
 
 
 if __name__ == "__main__":
@@ -223,6 +167,4 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"))
     chosen = parser.parse_args()
-    progress.log_to_console()
-    torch.manual_seed(chosen.seed)
-    quickstart(chosen.out, chosen.seed)
+    main(quickstart, chosen.out, chosen.seed)

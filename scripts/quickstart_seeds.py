@@ -20,10 +20,13 @@ from typing import Any
 
 import numpy
 import quickstart as q
+import torch
+from quickstart_gold import NUM_PROMPTS, judge, open_roles, sample, test_prompts
 
 from rlhf import artifacts, progress, runs, runtime, storage
 from rlhf.config.sections import DataSection
 from rlhf.data import sources, tokenised
+from rlhf.data.fitting import Limit
 from rlhf.models.roles import SharedBase
 from rlhf.scoring.shared import SharedScorer
 
@@ -38,30 +41,30 @@ def compare(out: Path, seed: int) -> None:
         "ppo", out, seed, f"run_dir={out}/ppo-gold", 'rewards=[{function: "rlhf.demo.gold:reward"}]',
         "evaluation.every=100",
     )  # fmt: skip
-    base, roles = q.open_roles(out)
-    prompts = q.test_prompts(base, q.NUM_PROMPTS, seed)
-    found["best_of_n"] = q.judge(best_of(roles, base, prompts, seed)).mean()
+    base, roles = open_roles(out)
+    prompts = test_prompts(base, NUM_PROMPTS, seed)
+    found["best_of_n"] = judge(best_of(roles, base, prompts, seed)).mean()
     roles.add("ceiling", adapter=out / "ppo-gold" / artifacts.ADAPTER)
-    found["ppo_on_gold"] = q.judge(q.sample(roles, "ceiling", base, prompts, 1.0, seed)).mean()
+    found["ppo_on_gold"] = judge(sample(roles, "ceiling", base, prompts, 1.0, seed)).mean()
 
     path = f"demo:prompts?size={BEST_OF_PROMPTS}&seed={seed + 5000}"
-    records = sources.load_prompts(DataSection(path=path)).records
-    train = tokenised.prompt_rows(records, base.chat, base.context_length, 0.0, "prompts")[0]
+    loaded = sources.load_prompts(DataSection(path=path))
+    train = tokenised.prompt_rows(loaded.records, base.chat, Limit(base.context_length), loaded.dropped)[0]
     answers = best_of(roles, base, train, seed)
     rows = [{"prompt": s.prompt[-1].content, "completion": s.response} for s in answers if s.finished and s.response]
     storage.write_text(out / "best_of_n.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     q.run_stage("sft", out, seed, f"run_dir={out}/sft-best", f"data.path={out}/best_of_n.jsonl", "epochs=2")
     roles.add("rejection", adapter=out / "sft-best" / artifacts.ADAPTER)
-    found["sft_on_best_of_n"] = q.judge(q.sample(roles, "rejection", base, prompts, 1.0, seed)).mean()
+    found["sft_on_best_of_n"] = judge(sample(roles, "rejection", base, prompts, 1.0, seed)).mean()
     storage.write_json(out / COMPARISON, found)
 
 
 def best_of(roles: SharedBase, base: Any, prompts: Any, seed: int) -> list[Any]:
     """Of ``BEST_OF`` SFT answers to each prompt, the one that the reward model scores highest."""
     repeated = [prompt for prompt in prompts for _ in range(BEST_OF)]
-    samples = q.sample(roles, "sft", base, repeated, 1.0, runtime.derived_seed(seed, "best of n"))
+    samples = sample(roles, "sft", base, repeated, 1.0, runtime.derived_seed(seed, "best of n"))
     scores = SharedScorer(roles, "reward", 32).score(samples).mean
-    scores = scores.masked_fill(~q.torch.tensor([sample.finished for sample in samples]), -1e9)
+    scores = scores.masked_fill(~torch.tensor([sample.finished for sample in samples]), -1e9)
     chosen = scores.view(-1, BEST_OF).argmax(1).tolist()
     return [samples[index * BEST_OF + best] for index, best in enumerate(chosen)]
 
@@ -135,11 +138,10 @@ if __name__ == "__main__":
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--half", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    progress.log_to_console()
     if args.one is not None:
-        half = q.quickstart if args.half == SUMMARY else compare
-        half(args.out / str(args.one), args.one)
+        q.main(q.quickstart if args.half == SUMMARY else compare, args.out / str(args.one), args.one)
     else:
+        progress.log_to_console()
         first, _, last = args.seeds.partition("-")
         chosen = list(range(int(first), int(last or first) + 1))
         run_all(chosen, args.out, args.processes)

@@ -88,7 +88,7 @@ def _characters(row: Row) -> int:
 
 
 def comparisons(path: Path) -> tuple[Comparison, ...]:
-    return sources.load_comparisons(DataSection(path=str(path), max_dropped_fraction=1.0, drop_equal=True)).records
+    return sources.load_comparisons(DataSection(path=str(path), max_dropped_fraction=1.0)).records
 
 
 def decided(records: Sequence[Comparison]) -> Iterator[tuple[str, str, str]]:
@@ -128,7 +128,7 @@ def causal(data: str, out: Path, model: Path, sft_rate: float) -> Path:
     """Preferred responses, then comparisons, on a small causal model; returns the examination."""
     labelled = {"columns": {}, "form": "prompt-completion"} if data == "gsm8k" else {"form": "chosen"}
     dropped = {"max_dropped_fraction": 0.2}
-    train = {"path": str(out / "train.jsonl"), "drop_equal": True, **dropped}
+    train = {"path": str(out / "train.jsonl"), **dropped}
     sft = stage("sft", out / "sft", {
         "model": {"path": str(model)}, "data": {**train, **labelled}, "epochs": 3, "min_end_token_rate": 0.0,
         "max_length": MAX_LENGTH, "optim": {"learning_rate": sft_rate},
@@ -145,7 +145,7 @@ def causal(data: str, out: Path, model: Path, sft_rate: float) -> Path:
 
 
 def examine(out: Path, name: str, subject: Row) -> Path:
-    test = {"path": str(out / "test.jsonl"), "max_dropped_fraction": 1.0, "drop_equal": True}
+    test = {"path": str(out / "test.jsonl"), "max_dropped_fraction": 1.0}
     config = {**subject, "data": test, "max_length": MAX_LENGTH, "probes": {"num_prompts": 0}}
     return stage("eval-rm", out / f"eval-{name}", config)
 

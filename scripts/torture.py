@@ -53,15 +53,17 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 IMPORTS = 8.0
 CONFIGS: dict[str, dict[str, Any]] = {
     "sft": {
-        "model": {"path": "model"}, "data": {"path": "demonstrations.jsonl"}, "max_length": 64, "steps": 6,
+        "model": {"path": "model"}, "data": {"path": "demonstrations.jsonl"}, "max_length": 64, "steps": 8,
         "holdout_fraction": 0.2, "min_end_token_rate": 0.0, "end_token_samples": 4, "save_every": 1,
         "lora": {"r": 4, "dropout": 0.1, "train_tokens": ["<|im_end|>"]},
-        "optim": {"learning_rate": 5e-3, "warmup_ratio": 0.3},
+        "optim": {"learning_rate": 0.2, "warmup_ratio": 0.3},  # so high that it stops early, behind its best step
+        "evaluation": {"every": 1, "patience": 2},
         "batch": {"batch_size": 4, "micro_batch_size": 2}, "sampling": {"max_new_tokens": 8},
     },
     "train-rm": {
-        "policy": "runs/parent", "data": {"path": "comparisons.jsonl"}, "max_length": 64, "steps": 6,
-        "holdout_fraction": 0.2, "standardise_samples": 8, "save_every": 1, "optim": {"learning_rate": 1e-3},
+        "policy": "runs/parent", "data": {"path": "comparisons.jsonl"}, "max_length": 64, "steps": 8,
+        "holdout_fraction": 0.2, "standardise_samples": 8, "save_every": 1, "optim": {"learning_rate": 0.1},
+        "evaluation": {"every": 1, "patience": 2},
         "batch": {"batch_size": 4, "micro_batch_size": 2}, "sampling": {"max_new_tokens": 16},
     },
     "ppo": {
@@ -79,8 +81,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "guards": {"entropy_nats": {"warn": 9.0}},
     },
 }  # fmt: skip
-# Checkpoints, by number, from which items are dropped: PPO's first stand after its first evaluation and pretraining.
-CUTS = {"sft": (3,), "train-rm": (3,), "ppo": (2, 7, 8)}
+# Checkpoints, by number, from which items are dropped: of SFT and reward model the one after the best step, and the
+# early stop; PPO's first stand after its first evaluation and pretraining.
+CUTS = {"sft": (3, 4), "train-rm": (4, 5), "ppo": (2, 7, 8)}
+ITEMIZED = ("progress", "held_out")  # states whose items are dropped one by one; TRL's progress is one text
 REWARD = "import random\n\n\ndef noisy(prompts, responses):\n    return [random.random() for _ in responses]\n"
 
 
@@ -132,8 +136,10 @@ def build_home(home: Path) -> None:
     (home / "noisy_reward.py").write_text(REWARD)
     for stage, config in CONFIGS.items():
         (home / f"{stage}.yaml").write_text(yaml.safe_dump(config))
-    parent = ("sft", "run_dir=runs/parent", "steps=80", "save_every=50", "lora.dropout=0")
-    reward = ("train-rm", "run_dir=runs/reward")
+    calm = ("evaluation.every=null", "evaluation.patience=null")
+    parent = ("sft", "run_dir=runs/parent", "steps=80", "save_every=50", "lora.dropout=0", *calm)
+    parent += ("optim.learning_rate=5e-3",)
+    reward = ("train-rm", "run_dir=runs/reward", "steps=6", "optim.learning_rate=1e-3", *calm)
     for stage, *overrides in (parent, reward):
         code = wait(fork(home, stage, *overrides))
         if code:
@@ -375,8 +381,8 @@ class Torture:
         found = checkpoints.newest(run / artifacts.CHECKPOINTS)
         assert found
         states = snapshots.read(found[0])
-        inner = states.pop("progress") if self.stage == "ppo" else {}
-        return [*states, *(f"progress/{key}" for key in inner)]
+        inner = {name: states.pop(name) for name in ITEMIZED if name in states and "json" not in states[name]}
+        return [*states, *(f"{name}/{key}" for name, items in inner.items() for key in items)]
 
     def failed_writes(self, limit: int) -> Line:
         """Fail the Nth write, sync, rename or removal, N = 1, 2, 3 ...: the last checkpoint stays whole."""
@@ -557,7 +563,7 @@ def drop(item: str) -> Callable[[], None]:
 def _forget(trainer: Any, name: str) -> None:
     """TRL's trainer goes on without one of the parts."""
     none = lambda *_: None  # noqa: E731
-    if name == "adapter":
+    if name == "weights":
         trainer._load_from_checkpoint = none
     elif name == "generators":
         trainer._load_rng_state = none

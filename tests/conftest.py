@@ -13,7 +13,19 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 import torch
 
+from rlhf import errors
+
 torch.set_num_threads(1)
+_make = errors.Problem.__init__
+
+
+def _make_with_fix(self, *args, **values):
+    """Every problem of data that a test comes across says what to do."""
+    _make(self, *args, **values)
+    assert self.fix or not self.code.startswith("DAT"), f"{self.code} has no fix: {self.where}: {self.what}"
+
+
+errors.Problem.__init__ = _make_with_fix
 
 
 @pytest.fixture(autouse=True)

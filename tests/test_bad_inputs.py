@@ -28,6 +28,8 @@ from rlhf import artifacts, cli, interrupts
 from rlhf.artifacts import Manifest
 from rlhf.data import files, sources, tokenised
 from rlhf.data.chat import ChatFormat
+from rlhf.data.dropped import DroppedRows
+from rlhf.data.fitting import Limit
 from rlhf.data.records import Message, Prompt
 from rlhf.errors import Problem, RlhfError
 from rlhf.models import base as base_module
@@ -273,37 +275,59 @@ def test_a_file_that_is_no_data(rlhf, name, content, wanted):
 
 
 ONE_ROW = [  # each stands in line 573 of otherwise sound data
-    ("40 broken JSON", "sft", b'{"prompt": "a b', ["DAT011", "invalid JSON at column 12", "It begins:"]),
-    ("41 not UTF-8", "sft", b'{"prompt": "\xe9"}', ["DAT011", "byte 0xe9 at byte 13 is not UTF-8"]),
-    ("42 key twice", "ppo", b'{"prompt": "a", "prompt": "b"}', ["DAT011", "key 'prompt' stands twice"]),
-    ("43 list", "sft", b"[1]", ["DAT011", "need an object, got list"]),
-    ("43 number", "ppo", b"7", ["DAT011", "need an object, got int"]),
-    ("45 a field missing", "sft", {"prompt": "a"}, ["DAT004", "'completion': missing (this row has: prompt)"]),
-    ("46 null", "sft", {"prompt": None, "completion": "a"}, ["DAT004", "'prompt': need text, got null"]),
-    ("46 number", "train-rm", {**pair(1), "chosen": 3}, ["DAT004", "'chosen': need text, got int"]),
-    ("47 empty completion", "sft", {"prompt": "a", "completion": ""}, ["DAT004", "'completion': empty"]),
-    ("47 blank chosen", "train-rm", {**pair(1), "chosen": " \n"}, ["DAT004", "'chosen': empty"]),
+    ("40 broken JSON", "sft", b'{"prompt": "a b',
+     ["DAT011", "invalid JSON at column 12", "It begins:"], "a broken line"),
+    ("41 not UTF-8", "sft", b'{"prompt": "\xe9"}',
+     ["DAT011", "byte 0xe9 at byte 13 is not UTF-8"], "bytes that are not UTF-8"),
+    ("42 key twice", "ppo", b'{"prompt": "a", "prompt": "b"}',
+     ["DAT011", "key 'prompt' stands twice"], "a broken line"),
+    ("43 list", "sft", b"[1]", ["DAT011", "need an object, got list"], "a broken line"),
+    ("43 number", "ppo", b"7", ["DAT011", "need an object, got int"], "a broken line"),
+    ("45 a field missing", "sft", {"prompt": "a"},
+     ["DAT004", "'completion': missing (this row has: prompt)"], "a missing field"),
+    ("46 null", "sft", {"prompt": None, "completion": "a"},
+     ["DAT004", "'prompt': need text, got null"], "a value that does not fit its field"),
+    ("46 number", "train-rm", {**pair(1), "chosen": 3},
+     ["DAT004", "'chosen': need text, got int"], "a value that does not fit its field"),
+    ("47 empty completion", "sft", {"prompt": "a", "completion": ""},
+     ["DAT004", "'completion': empty"], "an empty answer"),
+    ("47 blank chosen", "train-rm", {**pair(1), "chosen": " \n"}, ["DAT004", "'chosen': empty"], "an empty answer"),
     ("48 chosen is rejected", "train-rm", {**pair(1), "rejected": "c1"},
-     ["DAT012", "'chosen' equals 'rejected'", "drop_equal: true"]),
+     ["DAT012", "'chosen' equals 'rejected'"], "equal responses"),
     ("49 other prompts", "train-rm", {"chosen": [U, A], "rejected": [{**U, "content": "z"}, A]},
-     ["DAT004", "'rejected'", "one conversation up to"]),
+     ["DAT004", "'rejected'", "one conversation with 'chosen' up to"], "no shared prompt"),
     ("52 unknown role", "sft", {"messages": [U, A, {**U, "role": "bot"}]},
-     ["DAT004", "'messages[2].role': need system, user or assistant, got 'bot'"]),
-    ("52 two users", "sft", {"messages": [U, U, A]}, ["DAT004", "'messages[1].role'", "must alternate"]),
-    ("52 no assistant", "sft", {"messages": [U]}, ["DAT004", "'messages'", "must end with a turn of the assistant"]),
-    ("55 a very long line", "ppo", b'{"prompt": "' + b"x" * (17 << 20) + b'"}', ["DAT011", "longer than 16 MiB"]),
-    ("56 lone surrogate", "ppo", b'{"prompt": "\\ud800"}', ["DAT004", "'prompt'", "surrogate"]),
-    ("56 NUL", "ppo", b'{"prompt": "a\\u0000b"}', ["DAT004", "'prompt'", "NUL"]),
+     ["DAT004", "'messages[2].role': need system, user or assistant, got 'bot'"], "an unknown speaker"),
+    ("52 two systems", "sft", {"messages": [U, {**U, "role": "system"}, U, A]},
+     ["DAT004", "'messages[1].role'", "must alternate"], "turns out of order"),
+    ("52 no assistant", "sft", {"messages": [U]},
+     ["DAT004", "'messages'", "must end with a turn of the assistant"], "turns out of order"),
+    ("56 lone surrogate", "ppo", b'{"prompt": "\\ud800"}',
+     ["DAT004", "'prompt'", "surrogate"], "a NUL or half a character"),
+    ("56 NUL", "ppo", b'{"prompt": "a\\u0000b"}', ["DAT004", "'prompt'", "NUL"], "a NUL or half a character"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "stage", "row", "wanted"), ONE_ROW, ids=[case[0] for case in ONE_ROW])
-def test_a_broken_row_is_named_by_its_line(rlhf, name, stage, row, wanted):
-    shutil.copy(f"{stage}.yaml", "run.yaml")
+@pytest.mark.parametrize(("name", "stage", "row", "wanted", "reason"), ONE_ROW, ids=[case[0] for case in ONE_ROW])
+def test_a_broken_row_is_dropped_and_counted_or_refused_by_its_line(rlhf, name, stage, row, wanted, reason):
+    key = "prompts" if stage == "ppo" else "data"
+    settings = f"{{path: {FILES[stage]}, on_bad_row: error{', max_tokens: 64' if stage == 'ppo' else ''}}}"
+    Path("run.yaml").write_text(changed(stage, **{key: settings}))
     rows = [ROWS[stage](number) for number in range(600)]
     rows[572] = row
     Path(FILES[stage]).write_bytes(lines(rows))
-    by_stage_and_check(rlhf, stage, 3, *wanted, f"{FILES[stage]}:573: ")
+    text = by_stage_and_check(rlhf, stage, 3, *wanted, f"{FILES[stage]}:573: ", "Fix: ", "on_bad_row: drop leaves it")
+    assert text.count("error[") == 1
+    code, text = rlhf("check", f"{stage}.yaml")
+    assert code == 0 and f"{key}: 599 rows" in text
+    assert f"{key}: 1 of 600 rows dropped: 1 with {reason} (first: {FILES[stage]}:573)." in text
+
+
+def test_55_a_very_long_line_is_never_dropped(rlhf):
+    shutil.copy("ppo.yaml", "run.yaml")
+    line = b'{"prompt": "' + b"x" * (17 << 20) + b'"}'
+    Path("prompts.jsonl").write_bytes(lines([{"prompt": "p"}] * 572 + [line]))
+    by_stage_and_check(rlhf, "ppo", 3, "DAT011", "prompts.jsonl:573: ", "longer than 16 MiB", "Fix: cut the line")
 
 
 def test_39_a_byte_order_mark_before_rows_is_accepted_and_blank_lines_are_counted(rlhf):
@@ -323,6 +347,11 @@ def test_47_every_empty_row_is_named(rlhf):
     shutil.copy("sft.yaml", "run.yaml")
     rows = [demonstration(number) | ({"completion": ""} if number % 2 else {}) for number in range(60)]
     Path("train.jsonl").write_bytes(lines(rows))
+    by_stage_and_check(
+        rlhf, "sft", 3, "DAT020", "30 of 60 rows (50.0%) would be dropped: 30 with an empty answer (first: ",
+        "train.jsonl:2)", "on_bad_row: error names each", "max_dropped_fraction: 0.5 (now 0.05)",
+    )  # fmt: skip
+    Path("run.yaml").write_text(changed("sft", data="{path: train.jsonl, on_bad_row: error}"))
     text = by_stage_and_check(rlhf, "sft", 3, "DAT004", "train.jsonl:2: 'completion': empty", "... and 10 more")
     assert text.count("error[") == 20
 
@@ -330,14 +359,11 @@ def test_47_every_empty_row_is_named(rlhf):
 def test_48_pairs_that_are_all_equal_are_one_message(rlhf):
     shutil.copy("train-rm.yaml", "run.yaml")
     Path("pairs.jsonl").write_bytes(lines({**pair(number), "rejected": f"c{number}"} for number in range(20)))
-    by_stage_and_check(rlhf, "train-rm", 3, "DAT012", "pairs.jsonl: all 20 rows", "drop_equal: true")
-    assert "all 20 were dropped" in rlhf(
-        "check", "train-rm.yaml", "--set", "data.drop_equal=true", "--set", "data.max_dropped_fraction=1"
-    )[1]  # fmt: skip
+    by_stage_and_check(rlhf, "train-rm", 3, "DAT012", "pairs.jsonl: all 20 rows", "Fix: responses that differ")
 
 
 def test_51_more_equal_pairs_than_may_be_dropped(rlhf):
-    Path("run.yaml").write_text(changed("train-rm", data="{path: pairs.jsonl, drop_equal: true}"))
+    Path("run.yaml").write_text(changed("train-rm", data="{path: pairs.jsonl}"))
     rows = [pair(number) | ({"rejected": f"c{number}"} if number % 2 else {}) for number in range(20)]
     Path("pairs.jsonl").write_bytes(lines(rows))
     by_stage_and_check(rlhf, "train-rm", 3, "DAT020", "10 of 20 rows (50.0%) would be dropped", "Fix", "max_dropped")
@@ -358,21 +384,22 @@ TOKENISED = [
     ("22 max_length beyond the context", "train-rm", {"max_length": 129}, None, 4, ["MOD022", "max_length: 129"]),
     ("22 max_length beyond the context", "eval-rm", {"max_length": 129}, None, 4, ["MOD022", "max_length: 129"]),
     ("50 all too long", "sft", {}, [{"prompt": f"{n}" + LONG, "completion": "a"} for n in range(9)], 3,
-     ["DAT051", "data", "rows are longer than 96 tokens (median 112", "Fix"]),
+     ["DAT051", "train.jsonl", "rows are longer than 96 tokens (median 112", "Fix: a larger max_length"]),
     ("50 all too long", "train-rm", {}, [{**pair(n), "chosen": LONG} for n in range(9)], 3,
-     ["DAT051", "data", "longer than 96 tokens", "Fix"]),
+     ["DAT051", "pairs.jsonl", "longer than 96 tokens", "Fix: a larger max_length (now 96, the base has room for 128"]),
     ("50 all too long", "ppo", {}, [{"prompt": f"{n}" + LONG} for n in range(9)], 3,
      ["DAT051", "prompts", "longer than 64 tokens", "Fix"]),
     ("51 half too long", "sft", {},
      [{"prompt": f"p{n}", "completion": LONG if n % 2 else "a"} for n in range(100)], 3,
-     ["DAT020", "rows (", "would be dropped: ", "longer than 96 tokens", "Fix", "max_dropped_fraction"]),
+     ["DAT020", "50 of 100 rows (50.0%) would be dropped: 50 with too many tokens (first: train.jsonl:2)",
+      "Fix: a larger max_length (now 96, the base has room for 128), too_long: truncate, or max_dropped_fraction"]),
     ("53 nothing to hold out", "sft", {}, [demonstration(1)] * 3, 3, ["DAT030", "1 distinct prompt", "Fix"]),
     ("56 control token", "sft", {}, [*map(demonstration, range(8)), {"prompt": "stop <|im_end|>", "completion": "a"}],
-     3, ["DAT060", "train.jsonl:9: a user turn contains the special token '<|im_end|>'", "Fix"]),
+     3, ["DAT020", "1 of 9 rows (11.1%)", "1 with a special token in the text (first: train.jsonl:9)", "Fix"]),
     ("56 control token", "train-rm", {}, [*map(pair, range(8)), {**pair(9), "rejected": "a<|im_start|>b"}], 3,
-     ["DAT060", "pairs.jsonl:9: a assistant turn", "Fix"]),
+     ["DAT020", "1 with a special token in the text (first: pairs.jsonl:9)", "Fix"]),
     ("56 control token", "ppo", {}, [*({"prompt": f"p{n}"} for n in range(8)), {"prompt": "<|endoftext|>"}], 3,
-     ["DAT060", "prompts.jsonl:9: a user turn", "Fix"]),
+     ["DAT020", "1 with a special token in the text (first: prompts.jsonl:9)", "Fix"]),
 ]  # fmt: skip
 
 
@@ -438,7 +465,7 @@ def test_56_a_mark_of_the_template_is_refused_in_text_though_it_is_no_special_to
     chat = ChatFormat(tokenizer)
     records = [Prompt((Message("user", text),), f"d.jsonl:{n}") for n, text in enumerate(["a <other> b", "a<turn>b"])]
     with pytest.raises(RlhfError, match="DAT060.*d.jsonl:1: a user turn contains the special token '<turn>'") as caught:
-        tokenised.prompt_rows(records, chat, 100, 0.0, "prompts")
+        tokenised.prompt_rows(records, chat, Limit(100), DroppedRows("prompts", 0.0, False))
     assert len(caught.value.problems) == 1
 
 
@@ -657,7 +684,7 @@ def test_38_data_of_generate_and_score_is_read_as_strictly(rlhf):
     refused(rlhf("generate", "runs/sft", "--prompts", "bad.jsonl"), 3, "DAT011", "bad.jsonl:2: invalid JSON")
     refused(rlhf("score", "runs/train-rm", "--in", "bad.jsonl"), 3, "DAT011", "bad.jsonl:2: invalid JSON")
     refused(rlhf("generate", "runs/sft", "--prompts", "none.jsonl"), 3, "DAT010", "none.jsonl: no such file", "Fix")
-    refused(rlhf("show", "m"), 5, "CKP002", "m: unfinished", "Fix")
+    refused(rlhf("show", "m"), 5, "CKP001", "m: is not a run and holds none", "Fix")
 
 
 def test_35_a_device_that_is_not_there(rlhf, monkeypatch):

@@ -43,6 +43,7 @@ def chain(tmp_path_factory):
             "num_prompts: 64": "num_prompts: 16", "batch_size: 64": "batch_size: 16",
             "minibatch_size: 32": "minibatch_size: 8",
             "pretrain_steps: 8": "pretrain_steps: 1", "save_every: 14": "save_every: 2",
+            "weight: 1.0": "accept: failed",
         },
         "eval-rm": {"size=300": "size=40", "num_resamples: 2000": "num_resamples: 200"},
         "collect": {"size=200": "size=12"}, "pipeline": {},
@@ -84,6 +85,10 @@ def test_a_run_directory_holds_what_it_should(chain, stage, files):
     for name in ["manifest.json", "config.yaml", "run.log", *files]:
         assert (run / name).stat().st_size > 0, name
     assert not [path for path in run.rglob("*") if path.suffix in (".bin", ".pt", ".pth", ".pkl")]
+    key, rows = {"sft": ("data", 240), "train-rm": ("data", 60), "ppo": ("prompts", 120), "eval-rm": ("data", 40)}[
+        stage
+    ]
+    assert manifest(chain, stage)["details"]["dropped"] == {key: {"rows": rows, "dropped": {}}}
 
 
 def test_the_rounds_of_ppo_say_what_matters(chain):
@@ -155,11 +160,14 @@ def test_a_dry_run_counts_and_writes_nothing(chain):
     assert "prompts to train on" in shown and "no run yet" in shown and not (chain / "runs/other").exists()
 
 
-def test_a_model_that_does_not_stop_is_refused_with_the_fix(chain):
+def test_a_model_that_is_not_given_the_tokens_to_stop_is_exit_7_with_the_fix_and_a_finished_run(chain):
     done = rlhf("sft", "run_dir=runs/endless", "sampling.max_new_tokens=2", cwd=chain, code=7)
-    assert "end with '<eos>'" in done.stderr and "lora.train_tokens" in done.stderr
-    assert not (chain / "runs/endless/manifest.json").exists()
-    assert (chain / "runs/endless/adapter/adapter_model.safetensors").exists()
+    assert "end with '<eos>'" in done.stderr and "lora.train_tokens" not in done.stderr
+    found = manifest(chain, "endless")
+    answers = found["details"]["ending"]["answers"]
+    assert answers["num_longer"] == answers["num"] and found["metrics"]["eval/end_token_rate"] < 0.9
+    assert f"Fix: sampling.max_new_tokens: {answers['tokens_95_percent']}, which holds 95% of them" in done.stderr
+    assert found["files"] == manifest(chain, "sft")["files"]  # how it is sampled changes no weight
 
 
 def test_a_damaged_parent_is_refused(chain, tmp_path):

@@ -1,9 +1,10 @@
-"""Conversations as ids, padded batches, the order of the data."""
+"""Conversations as ids, answers as they stream, padded batches, the order of the data."""
 
 from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from rlhf.data.batches import DataOrder, collate, micro_batches
 from rlhf.data.chat import ChatFormat
 from rlhf.data.records import Message
 from rlhf.errors import RlhfError
+from rlhf.stages.streaming import Stream
 
 STORIES = Path(__file__).parents[2] / "shared" / "models" / "stories260K"
 USER = (Message("user", "hi there"),)
@@ -148,3 +150,52 @@ def test_the_data_order_sees_each_row_once_an_epoch_and_can_be_resumed(rows, siz
     second = DataOrder(rows, size, seed=3)
     second.load_state_dict(first.state_dict())
     assert [first.next() for _ in range(5)] == [second.next() for _ in range(5)]
+
+
+def streamed(chat, ids):
+    """What is written while tokens come one by one, and at the end."""
+    pieces: list[str] = []
+    stream = Stream(chat, pieces.append)
+    stream.put(torch.tensor([[7, 8, 9]]))
+    for token in ids:
+        stream.put(torch.tensor([token]))
+    before = len(pieces)
+    stream.finish(chat.decode(ids))
+    return [piece for piece in pieces[:before] if piece], "".join(pieces)
+
+
+@pytest.mark.parametrize("text", ["é ü 日本 👋 end", "two\nlines\n\n", " leading", "x" * 300, "日本語だけ", "\ufffd?"])
+def test_a_streamed_answer_is_its_text_and_no_character_is_printed_in_halves(text):
+    chat = ChatFormat(tokenizer())
+    pieces, whole = streamed(chat, [*chat.response_ids(USER, text), chat.end_id])
+    assert whole == chat.decode(chat.response_ids(USER, text)) + "\n"
+    assert len(pieces) >= len(set(text.strip())) / 2, "it comes piece by piece"
+    assert "\ufffd" in text or not any("\ufffd" in piece for piece in pieces)
+
+
+def test_an_answer_that_is_cut_off_inside_a_character_is_printed_to_its_end():
+    chat = ChatFormat(tokenizer())
+    ids = chat.response_ids(USER, "a👋")[:-1]
+    assert streamed(chat, ids)[1] == chat.decode(ids) + "\n" == "a\ufffd\n"
+
+
+@pytest.mark.skipif(not STORIES.is_dir(), reason="the pretrained tiny Llama is not here")
+def test_a_tokenizer_that_puts_spaces_in_front_streams_the_same_text_over_line_breaks():
+    chat = stories()
+    ids = chat.response_ids(USER, "Tom ran.\nHe was  happy.\n Lily too.")
+    assert streamed(chat, ids)[1] == chat.decode(ids) + "\n"
+
+
+def test_spaces_that_a_tokenizer_takes_back_are_not_printed():
+    words = ["do", " n't", " stop", " .", " Go", " !"]
+    chat = SimpleNamespace(
+        tokenizer=SimpleNamespace(clean_up_tokenization_spaces=True),
+        decode=lambda ids: "".join(words[i] for i in ids).replace(" n't", "n't").replace(" .", ".").replace(" !", "!"),
+    )
+    pieces, whole = streamed(chat, range(6))
+    assert whole == "don't stop. Go!\n" and "".join(pieces) == "don't stop."
+
+
+def test_a_decoder_that_changes_its_mind_has_the_whole_answer_printed_again():
+    chat = SimpleNamespace(tokenizer=None, decode=lambda ids: ["a", "a b", "c d e"][len(ids) - 1])
+    assert streamed(chat, range(3))[1] == "a b\nc d e\n"

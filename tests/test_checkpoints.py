@@ -17,6 +17,7 @@ from tiny import base, lora, shake
 from rlhf import artifacts, checkpoints, interrupts, runs, snapshots, storage
 from rlhf.data.batches import DataOrder
 from rlhf.errors import RlhfError
+from rlhf.identity import Identity
 from rlhf.models.heads import ScalarHead
 from rlhf.models.roles import SharedBase
 from rlhf.optimizer import Optimizer
@@ -181,7 +182,7 @@ def said(caplog, monkeypatch):
 
 
 def opened_run(run_dir, identity=None, **how):
-    run = runs.open_run(run_dir, "ppo", identity or {"a": 1}, "", **how)
+    run = runs.open_run(run_dir, "ppo", Identity(identity or {"a": 1}), "", **how)
     if not how:
         run.write_metrics(0, {"score": 0.0})
     return run

@@ -10,10 +10,13 @@ import pytest
 import torch
 
 from rlhf.data.records import Message
-from rlhf.evaluation import comparison
+from rlhf.errors import RlhfError
+from rlhf.evaluation import comparison, contradictions
 from rlhf.evaluation.comparison import Side
 from rlhf.metrics import intervals, winrate
 from rlhf.scoring.scorer import Sample, Scores
+from rlhf.stages.compare import _figures as figure_rows
+from rlhf.stages.compare import refuse_if_worse
 from rlhf.stages.score import scored_rows
 
 GAPS = [-30.0, -4.0, 2.0, 9.0, 25.0, 40.0, 11.0, -8.0]
@@ -99,8 +102,17 @@ def test_a_report_by_hand():
     assert (found["prompts"], found["comparisons"], found["ties"]) == (3, 5, 1)
     assert found["win_rate"]["estimate"] == 0.5
     assert found["score_difference"]["estimate"] == pytest.approx((1 - 0.5 + 0 - 9 + 3) / 5)
-    assert found["baseline"] == {"name": "old", "score": 3.2, "characters": 7 / 5, "cut_off": 1}
+    assert found["baseline"] == {
+        "name": "old", "sampling": {}, "score": 3.2, "characters": 7 / 5, "cut_off": 1, "cut_off_share": 1 / 5,
+        "empty": 0,
+    }  # fmt: skip
+    ended = found["both_ended"]  # the first three rows, of two prompts
+    assert (ended["comparisons"], ended["prompts"], ended["few"]) == (3, 2, True)
+    assert ended["win_rate"]["estimate"] == 0.5 and ended["score_difference"]["estimate"] == pytest.approx(0.5 / 3)
     x, y = found["slices"]["kind"]
+    assert [one["cut_off"] for one in (x, y)] == [
+        {"baseline": 0, "candidate": 0}, {"baseline": 1, "candidate": 1},
+    ]  # fmt: skip
     assert (x["slice"], x["prompts"], x["win_rate"]["estimate"], x["few"]) == ("x", 1, 0.5, True)
     assert y["score_difference"] == pytest.approx(-2.0)
     assert [entry["candidate"]["response"] for entry in found["worst"]] == ["e", "b"]
@@ -113,16 +125,110 @@ def test_thirds_keep_equal_prompts_together():
     assert len(set(found[:3])) == 1 and found[3] == found[4] and len(set(found)) == 3
 
 
+def figures(score, rate, ended_score=None, ended_rate=None, equal=None, cut_off=(0, 0), few=False):
+    """A report of 40 prompts with these intervals, each figure in the middle of its own."""
+
+    def figure(bounds):
+        return bounds and {"estimate": sum(bounds) / 2, "ci95": list(bounds)}
+
+    sides = [{"cut_off": count, "sampling": {"max_new_tokens": 64}} for count in cut_off]
+    return {
+        "baseline": sides[0], "candidate": sides[1], "comparisons": 40, "prompts": 40, "few": False,
+        "score_difference": figure(score), "win_rate": figure(rate), "length_controlled_win_rate": figure(equal),
+        "both_ended": {
+            "comparisons": 40 - sum(cut_off), "few": few, "win_rate": figure(ended_rate or rate),
+            "score_difference": figure(ended_score or score),
+        },
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("plain", "equal", "worse"),
+    ("found", "worse"),
     [
-        ([0.3, 0.49], [0.4, 0.6], ["win_rate"]), ([0.6, 0.9], [0.1, 0.4], ["length_controlled_win_rate"]),
-        ([0.3, 0.5], None, []),
+        (figures((-1, 1), (0.3, 0.49)), ["win rate 0.395", "win rate where both ended 0.395"]),
+        (figures((-1, 1), (0.6, 0.9), equal=(0.1, 0.4)), ["win rate at equal length 0.250"]),
+        (figures((-1, 1), (0.3, 0.5)), []),
+        (figures((-1.0, -0.2), (0.8, 0.9)), ["score difference -0.600"]),
+        (figures((-1, 1), (0.8, 0.9), ended_rate=(0.2, 0.4)), ["win rate where both ended 0.300"]),
+        (figures((-1, 1), (0.8, 0.9), ended_rate=(0.2, 0.4), few=True), []),
     ],
-)  # fmt: skip
-def test_worse_is_an_interval_wholly_below_one_half(plain, equal, worse):
-    found = {"win_rate": {"ci95": plain}, "length_controlled_win_rate": equal and {"ci95": equal}}
-    assert comparison.is_worse(found) == worse
+)
+def test_worse_is_the_whole_interval_of_the_score_or_of_a_win_rate(found, worse):
+    shown = comparison.is_worse(found)
+    assert [one.split(" [")[0] for one in shown] == worse
+
+
+@pytest.mark.parametrize(
+    ("found", "says"),
+    [
+        (figures((-1, 1), (0.4, 0.6)), None),
+        (figures((0.1, 1), (0.6, 0.8), equal=(0.55, 0.8), cut_off=(3, 1)), None),
+        (figures((-1, -0.1), (0.4, 0.6)), None),
+        (
+            figures((-1.0, -0.2), (0.6, 0.8)),
+            "The figures contradict each other: the candidate is better by the win rate, 0.700 [0.600, 0.800], and "
+            "worse by the score, -0.600 [-1.000, -0.200].",
+        ),
+        (
+            figures((0.1, 1), (0.6, 0.8), ended_rate=(0.4, 0.7), cut_off=(0, 20)),
+            "The figures contradict each other: 0 of 40 responses of the baseline and 20 of 40 responses of the "
+            "candidate (max_new_tokens 64) were cut off, and each counts as lost to one that ended; in the 20 "
+            "comparisons in which both ended the win rate is 0.550 [0.400, 0.700] and the score difference +0.550 "
+            "[+0.100, +1.000].",
+        ),
+        (figures((0.1, 1), (0.6, 0.8), cut_off=(33, 0), few=True), "in the only 7 comparisons in which both ended"),
+        (figures((0.1, 1), (0.6, 0.8), ended_score=(-1, 1), cut_off=(9, 0)), None),
+        (figures((0.1, 1), (0.6, 0.8), ended_score=(-1, -0.5), cut_off=(9, 0)), "the score difference -0.750"),
+        (figures((0.1, 1), (0.6, 0.8), cut_off=(40, 0)), "there is no comparison in which both ended."),
+        (
+            figures((0.1, 1), (0.6, 0.8), equal=(0.4, 0.7)),
+            "Length explains the win rate: it is 0.700 [0.600, 0.800], but 0.550 [0.400, 0.700] at equal length, which "
+            "says that the candidate is not shown to be different.",
+        ),
+    ],
+)
+def test_figures_that_contradict_each_other_are_said_in_one_sentence(found, says):
+    shown = contradictions.sentence(found)
+    assert (shown is None) == (says is None)
+    if says:
+        assert says in shown and "\n" not in shown and ". " not in shown.rstrip(".")
+
+
+def test_a_baseline_that_was_cut_off_cannot_be_misread_as_a_better_candidate():
+    """47 of 62 answers cut off: 47 wins; of the other 15 comparisons 5 won, 1 tied, 9 lost; each loses score."""
+    gaps = [-0.9] * 47 + [0.5] * 5 + [0.0] + [-0.88] * 9
+    baseline = [sample(f"p{n}", "a" * 9, finished=n >= 47) for n in range(62)]
+    candidate = [sample(f"p{n}", "b" * (7 + n % 5)) for n in range(62)]
+    limits = [{"max_new_tokens": n, "temperature": 1.0, "stop_tokens": [], "top_p": 1.0} for n in (64, 256)]
+    sides = [
+        Side("sft", baseline, numpy.full(62, 2.0), limits[0]),
+        Side("ppo", candidate, 2.0 + numpy.array(gaps), limits[1]),
+    ]
+    found = comparison.report(*sides, {}, 0, 1000, 3)
+    assert (found["baseline"]["cut_off"], found["candidate"]["cut_off"]) == (47, 0)
+    assert found["win_rate"]["estimate"] == pytest.approx(52.5 / 62)
+    assert found["score_difference"]["estimate"] == pytest.approx(-47.72 / 62)
+    ended = found["both_ended"]
+    assert (ended["comparisons"], ended["prompts"], ended["few"]) == (15, 15, False)
+    assert ended["win_rate"]["estimate"] == pytest.approx(5.5 / 15)
+    assert ended["score_difference"]["estimate"] == pytest.approx(-5.42 / 15)
+    text = found["contradiction"]
+    assert text.startswith("The figures contradict each other: the candidate is better by the win rate, 0.847 [")
+    for part in (
+        "and worse by the score, -0.770 [", "47 of 62 responses of the baseline (max_new_tokens 64) and 0 of 62",
+        "in the 15 comparisons in which both ended the win rate is 0.367 [", "and the score difference -0.361 [",
+    ):  # fmt: skip
+        assert part in text, text
+    rows = figure_rows(found)
+    assert [name.strip() for name, _ in rows[1:5]] == [
+        "score, candidate - baseline", "where both ended, 15 of 62", "win rate, a cut-off response loses",
+        "where both ended, 15 of 62",
+    ]  # fmt: skip
+    assert ("cut off", "47 (76%) at 64 tokens -> 0 (0%) at 256 tokens") in rows
+    with pytest.raises(RlhfError, match=r"VER001.*ppo: is worse than sft: score difference -0.770 \[") as stop:
+        refuse_if_worse(found)
+    assert stop.value.exit_code == 10
+    json.dumps(found, allow_nan=False)
 
 
 def test_scores_come_with_the_spread_of_their_members_and_every_head():

@@ -55,7 +55,7 @@ def test_an_entry_has_the_type_bounds_default_and_meaning_of_its_field():
 def test_every_key_stands_in_the_reference_and_says_what_it_means(stage):
     config_class = STAGES[stage].config_class if stage in STAGES else stages.PipelineConfig
     found = {entry.key.replace("[]", ""): entry for entry in reference.entries(config_class)}
-    assert set(found) == set(load._keys(config_class))
+    assert set(found) == set(load.keys_of(config_class))
     silent = [key for key, entry in found.items() if not entry.meaning and entry.kind != "section"]
     assert silent == [] and not any("|" in entry.meaning + entry.kind for entry in found.values())
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from rlhf.config.sections import DataSection
 from rlhf.data import sources
 from rlhf.data.records import Message, Prompt, prompt_key, split_by_prompt
+from rlhf.data.rows import EQUAL
 from rlhf.errors import RlhfError
 
 LOADERS = {
@@ -34,9 +35,9 @@ def load(tmp_path, kind, rows, **settings):
     return LOADERS[kind](DataSection(path=str(write(tmp_path, rows)), **settings))
 
 
-def refusal(tmp_path, kind, rows, **settings):
+def refusal(tmp_path, kind, rows, on_bad_row="error", **settings):
     with pytest.raises(RlhfError) as caught:
-        load(tmp_path, kind, rows, **settings)
+        load(tmp_path, kind, rows, on_bad_row=on_bad_row, **settings)
     assert caught.value.exit_code == 3
     return str(caught.value)
 
@@ -101,13 +102,13 @@ def test_prompts_come_from_text_or_from_a_conversation_without_its_answer(tmp_pa
         ("demonstrations", [{"prompt": "a", "completion": " "}], "'completion': empty"),
         ("comparisons", [PAIR, {**PAIR, "rejected": "a"}], "'chosen' equals 'rejected'"),
         ("comparisons", [{"chosen": "x", "rejected": "y"}], "share no head"),
-        ("comparisons", [{"chosen": [U, A], "rejected": [{**U, "content": "z"}, A]}], "one conversation up to"),
+        ("comparisons", [{"chosen": [U, A], "rejected": [{**U, "content": "z"}, A]}], "must be one conversation with"),
         ("comparisons", [{"prompt": "q", "responses": ["a", "b"], "ranks": [1, 1]}], "all equal"),
         ("comparisons", [{"prompt": "q", "responses": ["a", "b"], "ranks": [1]}], "need 2 whole numbers"),
         ("comparisons", [{"prompt": "q", "responses": ["a", "a"], "ranks": [1, 2]}], "equal but ranked differently"),
         ("demonstrations", [{"messages": [{**U, "role": "bot"}, A]}],
          "'messages[0].role': need system, user or assistant"),
-        ("demonstrations", [{"messages": [U, U, A]}], "must alternate"),
+        ("demonstrations", [{"messages": [A, U, A]}], "must alternate"),
         ("demonstrations", [{"messages": [U]}], "must end with a turn of the assistant"),
         ("prompts", [{"prompt": "a\u0000b"}], "NUL"),
         ("prompts", ['{"prompt": "\\ud800"}'], "surrogate"),
@@ -137,7 +138,7 @@ def test_files_that_are_something_else_are_said_to_be(tmp_path, data, wanted):
     path = tmp_path / "d.jsonl"
     path.write_bytes(data)
     with pytest.raises(RlhfError, match="DAT") as caught:
-        sources.load_prompts(DataSection(path=str(path)))
+        sources.load_prompts(DataSection(path=str(path), on_bad_row="error"))
     assert wanted in str(caught.value)
 
 
@@ -177,9 +178,11 @@ def test_columns_map_other_names_and_ignored_fields_are_counted(tmp_path):
 
 def test_dropped_rows_are_counted_and_too_many_are_an_error(tmp_path):
     rows = [PAIR] * 9 + [{**PAIR, "rejected": "a"}]
-    loaded = load(tmp_path, "comparisons", rows, drop_equal=True, max_dropped_fraction=0.1)
-    assert len(loaded.records) == 9 and loaded.num_dropped == {sources.EQUAL: 1} and loaded.num_rows == 10
-    assert "1 of 10 rows (10.0%) would be dropped" in refusal(tmp_path, "comparisons", rows, drop_equal=True)
+    loaded = load(tmp_path, "comparisons", rows, max_dropped_fraction=0.1)
+    assert len(loaded.records) == 9 and loaded.num_dropped == {EQUAL: 1} and loaded.num_rows == 10
+    message = refusal(tmp_path, "comparisons", rows, on_bad_row="drop", max_dropped_fraction=0.099)
+    assert "1 of 10 rows (10.0%) would be dropped: 1 with equal responses (first: " in message
+    assert "d.jsonl:10)" in message and "max_dropped_fraction: 0.1 (now 0.099)" in message
 
 
 @given(st.integers(0, 2**31), st.floats(0.05, 0.9), st.lists(st.integers(0, 8), min_size=5, max_size=40))

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from rlhf.config.sections import DataSection
 from rlhf.data import sources
 from rlhf.data.records import Message
+from rlhf.data.rows import UNCOMPARED
 from rlhf.errors import RlhfError
 
 LOADERS = {
@@ -33,9 +34,9 @@ def load(tmp_path, kind, rows, **options):
     return LOADERS[kind](DataSection(path=str(path), **options))
 
 
-def refusal(tmp_path, kind, rows, **options):
+def refusal(tmp_path, kind, rows, on_bad_row="error", **options):
     with pytest.raises(RlhfError) as caught:
-        load(tmp_path, kind, rows, **options)
+        load(tmp_path, kind, rows, on_bad_row=on_bad_row, **options)
     assert caught.value.exit_code == 3
     return str(caught.value)
 
@@ -114,7 +115,8 @@ def test_a_prompt_in_every_form_of_the_ecosystem_is_one_record(tmp_path, row):
          "'conversations[1].from': need system, human or gpt, got 'function_call'"),
         ("demonstrations", {"conversations": [{"from": "system", "value": "s"}, HUMAN, GPT], "system": "t"},
          "'system': the conversation has a system turn of its own"),
-        ("demonstrations", {"conversations": [GPT, HUMAN]}, "must alternate"),
+        ("demonstrations", {"conversations": [GPT, HUMAN]}, "must end with a turn of the assistant"),
+        ("demonstrations", {"conversations": [GPT, HUMAN, GPT]}, "must alternate"),
         ("demonstrations", {"conversations": []}, "need a list of turns"),
         ("demonstrations", {"conversations": ["q"]}, "need an object with from and value"),
         ("demonstrations", {"instruction": "q"}, "'output': missing"),
@@ -151,9 +153,9 @@ def test_labelled_responses_are_compared_within_a_prompt_good_with_bad(tmp_path)
     (record,) = loaded.records
     found = {(record.responses[j.first], record.responses[j.second]) for j in record.judgements}
     assert found == {("a", "b"), ("a", "d"), ("c", "b"), ("c", "d")}
-    assert loaded.num_dropped == {sources.UNCOMPARED: 1} and loaded.num_rows == 5
+    assert loaded.num_dropped == {UNCOMPARED: 1} and loaded.num_rows == 5
     assert "4 labelled responses give 1 comparisons, one a prompt" in loaded.notes()
-    assert "other label" in refusal(tmp_path, "comparisons", rows)
+    assert "1 with nothing to compare with (first: " in refusal(tmp_path, "comparisons", rows)
     rows[2]["completion"] = "a"
     assert "labelled good and bad" in refusal(tmp_path, "comparisons", rows, max_dropped_fraction=1.0)
 

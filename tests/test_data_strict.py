@@ -30,9 +30,9 @@ def load(tmp_path, kind, rows, **options):
     return LOADERS[kind](DataSection(path=str(path), **options))
 
 
-def refusal(tmp_path, kind, rows, **options):
+def refusal(tmp_path, kind, rows, on_bad_row="error", **options):
     with pytest.raises(RlhfError) as caught:
-        load(tmp_path, kind, rows, **options)
+        load(tmp_path, kind, rows, on_bad_row=on_bad_row, **options)
     assert caught.value.exit_code == 3
     return str(caught.value)
 
@@ -97,12 +97,12 @@ def test_a_line_too_long_is_named_together_with_what_was_wrong_before_it(tmp_pat
 @pytest.mark.parametrize(
     ("chosen", "rejected", "wanted"),
     [
-        (spoken("q", "a", "more"), spoken("q", "b"), "'chosen': goes on with a human turn"),
-        (spoken("q", "a"), spoken("q", "b", "more"), "'rejected': goes on with a human turn"),
-        (spoken("", "a"), spoken("", "b"), "'prompt[0].content': empty"),
-        (spoken("q", "", "r", "a"), spoken("q", "", "r", "b"), "'prompt[1].content': empty"),
-        (spoken("q", "a"), spoken("z", "b"), "share no head"),
-        (spoken("q", "a", "r", "c"), spoken("q", "x", "r", "d"), "share no head"),
+        (spoken("q", "a", "more"), spoken("q", "b"), "'chosen': must end with a turn of the assistant"),
+        (spoken("q", "a"), spoken("q", "b", "more"), "'rejected': must end with a turn of the assistant"),
+        (spoken("", "a"), spoken("", "b"), "'chosen[0].content': empty"),
+        (spoken("q", "", "r", "a"), spoken("q", "", "r", "b"), "'chosen[1].content': empty"),
+        (spoken("q", "a"), spoken("z", "b"), "one conversation with 'chosen' up to"),
+        (spoken("q", "a", "r", "c"), spoken("q", "x", "r", "d"), "one conversation with 'chosen'"),
     ],
 )
 def test_transcripts_that_are_no_pair_of_answers_are_refused(tmp_path, chosen, rejected, wanted):
@@ -133,7 +133,12 @@ def test_columns_are_fields_of_ours_and_a_row_without_one_is_told_in_the_names_o
 
 def test_a_file_of_which_every_row_is_dropped_is_refused(tmp_path):
     rows = [{**PAIR, "rejected": "a"}] * 3
-    assert "all 3 were dropped" in refusal(tmp_path, "comparisons", rows, drop_equal=True, max_dropped_fraction=1.0)
+    assert "all 3 rows: 'chosen' equals 'rejected'" in refusal(
+        tmp_path, "comparisons", rows, on_bad_row="drop", max_dropped_fraction=1.0
+    )
+    rows = [{**PAIR, "rejected": "a"}, {**PAIR, "chosen": ""}]
+    message = refusal(tmp_path, "comparisons", rows, on_bad_row="drop", max_dropped_fraction=1.0)
+    assert "d.jsonl:1: 'chosen' equals 'rejected'. No row can be used: 2 of 2 rows dropped" in message
 
 
 @pytest.mark.parametrize("kind", LOADERS)

@@ -19,7 +19,10 @@ from rlhf.config.sections import ModelSection, RuntimeSection
 from rlhf.config.stages import SftConfig
 from rlhf.data import tokenised
 from rlhf.data.chat import ChatFormat
+from rlhf.data.dropped import DroppedRows
+from rlhf.data.fitting import Limit
 from rlhf.data.records import Demonstration, Message, Prompt
+from rlhf.data.tokenised import Dialogue
 from rlhf.errors import RlhfError
 from rlhf.evaluation import stopping
 from rlhf.models import opening
@@ -94,14 +97,15 @@ TRAPS = {
     "a system turn that is refused": (
         lambda: tokenised.prompt_rows(
             [Prompt(USER, "d.jsonl:1"), Prompt((Message("system", "be kind"), *USER), "d.jsonl:2")],
-            ChatFormat(tokenizer(NO_SYSTEM)), 99, 0.0, "prompts",
+            ChatFormat(tokenizer(NO_SYSTEM)), Limit(99), DroppedRows("prompts", 0.0, True),
         ),
         ["MOD013", "d.jsonl:2 (chat template)", "refuses a conversation of system, user: no system turn",
          "leave that turn out of the data"],
     ),
     "earlier turns written anew": (
         lambda: tokenised.dialogues(
-            [Demonstration(TALK, "d.jsonl:7")], ChatFormat(tokenizer(THINKING)), False, 99, "drop", 0.0, "data"
+            [Demonstration(TALK, "d.jsonl:7")], ChatFormat(tokenizer(THINKING)), False, Limit(99),
+            DroppedRows("data", 0.0, True),
         ),
         ["MOD012", "d.jsonl:7 (chat template)", "writes an earlier turn differently", "loss_on: last_turn"],
     ),
@@ -150,7 +154,7 @@ def test_padding_that_is_the_end_token_takes_no_loss_from_it(tmp_path, pad):
         {"data": {"path": "x"}, "epochs": 1.0, "max_length": 64, "batch": {"batch_size": 2, "micro_batch_size": 2}}
     )
     records = [Demonstration((*USER, Message("assistant", text)), "x:1") for text in ("a", "a long answer")]
-    rows, _ = tokenised.dialogues(records, base.chat, False, 64, "drop", 0.0, "data")
+    rows, _ = tokenised.dialogues(records, base.chat, False, Limit(64), DroppedRows("data", 0.0, True))
     model = get_peft_model(base.model, tiny.lora(base))
     trainer = sft._trainer(config, model, base, rows, SimpleNamespace(path=tmp_path))
     batch = next(iter(trainer.get_train_dataloader()))
@@ -173,30 +177,30 @@ def trained_looking(base):
     return base
 
 
-def test_the_causes_of_a_model_that_never_stops_are_told_apart(tmp_path, said):
+def test_the_figures_behind_a_model_that_never_stops_tell_its_causes_apart(tmp_path, said):
     base = tiny.base(tmp_path / "m")
-    own = base.tokenizer.eos_token_id
-    why, fix = stopping.causes(base, [], [sample([9])], 0)
-    assert why == "its row in the embeddings is untrained, and stays frozen"
-    assert fix.startswith("lora.train_tokens: ['<|im_end|>']; train longer")
+    own, end = base.tokenizer.eos_token_id, base.chat.end_id
+    found = stopping.figures(base, [], [sample([9])], stopping.Answers([3], 0), 4)
+    assert found["end_row_untrained"] and found["end_token"] == "<|im_end|>" and found["num_base_end"] == 0
     stopping.warn_of_untrained_end(base, [])
     assert len(said) == 1 and "the end token '<|im_end|>'" in said[0] and "lora.train_tokens: ['<|im_end|>']" in said[0]
     stopping.warn_of_untrained_end(base, ["<|im_end|>"])
     trained_looking(base)
     stopping.warn_of_untrained_end(base, [])
     assert len(said) == 1
-    why, fix = stopping.causes(base, [], [sample([9, own, 9]), sample([9]), sample([own])], 0)
-    assert why == "2 of 3 write '<|endoftext|>' instead, with which the base ends"
-    assert "sampling.stop_tokens: ['<|endoftext|>'] in every stage" in fix
-    why, fix = stopping.causes(base, ["<|im_end|>"], [sample([9])], 12)
-    assert why == "12 training rows were cut at max_length and lost it" and fix.startswith(
-        "too_long: drop, or a larger"
-    )
-    why, fix = stopping.causes(base, [], [sample([9])], 0)
-    assert why == "" and fix.startswith("lora.train_tokens: ['<|im_end|>']; train longer")
+    samples = [sample([9, own, 9]), sample([9]), sample([own])]
+    found = stopping.figures(base, [], samples, stopping.Answers(list(range(1, 21)), 7), 12)
+    assert (found["num_base_end"], found["num_samples"], found["base_end_token"]) == (2, 3, "<|endoftext|>")
+    assert not found["end_row_untrained"]
+    assert found["answers"] == {"num": 20, "num_longer": 8, "num_without_end": 7, "tokens_95_percent": 19}
+    dialogue = Dialogue([5, 8, 9, end, 6, 7, end, 8], [False, True, True, True, False, True, True, False])
+    cut = Dialogue([5, 8, 9], [False, True, True])
+    assert stopping.answers_of([dialogue, cut], end) == stopping.Answers([3, 2, 2], 1)
 
 
-def test_sft_refuses_to_hand_on_a_model_that_never_stops_and_names_the_causes(tmp_path, monkeypatch, here):
+def test_sft_ends_with_exit_7_for_a_model_that_never_stops_names_the_causes_and_keeps_the_run(
+    tmp_path, monkeypatch, here
+):
     monkeypatch.chdir(tmp_path)
     tiny.build(tmp_path / "m")
     rows = [{"prompt": f"p{number}", "completion": "a long answer " * (1 + number % 2 * 5)} for number in range(12)]
@@ -206,10 +210,13 @@ def test_sft_refuses_to_hand_on_a_model_that_never_stops_and_names_the_causes(tm
         "batch: {batch_size: 4, micro_batch_size: 4}\nsampling: {max_new_tokens: 4}\nholdout_fraction: 0.3\n"
     )
     code, text = here("sft", "-c", "sft.yaml")
-    assert code == 7 and not Path("runs/sft/manifest.json").exists()
-    assert "error[GRD002] sft: only 0% of the sampled responses end with '<|im_end|>' within 4 tokens" in text
-    assert "its row in the embeddings is untrained" in text and "training rows were cut at max_length" in text
-    assert "lora.train_tokens: ['<|im_end|>']; too_long: drop" in text
+    assert code == 7 and Path("runs/sft/manifest.json").exists()
+    assert (
+        "error[GRD002] runs/sft: eval/end_token_rate: only 0.0% of the sampled responses end with '<|im_end|>'" in text
+    )
+    assert "within sampling.max_new_tokens (4)" in text and "embeddings is untrained, and stays frozen" in text
+    assert "answers in the training data lost '<|im_end|>' to max_length" in text and "are longer than that" in text
+    assert "too_long: drop, or a larger max_length; lora.train_tokens: ['<|im_end|>']; min_end_token_rate: 0" in text
     assert text.count("is like those of tokens never seen in pretraining") == 1
 
 

@@ -81,14 +81,19 @@ def test_an_error_while_sampling_gives_the_backbone_its_forward_back(tmp_path):
     assert not any("forward" in module.__dict__ for module in (opened.model.model, opened.model.lm_head))
 
 
-class Launches(TorchDispatchMode):
-    """Counts the operations that do something, views left out."""
+class Recorded(TorchDispatchMode):
+    """The shapes and bytes of what operations give, views left out."""
 
-    count = 0
+    def __init__(self):
+        super().__init__()
+        self.shapes, self.bytes = [], []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         found = func(*args, **(kwargs or {}))
-        self.count += not func.is_view
+        if not func.is_view:
+            first = found[0] if isinstance(found, tuple | list) else found
+            self.shapes.append(tuple(getattr(first, "shape", ())))
+            self.bytes.append(getattr(first, "nbytes", 0))
         return found
 
 
@@ -100,9 +105,9 @@ def test_a_block_takes_the_operations_that_the_plan_counts(tmp_path, monkeypatch
     counts, run = [], decoding._block
 
     def counted(*arguments):
-        with Launches() as launches:
+        with Recorded() as launches:
             found = run(*arguments)
-        counts.append(launches.count)
+        counts.append(len(launches.shapes))
         return found
 
     monkeypatch.setattr(decoding, "_block", counted)

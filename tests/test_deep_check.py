@@ -99,7 +99,9 @@ def test_a_chain_is_read_in_tokens_before_any_run_and_errors_are_exit_3(here, tm
     write(tmp_path / "pairs.jsonl", pairs)
     write(tmp_path / "test.jsonl", [pairs[3], {"prompt": "where is order #12 ?", "chosen": "a", "rejected": "b"}])
     (tmp_path / "sft.yaml").write_text("data: {path: sft.jsonl}\nsteps: 1\n")
-    (tmp_path / "train-rm.yaml").write_text("data: {path: pairs.jsonl}\nsteps: 1\nmax_length: 24\ntoo_long: truncate\n")
+    (tmp_path / "train-rm.yaml").write_text(
+        "data: {path: pairs.jsonl, on_bad_row: error}\nsteps: 1\nmax_length: 24\ntoo_long: truncate\n"
+    )
     (tmp_path / "eval-rm.yaml").write_text("data: {path: test.jsonl}\nreward: runs/train-rm\n")
     files = ("sft.yaml", "train-rm.yaml", "eval-rm.yaml")
     code, _ = here("check", *files)
@@ -115,3 +117,10 @@ def test_a_chain_is_read_in_tokens_before_any_run_and_errors_are_exit_3(here, tm
     found = json.loads(shown[shown.index("[{") :].splitlines()[0])[1]["data"]["data"]["found"]
     marks = [(one["where"], one["level"]) for one in found if one["kind"] == "special token"]
     assert marks == [("pairs.jsonl:3", "error"), ("pairs.jsonl:2", "warning")]
+
+    drop = ("check", "train-rm.yaml", "sft.yaml", "--deep", "--set", "data.on_bad_row=drop", "--set")
+    code, shown = here(*drop, "data.max_dropped_fraction=0.5")
+    assert code == 0 and "data: 4 rows." in shown and "warning, alike: 1" in shown, shown
+    assert "data: 2 of 4 rows dropped: 1 with equal responses (first: pairs.jsonl:1), 1 with a special token" in shown
+    code, shown = here(*drop, "data.max_dropped_fraction=0.49")
+    assert code == 3 and "DAT020] pairs.jsonl: 2 of 4 rows (50.0%) would be dropped" in shown and "Fix: " in shown

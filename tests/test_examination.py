@@ -306,6 +306,27 @@ def worst(found, **thresholds):
     }
 
 
+def test_what_is_not_shown_to_be_better_than_chance_or_length_is_a_warning_at_any_bound():
+    found = report(0, lambda u, length: u, size=400)
+    rows = [  # key under thresholds, figure in the report, interval, bounds, verdict, what it says
+        ("over_length", "accuracy_over_length", (-0.01, 0.3), (0.03, 0.0), "warn", "better than length on 400 prompts"),
+        ("over_length", "accuracy_over_length", (0.0, 0.3), (None, None), "warn", "better than length on 400 prompts"),
+        ("over_length", "accuracy_over_length", (0.001, 0.3), (0.03, 0.0), "pass", ""),
+        ("over_length", "accuracy_over_length", (-0.3, -0.1), (0.03, 0.0), "fail", ""),
+        ("accuracy", "accuracy", (0.45, 0.7), (0.6, 0.55), "warn", "better than chance on 400 prompts"),
+        ("accuracy", "accuracy", (0.5, 0.58), (0.6, 0.55), "warn", "better than chance on 400 prompts"),
+        ("accuracy", "accuracy", (0.51, 0.7), (0.6, 0.55), "pass", ""),
+        ("accuracy_when_sure", "accuracy_when_sure", (0.3, 0.9), (0.75, 0.65), "warn", "better than chance"),
+        ("length_correlation", "length_correlation", (-0.1, 0.1), (0.4, 0.6), "pass", ""),
+    ]  # fmt: skip
+    for key, name, (low, high), (warn, fail), verdict, says in rows:
+        changed = found | {name: figure((low + high) / 2, low, high)}
+        thresholds = ThresholdSection(**{key: Bound(warn=warn, fail=fail)})
+        (one,) = [one for one in verdicts.judge(changed, thresholds) if one.key == key]
+        assert (one.verdict, says in one.says) == (verdict, True), (key, low, high)
+        assert ("not shown" in one.says) == ("more prompts" in one.do) == bool(says), one
+
+
 def test_a_good_model_passes_and_each_planted_defect_fails_by_name():
     for seed in range(5):
         assert worst(report(seed, lambda u, length: u, size=400)) == {}
@@ -357,7 +378,7 @@ def looked_at(source, examination=None, run=None, digests=None):
     parents = {"rewards.0": run or made("reward"), **({"rewards.0.examination": examination} if examination else {})}
     problems, unchecked = [], []
     rewards = {"rewards.0": RewardSource.model_validate(source)}
-    warnings = examined.check(rewards, parents, digests or {}, problems, unchecked)
+    warnings, _ = examined.check(rewards, parents, digests or {}, problems, unchecked, tuple)
     return warnings, problems, unchecked
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +26,7 @@ from rlhf.models import forward, hub, opening
 from rlhf.models.heads import ScalarHead
 from rlhf.models.roles import SharedBase
 from rlhf.stages.export import export
+from rlhf.stages.score import score
 
 PROMPTS, RESPONSES = [[70, 71, 72, 73, 74], [80, 81]], [[90, 91, 2], [95, 2]]
 
@@ -51,6 +54,21 @@ def make_run(home, kind, architecture="llama", tie=True, names=("score",), train
         return run, model(input_ids=sequences.ids, attention_mask=sequences.attention_mask).logits
 
 
+def modes_in(directory):
+    """Of the files in it, and of the directories with its own."""
+    paths = [directory, *directory.rglob("*")]
+    found = [{path.stat().st_mode & 0o777 for path in paths if path.is_dir() == is_dir} for is_dir in (False, True)]
+    return tuple(found)
+
+
+@pytest.fixture(autouse=True)
+def umask():
+    """The usual one; a test may set another."""
+    before = os.umask(0o022)
+    yield os.umask
+    os.umask(before)
+
+
 def batch():
     sequences = collate(PROMPTS, RESPONSES, 0, torch.device("cpu"))
     return {"input_ids": sequences.ids, "attention_mask": sequences.attention_mask}
@@ -62,6 +80,7 @@ def test_a_merged_policy_gives_the_logits_of_the_run(tmp_path, architecture, tie
     run, wanted = make_run(tmp_path, "policy", architecture, tie)
     before = artifacts.model_digest(tmp_path / "model")
     outcome = export(str(run), tmp_path / "out", adapter_only=False)
+    assert modes_in(tmp_path / "out") == ({0o644}, {0o755})
     with torch.no_grad():
         found = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()(**batch()).logits
     kept = batch()["attention_mask"].bool()
@@ -85,12 +104,33 @@ def test_an_exported_reward_model_gives_the_scores_of_the_run_but_for_its_consta
     assert found.shape == (2, 1) and outcome["constant"] == pytest.approx((0.7 - 1.5) / 0.25)
     assert torch.allclose(found[:, 0] + outcome["constant"], wanted, atol=1e-4) and outcome["max_difference"] < 1e-4
     assert model.config.num_labels == 1 and model.config.pad_token_id != 2
-    assert "-3.2: the class has no bias" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_an_adapter_alone_is_read_by_peft(tmp_path):
+def test_the_constant_that_is_printed_turns_the_logit_into_rlhf_scores_number(tmp_path, caplog):
+    caplog.set_level("INFO", "rlhf")
+    run, _ = make_run(tmp_path, "reward")
+    export(str(run), tmp_path / "out", adapter_only=False)
+    said = "rlhf score's number is the logit plus -3.2: the class has no bias"
+    card = (tmp_path / "out/README.md").read_text()
+    assert f"{said}." in caplog.messages and f"- {said}\n" in card and "rlhf score EXAMINATION takes it off" in card
+    given = [{"prompt": f"hi {number}", "response": "ok" * number} for number in (1, 2, 9)]
+    (tmp_path / "given.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given))
+    score(str(run), str(tmp_path / "given.jsonl"), str(tmp_path / "scored.jsonl"), 2, None)
+    wanted = [json.loads(line)["score"] for line in (tmp_path / "scored.jsonl").read_text().splitlines()]
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    constant = float(re.search(r"logit plus (\S+):", card)[1])
+    for row, number in zip(given, wanted, strict=True):
+        text = f"<|im_start|>user\n{row['prompt']}<|im_end|>\n<|im_start|>assistant\n{row['response']}<|im_end|>"
+        logit = float(model(**tokenizer(text, return_tensors="pt")).logits.detach())
+        assert logit + constant == pytest.approx(number, abs=1e-4) and abs(constant) > 1
+
+
+def test_an_adapter_alone_is_read_by_peft(tmp_path, umask):
     run, wanted = make_run(tmp_path, "policy", train_tokens=())
+    umask(0o027)
     export(str(run), tmp_path / "out", adapter_only=True)
+    assert modes_in(tmp_path / "out") == ({0o640}, {0o750})
     assert json.loads((tmp_path / "out/adapter_config.json").read_text())["base_model_name_or_path"] == str(
         tmp_path / "model"
     )
@@ -183,6 +223,7 @@ def test_the_card_names_base_parents_data_figures_and_limits(tmp_path):
     found = json.loads((run / "manifest.json").read_text())
     found["identity"] = {"data.path": "mine.jsonl", "data.rows": "abc" * 10}
     found["parents"] = {"policy": {"run_dir": "runs/gone", "digest": "d" * 64}}
+    found["details"] = {"held_out_figures": "optimistic: these rows also chose the step"}
     (run / "manifest.json").write_text(json.dumps(found))
     outcome = export(str(run), tmp_path / "out", False)
     card = (tmp_path / "out/README.md").read_text()
@@ -191,6 +232,14 @@ def test_the_card_names_base_parents_data_figures_and_limits(tmp_path):
         "library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["rlhf", "sft"],
     }  # fmt: skip
     data = "data: mine.jsonl (rows' digest abcabcabcabcabca)"
-    for words in (data, "made from policy: runs/gone", "| eval/loss | 1.0 |", "in bfloat16:", "## Limits", "digest"):
+    for words in (
+        data,
+        "are optimistic: these rows also chose",
+        "made from policy: runs/gone",
+        "| eval/loss | 1.0 |",
+        "in bfloat16:",
+        "## Limits",
+        "digest",
+    ):
         assert words in text, words
     assert outcome["max_difference"] < 1e-4 < outcome["max_difference_bfloat16"] < 1.0

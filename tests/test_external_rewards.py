@@ -252,3 +252,20 @@ def test_the_reader_of_a_model_without_weights_is_that_of_the_loaded_one(tmp_pat
     reader = classifier.open_reader(section)
     assert reader.context_length == 48 and reader.form == "a pair of texts"
     assert reader.read(SAMPLES[0].prompt, "x", True).prompt_tokens == (1, 3)
+
+
+def test_a_model_from_elsewhere_reads_the_answer_without_thinking_unless_it_is_kept(tmp_path):
+    """Against transformers' own rendering of the answer, or of all of it; text that is no thinking is left as it is."""
+    thinks = CHATML.replace("assistant\n{% endif", "assistant\n{% if enable_thinking is false %}no{% endif %}{% endif")
+    path, own = str(decoder(tmp_path / "rm", template=thinks)), tokenizer(thinks)
+    thought, messages = "<think>\nhm\n</think>\n\nfine", (Message("user", "hi"),)
+    for thinking, response, read in (
+        ("strip", thought, "fine"),
+        ("keep", thought, thought),
+        ("strip", "say </think> twice", "say </think> twice"),
+    ):
+        reader = classifier.open_reader(ClassifierSection(path=path, thinking=thinking))
+        turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": read}]
+        assert reader.read(messages, response, True).ids == own.apply_chat_template(turns, return_dict=False)
+    section = ClassifierSection(path=path, template_kwargs={"enable_thinking": False})
+    assert classifier.open_reader(section).rendering.given_to(thinks) == {"enable_thinking": False}

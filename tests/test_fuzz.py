@@ -161,7 +161,7 @@ def test_any_structure_in_any_place_loads_or_is_refused(folder, stage, path, val
     check_config(folder, stage, yaml.safe_dump(whole, allow_unicode=True).encode("utf-8", "replace"))
 
 
-PATHS = {stage: sorted(load._keys(config_class)) for stage, config_class in CLASSES.items()}
+PATHS = {stage: sorted(load.keys_of(config_class)) for stage, config_class in CLASSES.items()}
 
 
 @given(stage=st.sampled_from(sorted(SHIPPED)), seed=st.integers(0, 2**63))
@@ -217,7 +217,7 @@ def test_any_lines_are_records_or_refused(folder, kind, rows, seed, columns):
     data = "\n".join(texts).encode("utf-8", "surrogatepass")
     path = folder / "d.jsonl"
     path.write_bytes(spoiled(data, rng) if rng.random() < 0.5 else data)
-    section = DataSection(path=str(path), drop_equal=rng.random() < 0.5, columns=columns)
+    section = DataSection(path=str(path), on_bad_row=rng.choice(["drop", "error"]), columns=columns)
     loaded = settled(lambda: LOADERS[kind](section), (3,))
     if loaded is not None:
         assert loaded.records and loaded.num_rows == len(loaded.records) + sum(loaded.num_dropped.values())

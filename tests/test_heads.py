@@ -21,6 +21,7 @@ from rlhf.data.records import Comparison, Judgement, Message
 from rlhf.data.rows import RowError
 from rlhf.demo import gold, registry
 from rlhf.errors import RlhfError
+from rlhf.identity import Identity
 from rlhf.models.heads import ScalarHead
 from rlhf.reward import objective as asked
 from rlhf.reward.combination import fit_gate, fit_weights
@@ -371,6 +372,6 @@ def test_the_embedded_world_labels_its_axes_and_is_the_same_without_them():
 def test_a_run_of_which_only_the_rubric_was_copied_has_not_begun(tmp_path):
     for name in ("run.json", "config.yaml", "run.log", ".lock", "rubric.yaml"):
         (tmp_path / name).write_text("{}")
-    assert runs.status(tmp_path, {}) == ["no run yet"]
+    assert runs.status(tmp_path, Identity({})) == ["no run yet"]
     (tmp_path / "metrics.jsonl").write_text("{}")
-    assert runs.status(tmp_path, {}) == ["unfinished run"]
+    assert runs.status(tmp_path, Identity({})) == ["unfinished run"]

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from rlhf import resources
 from rlhf.data.batches import collate
 from rlhf.errors import RlhfError
-from rlhf.models import first_step, forward, speed
+from rlhf.models import first_step, forward, logits, speed
 from rlhf.models.base import load_base
 from rlhf.models.roles import SharedBase
 from rlhf.planning import advice, clock, memory, phases, shape, specs
@@ -128,7 +128,7 @@ def test_the_predicted_peaks_are_those_that_torch_allocates(tmp_path, dtype, che
     behind = memory.backward(found, held, 4, 2, 128, checkpointing, 32)
     wanted = at_the_head + max(behind, memory.logits_trained(found, held, 64, entropy=False))
     assert wanted == pytest.approx(allocated(update), rel=0.1)
-    wanted = memory.logits_rescored(found, 64) + 2 * 64 * 576 * held.e
+    wanted = memory.logits_rescored(found, held, 64) + 2 * 64 * 576 * held.e
     wanted = max(wanted, memory.passing(found, held, 2, 128, wanted=32))
     assert wanted == pytest.approx(allocated(lambda: forward.policy_and_reference(roles, sequences, 1.0)), rel=0.1)
 
@@ -187,6 +187,22 @@ def test_time_follows_the_arithmetic_of_training_and_the_reading_of_sampling():
     assert one == pytest.approx(both / 2, rel=1e-12)
 
 
+def test_a_head_in_half_precision_is_timed_at_float32_speed_where_a_cpu_casts_it():
+    config = spec("ppo", held=Numbers(2), batch=4, micro=4, concurrency=2, prompt=1, response=100)
+    assert (memory.CAST_VALUES, memory.CHUNK_VALUES) == (logits.CAST_VALUES, forward.CHUNK_VALUES)
+    plain, wide = (
+        {work.name: work.seconds for work in clock.step(config, Speed(1e9, 1e18, wide=each))} for each in (None, 1e8)
+    )
+    head = 2 * 400 * 128256 * 4096
+    for name, reads in {"rollout": 1, "rescoring": 2, "policy update": 2, "values and scores": 0}.items():
+        assert wide[name] - plain[name] == pytest.approx(reads * head * (1e-8 - 1e-9), rel=1e-6, abs=1e-3), name
+    one_chunk = config.with_(micro=2)  # of 261 tokens: the backward pass needs no logits again
+    found = next(work for work in clock.step(one_chunk, Speed(1e9, 1e18)) if work.name == "policy update")
+    assert plain["policy update"] - found.seconds == pytest.approx(head / 1e9, rel=1e-6)
+    alone = memory.logits_measured(config.shape, Numbers(2), 1)
+    assert alone == 4 * (128256 + (1 << 19) + 4096) and memory.logits_measured(config.shape, Numbers(), 1) == 8 * 128256
+
+
 def test_a_small_model_is_sampled_with_sums_and_a_quantised_one_by_its_own_blocks():
     large = spec("ppo", QWEN, held=Numbers(2))
     few_blocks, few_tokens = (large.with_(shape=replace(large.shape, **changes)) for changes in ({"L": 2}, {"V": 1000}))
@@ -205,8 +221,9 @@ def test_the_command_plans_a_chain_that_has_not_run_and_says_what_would_fit():
     shown = run("-c", "configs/ppo.yaml", "--gpu", "60MB", "--flops", "20G", "--bandwidth", "5G")
     assert shown.returncode == 0, shown.stderr
     assert "named by configs/sft.yaml" in shown.stdout and "It does not fit into the 60.0 MiB" in shown.stdout
-    assert "Enough: " in shown.stdout and "28 steps of " in shown.stdout
-    found = json.loads(run("-c", "configs/ppo.yaml", "--gpu", "60MB", "--json").stdout)
+    assert "Enough: " in shown.stdout and "28 steps of " in shown.stdout and "Shorter rows take less." in shown.stdout
+    assert "at least" not in shown.stdout, "rows are shorter than the config allows"
+    (found,) = json.loads(run("configs/ppo.yaml", "--gpu", "60MB", "--json").stdout)
     assert found["together"]["peak"] <= 60 << 20 < found["peak"] == max(row["total"] for row in found["phases"])
     assert found["parameters"] == shape.read("demo:base", "").parameters and found["work"] is None
     assert all(row["total"] == sum(row.get(part, 0) for part in phases.PARTS) for row in found["phases"])
@@ -215,7 +232,7 @@ def test_the_command_plans_a_chain_that_has_not_run_and_says_what_would_fit():
 def test_a_plan_imports_no_torch(capsys):
     code = (
         "import sys; from pathlib import Path; from rlhf.stages import plan\n"
-        "plan.lines(plan.plan(Path('configs/train-rm.yaml'), 'train-rm', [], None, None, None, False))\n"
+        "plan.lines(plan.plan(Path('configs/train-rm.yaml'), 'train-rm', [], plan.Device()))\n"
         "print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
@@ -230,7 +247,7 @@ def test_what_a_plan_cannot_know_is_refused_by_name(tmp_path, monkeypatch):
     def refused(stage, *settings, **options):
         with pytest.raises(RlhfError) as caught:
             chosen = [options.get(key) for key in ("gpu", "flops", "bandwidth")]
-            plan.plan(tmp_path / f"{stage}.yaml", stage, list(settings), *chosen, False)
+            plan.plan(tmp_path / f"{stage}.yaml", stage, list(settings), plan.Device(*chosen))
         return str(caught.value)
 
     assert "MOD001" in refused("sft") and "is not a directory here, and a plan reads no hub" in refused("sft")
@@ -254,20 +271,27 @@ def test_the_figure_of_a_start_names_the_peak_and_the_plan_where_it_is_short():
     assert resources.memory_figure(10, 40, 30).endswith("rlhf plan says which settings would fit")
 
 
-def test_the_first_step_is_said_once_beside_what_was_predicted(monkeypatch, caplog):
-    here, asked = Speed(1e9, 1e9), []
-    monkeypatch.setattr(first_step.speed, "measured", lambda *shape, **how: asked.append(shape) or here)
-    planned = spec("sft", QWEN, batch=8, length=100)
-    first = first_step.FirstStep(planned)
+def test_the_second_step_says_how_long_all_take_and_the_first_is_no_measure(caplog):
+    first = first_step.FirstStep(spec("sft", QWEN, batch=8, length=100))
     with caplog.at_level("INFO", "rlhf"):
-        first.say(2.5, 40)
-        first.say(9.0, 40)
-    assert asked == [(896, 4864, planned.held.e, False)]
-    memory_said, time_said = (record.getMessage() for record in caplog.records)
-    [work] = clock.step(planned, here)
-    assert f"predicted, for longest rows: {phases.peak(planned).total / 2**20:.0f} MB" in memory_said
-    assert time_said.startswith("The first step took 2.5 s; predicted, if all rows were as long as the config allows")
-    assert time_said.endswith(f"just measured: at least {work.seconds:.3g} s. All 40 steps: about 100 s.")
+        for seconds in (9.0, 2.5, 4.0):
+            first.say(seconds, 40)
+    assert [record.getMessage() for record in caplog.records] == ["A step takes 2.5 s; all 40 steps: about 100 s."]
+
+
+def test_memory_on_a_gpu_stands_next_to_the_plan_of_the_phases_that_were_run(monkeypatch, caplog):
+    monkeypatch.setattr(first_step.runtime, "peak_memory", lambda: {"memory/peak_cuda_mb": 512.0})
+    for stage, which in (("sft", "training"), ("ppo", None)):
+        planned = spec(stage, QWEN, batch=8, length=100, concurrency=4000)
+        seen = [phase.total for phase in phases.phases(planned) if which in (phase.name, None)]
+        caplog.clear()
+        with caplog.at_level("INFO", "rlhf"):
+            first_step.FirstStep(planned).say(1.0, 40)
+            first_step.FirstStep(None).say(1.0, 40)
+        with_plan, alone = (record.getMessage() for record in caplog.records)
+        assert alone == "Memory on the GPU, at its peak so far: 512 MB."
+        assert with_plan.endswith(f"with rows as long as the config allows: {max(seen) / 2**20:.0f} MB.")
+    assert phases.peak(spec("sft", QWEN, batch=8, length=100, concurrency=4000)).name != "training"
 
 
 @pytest.mark.parametrize("sums", [True, False])

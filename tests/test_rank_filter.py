@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from itertools import combinations
 
@@ -69,12 +70,38 @@ def test_a_response_that_was_cut_off_ranks_behind_those_that_ended():
         ("c", 1, 0.3), ("a", 2, 0.1), ("d", 2, 0.4), ("b", 4, 0.2),
     ]  # fmt: skip
     assert [row["response"] for row in rank._rows(responses, scores, None, 2, 1)] == ["a", "c"]
-    found = rank.worth(responses, scores, [0.1, 0.2, 0.3, 0.4], 4, ["p"], 0)
+    found = rank.worth(responses, scores, [0.1, 0.2, 0.3, 0.4], 4, 0)
     assert [entry["n"] for entry in found] == [1, 2, 4]
     assert found[0]["reward"]["estimate"] == pytest.approx(3.5) and found[2]["reward"]["estimate"] == 3.0
     assert found[2]["judge"]["estimate"] == pytest.approx(0.3, abs=1e-7)
     keys = [2.0, 0.0, 3.0, 2.0]
     assert found[1]["judge"]["estimate"] == pytest.approx(by_every_draw(keys, [0.1, 0.2, 0.3, 0.4], 2), abs=1e-7)
+
+
+def test_an_empty_response_is_never_the_best_and_a_prompt_without_text_is_left_out(caplog):
+    logging.getLogger("rlhf").propagate = True
+    texts = [["", "b", " ", "d"], ["", "\n", "", ""], ["e", "", "f", "\0"]]
+    ended = [[True, False, True, True], [True, False, True, True], [False, True, False, True]]
+    responses = [
+        sample(text, finished, prompt=f"p{n}")
+        for n, group in enumerate(zip(texts, ended, strict=True)) for text, finished in zip(*group, strict=True)
+    ]  # fmt: skip
+    kept = rank._with_text("policy", responses, 4)
+    assert [one.prompt[0].content for one in kept] == ["p0"] * 4 + ["p2"] * 4
+    assert "8 of 12 responses have no text" in caplog.text and "1 of 3 prompts are left out" in caplog.text
+    assert "4 of 12 responses were cut off" in caplog.text
+    scores = Scores(torch.tensor([9.0, 5.0, 8.0, 1.0, 2.0, 9.0, 3.0, 9.5]))
+    rows = rank._rows(kept, scores, None, 4, None)
+    assert [(row["response"], row["rank"], row["finished"]) for row in rows] == [
+        ("d", 1, True), ("b", 2, False), ("f", 1, False), ("e", 2, False),
+    ]  # fmt: skip
+    keys = [(False, True, 9.0), (True, False, 5.0), (False, True, 8.0), (True, True, 1.0)]
+    others = [(True, False, 2.0), (False, True, 9.0), (True, False, 3.0), (False, True, 9.5)]
+    for entry in rank.worth(kept, scores, None, 4, 0):
+        wanted = [by_every_draw(own, [key[2] for key in own], entry["n"]) for own in (keys, others)]
+        assert entry["reward"]["estimate"] == pytest.approx(sum(wanted) / 2, abs=1e-6)
+    with pytest.raises(RlhfError, match="DAT013.*policy: none of 4 responses has text"):
+        rank._with_text("policy", responses[4:8], 4)
 
 
 def test_rank_writes_rows_that_sft_reads_and_says_what_n_is_worth(here, tmp_path):
@@ -85,7 +112,9 @@ def test_rank_writes_rows_that_sft_reads_and_says_what_n_is_worth(here, tmp_path
     assert code == 0, shown
     rows = [json.loads(line) for line in (tmp_path / "ranked.jsonl").read_text().splitlines()]
     assert len(rows) == 8 and all(row["score"] == -len(row["response"]) for row in rows)
-    found = json.loads(shown.splitlines()[-1])["best_of"]
+    report = json.loads(shown.splitlines()[-1])
+    found, num_cut = report["best_of"], sum(not row["finished"] for row in rows)
+    assert (report["cut_off"], report["empty"], report["prompts_without_text"]) == (num_cut, 0, 0)
     ended = [[row for row in rows[start : start + 4] if row["finished"]] or rows[start : start + 4] for start in (0, 4)]
     best = [max(row["score"] for row in group) for group in ended]
     assert found[-1]["reward"]["estimate"] == pytest.approx(sum(best) / 2)

@@ -29,7 +29,7 @@ QWEN = (
 )
 SIZES = {
     "sft": ["max_length=200", "batch.batch_size=4", "batch.micro_batch_size=2", "sampling.max_new_tokens=12",
-            "end_token_samples=4", "save_every=null"],
+            "end_token_samples=4", "save_every=null", "require_improvement=false"],
     "train-rm": ["max_length=200", "batch.batch_size=4", "batch.micro_batch_size=1", "sampling.max_new_tokens=12",
                  "standardise_samples=8", "save_every=null"],
     "eval-rm": ["max_length=200", "num_resamples=100"],
@@ -133,7 +133,8 @@ def test_the_configs_of_a_base_are_sound(name, monkeypatch, here):
 def test_a_stage_does_not_start_without_the_rows_that_check_could_not_reach(tmp_path, monkeypatch, here):
     monkeypatch.chdir(tmp_path)
     code, text = here("sft", "-c", ROOT / "configs/qwen2.5-0.5b/sft.yaml", "model.path=demo:base")
-    assert code == 3 and "error[DAT015] trl-lib/tldr: the hub cannot be reached. Fix: go online" in text
+    assert code == 3 and "error[DAT015] trl-lib/tldr: not in the cache, and HF_HUB_OFFLINE is set." in text
+    assert "hf download trl-lib/tldr --repo-type dataset" in text
     assert not Path("runs").exists()
 
 
@@ -162,7 +163,7 @@ def test_the_chain_of_a_base_runs_at_small_shapes(name, tmp_path, monkeypatch, h
         "sft": ["model.path=m", "data.path=shown.jsonl", "data.split=null"],
         "train-rm": ["data.path=pairs.jsonl", "data.split=null"],
         "eval-rm": ["data.path=pairs.jsonl", "data.split=null"],
-        "ppo": ["prompts.path=shown.jsonl", "prompts.split=null"],
+        "ppo": ["prompts.path=shown.jsonl", "prompts.split=null", "rewards.0.accept=failed"],
     }
     for stage, overrides in places.items():
         code, text = here(stage, "-c", ROOT / f"configs/{name}/{stage}.yaml", *overrides, *SIZES[stage])

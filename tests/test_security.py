@@ -23,7 +23,7 @@ from tiny import ARCHITECTURES, base, lora
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from rlhf import artifacts, cli, masking, model_files, names, preflight, progress, resources, runs
+from rlhf import artifacts, cli, connection, masking, model_files, names, preflight, progress, resources, runs
 from rlhf.artifacts import BaseIdentity, Manifest
 from rlhf.config import load, yaml_reader
 from rlhf.config.sections import DataSection
@@ -31,6 +31,7 @@ from rlhf.config.stages import PpoConfig, SftConfig
 from rlhf.data import hub, jsonl, sources
 from rlhf.demo import registry as demo
 from rlhf.errors import RlhfError
+from rlhf.identity import Identity
 from rlhf.models import adapters, opening
 from rlhf.models.base import load_base, load_tokenizer
 from rlhf.stages.registry import STAGES
@@ -542,7 +543,7 @@ def test_no_secret_given_on_the_command_line_is_shown(tmp_path, arguments, code,
 def test_a_run_log_holds_no_secret(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "kcanary-log")
     progress.log_to_console()
-    with runs.open_run(tmp_path / "run", "sft", {}, ""):
+    with runs.open_run(tmp_path / "run", "sft", Identity({}), ""):
         logging.getLogger("rlhf").warning("the token %s at %s", "kcanary-log", URLS[0])
     text = (tmp_path / "run" / "run.log").read_text("utf-8")
     assert "the token *** at https://***@host/x" in text and not holds_canary(text)
@@ -629,6 +630,7 @@ def test_what_is_not_known_is_said_and_not_guessed(tmp_path, monkeypatch):
     plan = prepare_sft(tmp_path)
     assert any("memory: this system does not say" in note for note in plan.unchecked)
     assert any("not known here" in line for line in plan.figures)
+    monkeypatch.setattr(connection, "trouble", lambda: None)
     plan = prepare_sft(tmp_path, model={"path": "org/name"})
     assert plan.figures == () and any("disk and memory: the layers of org/name" in note for note in plan.unchecked)
 

@@ -27,7 +27,7 @@ from rlhf.data.records import Message
 from rlhf.errors import Problem, RlhfError
 from rlhf.scoring.scorer import Sample, Scores
 from rlhf.scoring.service import TOKEN, ServiceScorer
-from rlhf.serving.requests import Limits, Refused, candidates_of, samples_of
+from rlhf.serving.requests import RANK_BODY, SCORE_BODY, Limits, Refused, candidates_of, samples_of
 
 served = pytest.mark.skipif(bool(installed.missing_for_serving()), reason="the serve extra is not installed")
 ROOT = Path(__file__).parents[1]
@@ -259,17 +259,32 @@ def test_too_many_are_429_too_slow_is_504_and_a_stop_lets_what_was_asked_finish(
         (b"[" * 100_000, 400, "nested too deeply"), (json.dumps(rows(*["x"] * 65)).encode(), 413, "at most 64"),
     ],
 )  # fmt: skip
-def test_what_is_no_request_is_named(body, status, says):
+def test_what_is_no_request_is_named_and_answered_with_a_right_one(body, status, says):
     with pytest.raises(Refused, match=says) as refused:
         samples_of(body, Limits())
     assert refused.value.status == status
+    assert refused.value.body == (SCORE_BODY if status == 400 else {})
 
 
 def test_what_is_no_ranking_is_named():
     assert len(candidates_of(b'{"prompt": "a", "responses": ["b", "c"]}', Limits())) == 2
     for body, says in ((b'{"prompt": "a"}', "'responses'"), (b'{"responses": ["a"]}', "'prompt': need text, got null")):
-        with pytest.raises(Refused, match=says):
+        with pytest.raises(Refused, match=says) as refused:
             candidates_of(body, Limits())
+        assert refused.value.body == RANK_BODY
+
+
+@served
+def test_the_example_in_an_answer_and_in_the_readme_is_a_body_that_is_taken():
+    readme = (ROOT / "README.md").read_text()
+    with service(Letters()) as (port, _):
+        for path, names in (("/score", {"rows", "prompt", "response", "finished"}), ("/rank", {"prompt", "responses"})):
+            status, found = ask(port, path, b"{")
+            assert status == 400 and set(found["error"]["fields"]) == names and "invalid JSON" in found["error"]["what"]
+            example = found["error"]["example"]
+            assert ask(port, path, example)[0] == 200 and json.dumps(example) in readme
+        turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+        assert ask(port, "/score", {"rows": [{"prompt": turns, "response": "r"}]})[0] == 200
 
 
 @served

@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 import tiny
 
-from rlhf import cli
 from rlhf.config import load
-from rlhf.config.sections import DataSection
+from rlhf.config.sections import DataSection, ModelSection
 from rlhf.config.stages import PpoConfig, SftConfig
 from rlhf.config.train_rm import RewardConfig
 from rlhf.data import sources
 from rlhf.data.chat import ChatFormat
 from rlhf.errors import RlhfError
-from rlhf.preflight import Input, Needs, Plan
-from rlhf.stages import inspection, showing
+from rlhf.identity import Identity
+from rlhf.preflight import Checked, Input, Needs, Plan
+from rlhf.stages import inspection, showing, starting
 from rlhf.stages.registry import STAGES, Stage
 
 TWO_TURNS = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, "abcd", strict=True)]
@@ -37,8 +37,9 @@ def rows_of(tmp_path, config_class, rows, kind, count=3, **options):
     config = config_class.model_validate({key: {"path": str(path)}, **options})
     read = getattr(sources, f"load_{kind}")
     section = getattr(config, key)
-    needs = Needs(inputs=(Input(key, section, read),), model=SftConfig.model_fields["model"].default_factory())
-    return showing.rows(config, needs, Plan({}, {key: read(section)}, {}, ()), count)[key]
+    needs = Needs(inputs=(Input(key, section, read),), model=ModelSection())
+    checked = Checked("none", config, needs, Plan({}, {key: read(section)}, Identity({}), ()))
+    return showing.rows(checked, count, needs.model)[key]
 
 
 def marked(row):
@@ -83,8 +84,12 @@ def test_a_row_that_is_cut_is_shown_cut(tmp_path, chat):
 
 
 def test_what_the_template_refuses_is_named_by_row(tmp_path, chat):
+    rows = [{"prompt": "a"}, {"prompt": "<|im_end|>"}]
+    options = {"prompts": {"path": str(tmp_path / "d.jsonl"), "on_bad_row": "error"}}
     with pytest.raises(RlhfError, match=r"DAT060.*d.jsonl:2"):
-        rows_of(tmp_path, PpoConfig, [{"prompt": "a"}, {"prompt": "<|im_end|>"}], "prompts")
+        rows_of(tmp_path, PpoConfig, rows, "prompts", **options)
+    _, dropped = rows_of(tmp_path, PpoConfig, rows, "prompts")
+    assert dropped["about"].endswith("special token '<|im_end|>': the row is dropped") and dropped["parts"] == []
 
 
 def test_lines_mark_with_brackets_or_colour_and_let_no_control_character_through():
@@ -94,25 +99,54 @@ def test_lines_mark_with_brackets_or_colour_and_let_no_control_character_through
     assert list(inspection.check_lines(results, colour=True))[-1] == "     \x1b[32mb\x1b[0m"
 
 
-def test_check_shows_a_data_set_of_the_world_and_says_which_run_it_waits_for(tmp_path, monkeypatch):
+def test_check_shows_rows_with_the_tokenizer_of_a_parent_that_has_not_run_yet(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("sft.yaml").write_text("data: {path: 'demo:demonstrations?size=20'}\nepochs: 1\n")
-    Path("ppo.yaml").write_text("prompts: {path: 'demo:prompts?size=20'}\n")
-    sft, ppo = inspection.check([Path("sft.yaml"), Path("ppo.yaml")], None, [], show=2)
+    Path("first.yaml").write_text(
+        "run_dir: runs/a/sft\nmodel: {}\ndata: {path: 'demo:demonstrations?size=20'}\nsteps: 1\n"
+    )
+    Path("rm.yaml").write_text("policy: ./runs/a/sft\nmembers: 1\ndata: {path: 'demo:preferences?size=9'}\nsteps: 1\n")
+    Path("eval-rm.yaml").write_text("reward: runs/train-rm\ndata: {path: 'demo:preferences?size=9'}\n")
+    Path("ppo.yaml").write_text("policy: runs/a/sft\nprompts: {path: 'demo:prompts?size=20'}\n")
+    files = [Path(f"{name}.yaml") for name in ("first", "rm", "eval-rm", "ppo")]
+    sft, rm, examined, ppo = inspection.check(files, None, [], show=2)
     (record, *_) = sources.load_demonstrations(DataSection(path="demo:demonstrations?size=20")).records
-    assert len(sft["data"]["data"]["shown"]) == 2
+    assert len(sft["data"]["data"]["shown"]) == 2 and sft["rows_shown"] == "as the model reads them"
     text = " ".join(marked(sft["data"]["data"]["shown"][0]))
     assert record.messages[-1].content in text and record.messages[0].content not in text
-    assert "rows are shown with the tokenizer of runs/sft, once that run is made" in ppo["not_checked"]
-    assert "shown" not in inspection.check([Path("sft.yaml")], None, [])[0]["data"]["data"]
+    (pairs, *_) = sources.load_comparisons(DataSection(path="demo:preferences?size=9")).records
+    for result, missing in ((rm, "./runs/a/sft"), (examined, "runs/train-rm"), (ppo, "runs/a/sft")):
+        said = f"with the tokenizer of demo:base, which first.yaml names; {missing} has not been run yet"
+        assert result["rows_shown"] == said and list(inspection.check_lines([result]))[1] == f"  rows are shown {said}."
+    for result in (rm, examined):
+        shown = result["data"]["data"]["shown"]
+        assert [row["parts"][0][0].endswith(pairs.responses[0]) for row in shown[:2]] == [True, False]
+        assert [marked(row) for row in shown[:2]] == [["<eos>"]] * 2
+    assert ppo["data"]["prompts"]["shown"][0]["parts"][0][0].startswith("<user>")
+    assert "shown" not in inspection.check([Path("first.yaml")], None, [])[0]["data"]["data"]
+
+
+def test_rows_are_shown_as_text_where_nothing_gives_a_tokenizer_and_the_reason_is_said(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    row = {"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]}
+    Path("d.jsonl").write_text(json.dumps(row | {"chosen": "yes", "rejected": "no"}) + "\n")
+    Path("turns.jsonl").write_text(json.dumps({"messages": TWO_TURNS}) + "\n")
+    Path("train-rm.yaml").write_text("policy: runs/none\ndata: {path: d.jsonl}\nepochs: 1\n")
+    Path("sft.yaml").write_text("model: {path: org/nothing}\ndata: {path: turns.jsonl}\nepochs: 1\n")
+    rm, sft = inspection.check([Path("train-rm.yaml"), Path("sft.yaml")], None, [], show=1)
+    good, bad = rm["data"]["data"]["shown"]
+    assert good["parts"] == [["system: s\n", False], ["user: q\n", False], ["assistant: yes", False]]
+    assert (good["about"], bad["about"]) == ("text; response 1 (preferred to 2)", "text; response 2")
+    assert rm["rows_shown"] == "as text, without tokens: runs/none: no such run, and no config in . makes it"
+    assert marked(sft["data"]["data"]["shown"][0]) == ["assistant: b\n", "assistant: d\n"]
+    assert "tokenizer.path: org/nothing: not in the cache, and HF_HUB_OFFLINE is set" in sft["rows_shown"]
 
 
 def test_a_limit_sets_the_key_of_every_data_set_and_is_refused_where_there_is_none(tmp_path):
     path = tmp_path / "ppo.yaml"
     path.write_text("prompts: {path: a.jsonl, limit: 50}\nevaluation: {data: {path: b.jsonl}}\n")
-    overrides = cli.limits(STAGES["ppo"], path, [], 5)
+    overrides = starting.limits(STAGES["ppo"], path, [], 5)
     config = load.load(PpoConfig, path, overrides)
     assert (config.prompts.limit, config.evaluation.data.limit) == (5, 5)
-    without = Stage("none", PpoConfig, "policy", lambda config: Needs(), "Nothing.")
-    with pytest.raises(RlhfError, match="--limit: rlhf none reads no data set"):
-        cli.limits(without, path, [], 5)
+    without = Stage("ppo", PpoConfig, "policy", lambda config: Needs(), "Nothing.")
+    with pytest.raises(RlhfError, match="--limit: rlhf ppo reads no data set"):
+        starting.limits(without, path, [], 5)

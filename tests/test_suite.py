@@ -72,8 +72,9 @@ def test_a_regression_is_what_the_judge_and_the_baseline_pass_and_the_candidate_
     )
     assert suite.regressions(judge, baseline, candidate) == ["lost"]
     found = {
-        "baseline": {"name": "old"}, "candidate": {"name": "new"}, "win_rate": {"ci95": [0.4, 0.6]},
-        "length_controlled_win_rate": None, "suite": {"regressions": ["lost"]},
+        "baseline": {"name": "old"}, "candidate": {"name": "new"}, "score_difference": {"ci95": [-1.0, 1.0]},
+        "win_rate": {"ci95": [0.4, 0.6]}, "both_ended": {"few": True}, "length_controlled_win_rate": None,
+        "suite": {"regressions": ["lost"]},
     }  # fmt: skip
     with pytest.raises(RlhfError, match="VER002.*new: fails the edge case 'lost', which the baseline passes"):
         refuse_if_worse(found)

@@ -328,7 +328,15 @@ def test_sft_goes_on_from_an_adapter_that_a_run_or_another_tool_has_made(whole_c
     config = {**CONFIGS["sft"], "lora": {"r": 4, "alpha": 8.0}}
     (whole_chain / "first.yaml").write_text(yaml.safe_dump({"run_dir": "runs/first", **config}))
     (whole_chain / "second.yaml").write_text(
-        yaml.safe_dump({"run_dir": "runs/second", **config, "lora": {"r": 6}, "optim": {"learning_rate": 1e-12}})
+        yaml.safe_dump(
+            {
+                "run_dir": "runs/second",
+                **config,
+                "lora": {"r": 6},
+                "optim": {"learning_rate": 1e-12},
+                "require_improvement": False,
+            }
+        )
     )
 
     def sft(name, *args):
@@ -344,6 +352,8 @@ def test_sft_goes_on_from_an_adapter_that_a_run_or_another_tool_has_made(whole_c
         assert key in made.identity
         first = artifacts.read(whole_chain / "runs/first")
         assert made.metrics["eval/loss"] == pytest.approx(first.metrics["eval/loss"], abs=1e-4)
+        assert made.metrics["eval/start_loss"] == pytest.approx(first.metrics["eval/loss"], abs=1e-5)
+        assert made.metrics["eval/base_loss"] == first.metrics["eval/base_loss"] > first.metrics["eval/loss"]
     build(whole_chain / "n", "qwen2")
     done = sft("second", "adapter=runs/first", "model.path=n", "run_dir=runs/x")
     assert done.returncode == 4 and "MOD021" in done.stderr and "adapter: made on another model" in done.stderr

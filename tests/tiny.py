@@ -27,6 +27,7 @@ from rlhf.artifacts import BaseIdentity, Manifest
 from rlhf.config.sections import LoraSection
 from rlhf.models import adapters
 from rlhf.models.base import Base, load_base
+from rlhf.models.heads import ScalarHead
 from rlhf.models.roles import SharedBase
 
 CHATML = (
@@ -114,8 +115,9 @@ def shake(roles, name: str, seed: int = 0, size: float = 0.3) -> None:
             parameter.data.copy_((size * noise).to(parameter))
 
 
-def finished_sft(where: Path) -> None:
-    """A model in ``where/m`` that often ends its answers, and a finished SFT run on it in ``where/runs/sft``."""
+def finished_sft(where: Path, **sampling) -> None:
+    """A model in ``where/m`` that often ends its answers, and a finished SFT run on it in ``where/runs/sft`` with these
+    sampling settings."""
     directory = build(where / "m", tie=False)
     weights = load_file(directory / "model.safetensors")
     weights["lm_head.weight"][2] = torch.randn(32, generator=torch.Generator().manual_seed(0))
@@ -124,5 +126,19 @@ def finished_sft(where: Path) -> None:
     roles = SharedBase(opened)
     roles.add("policy", adapter=lora(opened))
     roles.save("policy", where / "runs/sft")
-    identity = BaseIdentity(str(directory), opened.digest, "float32")
-    artifacts.write(where / "runs/sft", Manifest("policy", "sft", 0, {"a": 1}, {}, 1.0, base=identity))
+    base = BaseIdentity(str(directory), opened.digest, "float32")
+    identity = {"a": 1, **{f"sampling.{key}": value for key, value in sampling.items()}}
+    artifacts.write(where / "runs/sft", Manifest("policy", "sft", 0, identity, {}, 1.0, base=base))
+
+
+def finished_reward(where: Path) -> None:
+    """A finished reward run on the same model in ``where/runs/train-rm``: a random adapter and a random head."""
+    opened = load_base(str(where / "m"))
+    roles = SharedBase(opened)
+    torch.manual_seed(1)
+    head = ScalarHead(32)
+    roles.add("reward", adapter=lora(opened), head=head)
+    shake(roles, "reward", seed=3)
+    roles.save("reward", where / "runs/train-rm")
+    identity = BaseIdentity(str(where / "m"), opened.digest, "float32")
+    artifacts.write(where / "runs/train-rm", Manifest("reward", "train-rm", 0, {"a": 1}, {}, 1.0, base=identity))

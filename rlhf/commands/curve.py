@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,13 +9,14 @@ from typing import Annotated
 
 import typer
 
-from rlhf.commands.options import ConfigFile, Json, Sets
+from rlhf import progress
+from rlhf.commands.options import Bare, ConfigFile, Json, Sets
 from rlhf.errors import Problem, RlhfError
 
 
 def learning_curve(
     config: ConfigFile = None,
-    bare: Annotated[list[str] | None, typer.Argument(help="The same as --set: a.b=c.", show_default=False)] = None,
+    bare: Bare = None,
     sets: Sets = None,
     shares: Annotated[
         str, typer.Option("--shares", help="Growing shares of the training prompts, three or more.")
@@ -32,7 +32,7 @@ def learning_curve(
 ) -> None:
     """Train reward models on growing shares of the data: would more labels help? Without -c, configs/train-rm.yaml."""
     path = config or Path("configs/train-rm.yaml")
-    module = importlib.import_module("rlhf.stages.learning_curve")
+    module = progress.load("rlhf.stages.learning_curve")
     report = module.run(
         path, [*(sets or []), *(bare or [])], [_number(text, "--shares") for text in shares.split(",")],
         [int(_number(text, "--seeds", whole=True)) for text in (seeds or "").split(",") if text], out, resamples,

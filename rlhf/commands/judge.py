@@ -10,8 +10,9 @@ from typing import Annotated
 
 import typer
 
+from rlhf import progress
 from rlhf.commands.options import Json
-from rlhf.commands.use import NewTokens, Policy, Seed, Temperature, Template, TopP, sampling
+from rlhf.commands.use import NewTokens, Policy, Seed, StopTokens, Temperature, Template, TopP, sampling
 from rlhf.errors import Problem, RlhfError
 
 REWARDS = typer.Option(
@@ -33,8 +34,9 @@ def compare(
     slice_by: Annotated[
         list[str] | None, typer.Option("--slice-by", help="Field of the prompts' rows: a table by it. Repeatable.")
     ] = None,
-    temperature: Temperature = 1.0,
-    max_new_tokens: NewTokens = 64,
+    temperature: Temperature = None,
+    max_new_tokens: NewTokens = None,
+    stop_token: StopTokens = None,
     top_p: TopP = 1.0,
     seed: Seed = 0,
     chat_template: Template = None,
@@ -46,15 +48,20 @@ def compare(
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Directory for report.json and every response.")] = None,
     fail_if_worse: Annotated[
-        bool, typer.Option("--fail-if-worse", help="Exit 10 where a win rate's interval is below 1/2, or a case lost.")
+        bool,
+        typer.Option(
+            "--fail-if-worse",
+            help="Exit 10 where the whole interval of the score difference is below 0, or "
+            "that of a win rate below 1/2, or where a case is lost.",
+        ),
     ] = False,
     as_json: Json = False,
 ) -> None:
     """Compare two policies on the same prompts under a reward. Win rates, slices, worst regressions."""
-    how = sampling(max_new_tokens, temperature, seed, "compare", top_p)
-    module = importlib.import_module("rlhf.stages.compare")
+    asked = sampling("compare", seed, max_new_tokens, temperature, stop_token, top_p)
+    module = progress.load("rlhf.stages.compare")
     found = module.compare(
-        (baseline, candidate), prompts, reward, samples, slice_by or [], chat_template, how, micro_batch_size, worst,
+        (baseline, candidate), prompts, reward, samples, slice_by or [], chat_template, asked, micro_batch_size, worst,
         resamples, out, suite,
     )  # fmt: skip
     if as_json:
@@ -77,8 +84,9 @@ def rank(
     judge: Annotated[
         str | None, typer.Option("--judge", help="Another reward, which measures what the first one chooses.")
     ] = None,
-    temperature: Temperature = 1.0,
-    max_new_tokens: NewTokens = 64,
+    temperature: Temperature = None,
+    max_new_tokens: NewTokens = None,
+    stop_token: StopTokens = None,
     top_p: TopP = 1.0,
     seed: Seed = 0,
     chat_template: Template = None,
@@ -87,9 +95,9 @@ def rank(
 ) -> None:
     """Sample n responses a prompt and rank them by a reward. The worth of the best of 1 to n is said."""
     _refuse_two_on_stdout(as_json, out)
-    how = sampling(max_new_tokens, temperature, seed, "rank", top_p)
-    module = importlib.import_module("rlhf.stages.rank")
-    found = module.rank(run, prompts, reward, judge, samples, top, chat_template, how, micro_batch_size, out)
+    asked = sampling("rank", seed, max_new_tokens, temperature, stop_token, top_p)
+    module = progress.load("rlhf.stages.rank")
+    found = module.rank(run, prompts, reward, judge, samples, top, chat_template, asked, micro_batch_size, out)
     if as_json:
         typer.echo(json.dumps(found))
     else:
@@ -122,7 +130,7 @@ def filter_rows(
 ) -> None:  # fmt: skip
     """Keep the rows of a data set that are worth training on. What is dropped is counted."""
     _refuse_two_on_stdout(as_json, out)
-    module = importlib.import_module("rlhf.stages.filter")
+    module = progress.load("rlhf.stages.filter")
     rules = module.Rules(near_duplicates, length_outliers, max_disagreement, min_score, keep_share)
     counts = module.filter_rows(data, reward or [], rules, micro_batch_size, out)
     if as_json:
@@ -154,7 +162,7 @@ def serve(
     limits = importlib.import_module("rlhf.serving.requests").Limits(
         max_body, max_rows, read_seconds, score_seconds, max_waiting, max_batch
     )
-    importlib.import_module("rlhf.stages.serve").serve(rewards, host, port, limits)
+    progress.load("rlhf.stages.serve").serve(rewards, host, port, limits)
 
 
 def _refuse_two_on_stdout(as_json: bool, out: str) -> None:

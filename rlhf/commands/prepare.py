@@ -6,24 +6,33 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from rlhf import storage
+from rlhf import progress, storage
 from rlhf.commands.options import Json, Sets
 from rlhf.errors import Problem, RlhfError
 from rlhf.stages import inspection
 
+Files = Annotated[list[Path] | None, typer.Argument(help="Config files; none: all of configs/.")]
+MoreFiles = Annotated[
+    list[Path] | None, typer.Option("-c", "--config", help="The same as FILES. Repeatable.", show_default=False)
+]
+OfStage = Annotated[
+    str | None,
+    typer.Option(
+        "--stage", help="Whose configs they are, where neither their names nor their keys say.", show_default=False
+    ),
+]
+
 
 def check(
-    files: Annotated[list[Path] | None, typer.Argument(help="Config files; none: all of configs/.")] = None,
-    config: Annotated[list[Path] | None, typer.Option("-c", "--config", help="The same as FILES.")] = None,
-    stage: Annotated[
-        str | None, typer.Option("--stage", help="Whose config it is, where the name does not say.")
-    ] = None,
+    files: Files = None,
+    config: MoreFiles = None,
+    stage: OfStage = None,
     sets: Sets = None,
     show: Annotated[
         int, typer.Option("--show", min=0, help="Print N rows of each data set as the model will see them.")
@@ -72,7 +81,7 @@ def migrate(
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Directory to write to.")],
     size: Annotated[int, typer.Option("--size", min=1, help="Rows of each data set.")] = 200,
-    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the data.")] = 0,
 ) -> None:
     """Write the embedded world's data sets as files to look at."""
     for path, rows in inspection.write_demo(out, size, seed).items():
@@ -86,10 +95,30 @@ def init(
                                        "prompts; demo: for the embedded world. Repeatable.")
     ] = None,
     model: Annotated[str | None, typer.Option("--model", help="Directory or hub id of the base.")] = None,
+    columns: Annotated[
+        list[str] | None, typer.Option("--columns", metavar="OURS=THEIRS", help="Our name of a column that has another "
+                                       "one in your files, such as prompt=question. Repeatable.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="Read only the first N rows of each file, for a trial.",
+                                 show_default=False)
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option("--max-length", min=8, help="Longest row in tokens; longer ones are left out, however "
+                                 "many there are.", show_default=False)
+    ] = None,
+    max_dropped_fraction: Annotated[
+        float | None, typer.Option("--max-dropped-fraction", min=0.0, max=1.0, help="Share of a file's rows that may "
+                                   "be left out as bad, equal or too long; else 0.05.", show_default=False)
+    ] = None,
     as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Write configs that run for your data and model. Each key has its reason beside it."""
-    project = importlib.import_module("rlhf.start.project").make(directory, data or [], model)
+    """Write configs that run for your data and model. Each key has its reason next to it."""
+    inspection.require_reachable(model, data or [])
+    options = progress.load("rlhf.start.facts").Options
+    given = {"limit": limit, "max_length": max_length, "max_dropped_fraction": max_dropped_fraction}
+    wanted = options(_renamed(columns or []), **{name: value for name, value in given.items() if value is not None})
+    project = progress.load("rlhf.start.project").make(directory, data or [], model, wanted)
     if as_json:
         typer.echo(json.dumps({"directory": str(directory), "files": list(project.files), "figures": project.figures}))
         return
@@ -97,11 +126,23 @@ def init(
     typer.echo(f"\nWrote {', '.join(project.files)}.\nNext: cd {directory} && rlhf pipeline")
 
 
+def _renamed(columns: Sequence[str]) -> dict[str, str]:
+    """Our field name -> the name in the files."""
+    found: dict[str, str] = {}
+    for text in columns:
+        ours, sign, theirs = text.partition("=")
+        if not (ours and sign and theirs):
+            raise RlhfError(Problem("CFG005", "--columns", f"'{text}' is not OURS=THEIRS.", "prompt=question"))
+        if ours in found:
+            raise RlhfError(Problem("CFG005", "--columns", f"names {ours} twice.", "one column for each field"))
+        found[ours] = theirs
+    return found
+
+
 def plan(
-    config: Annotated[Path, typer.Option("-c", "--config", help="Config file of one stage.")],
-    stage: Annotated[
-        str | None, typer.Option("--stage", help="Whose config it is, where the name does not say.")
-    ] = None,
+    files: Files = None,
+    config: MoreFiles = None,
+    stage: OfStage = None,
     gpu: Annotated[
         str | None, typer.Option("--gpu", help="Memory to fit into, such as 24GB; else this machine's.")
     ] = None,
@@ -111,10 +152,14 @@ def plan(
     sets: Sets = None,
     as_json: Json = False,
 ) -> None:
-    """Predict memory and time of a stage from its config. What would make it fit is said."""
+    """Predict memory and time of stages from their configs. What would make them fit is said."""
     module = importlib.import_module("rlhf.stages.plan")
-    outcome = module.plan(config, stage or config.stem, sets or [], gpu, flops, bandwidth, measure)
-    typer.echo(json.dumps(outcome) if as_json else "\n".join(module.lines(outcome)))
+    device = module.Device(gpu, flops, bandwidth, measure)
+    outcome = module.plans([*(files or []), *(config or [])], stage, sets or [], device)
+    if as_json:
+        typer.echo(json.dumps(outcome))
+        return
+    typer.echo("\n\n".join("\n".join(module.lines(one)) for one in outcome))
 
 
 COMMANDS: dict[str, Callable[..., None]] = {

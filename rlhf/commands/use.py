@@ -2,22 +2,44 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from rlhf import progress
 from rlhf.commands.options import Json
+from rlhf.config.sections import SamplingSection
 from rlhf.errors import Problem, RlhfError
+from rlhf.policy_sampling import Asked
 
 Policy = Annotated[str, typer.Argument(help="Policy run, or directory or hub id of a causal language model.")]
-Temperature = Annotated[float, typer.Option("--temperature", min=0.0, max=100.0, help="0 is greedy.")]
-NewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1)]
-TopP = Annotated[float, typer.Option("--top-p", min=1e-6, max=1.0)]
-Seed = Annotated[int, typer.Option("--seed", min=0)]
+THE_RUNS = "Default: the run's own; for a model that is not a run,"
+DEFAULTS = SamplingSection()
+Temperature = Annotated[
+    float | None,
+    typer.Option(
+        "--temperature", min=0.0, max=100.0, help=f"0 is greedy. {THE_RUNS} {DEFAULTS.temperature:g}.",
+        show_default=False,
+    ),
+]  # fmt: skip
+NewTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--max-new-tokens", min=1, help=f"Longest response. {THE_RUNS} {DEFAULTS.max_new_tokens}.", show_default=False
+    ),
+]
+StopTokens = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--stop-token", help=f"Token that ends a response too, '' for none. Repeatable. {THE_RUNS} none.",
+        show_default=False,
+    ),
+]  # fmt: skip
+TopP = Annotated[float, typer.Option("--top-p", min=1e-6, max=1.0, help="Sample from the likeliest tokens alone.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the sampling.")]
 Template = Annotated[
     str | None, typer.Option("--chat-template", help="chatml or plain, for a model whose tokenizer has none.")
 ]
@@ -28,15 +50,16 @@ def generate(
     prompts: Annotated[str, typer.Option("--prompts", help="JSONL of prompts, a data set, or - for stdin.")] = "-",
     out: Annotated[str, typer.Option("--out", help="JSONL file, or - for stdout.")] = "-",
     samples: Annotated[int, typer.Option("-n", "--samples", min=1, help="Responses a prompt.")] = 1,
-    temperature: Temperature = 1.0,
-    max_new_tokens: NewTokens = 64,
+    temperature: Temperature = None,
+    max_new_tokens: NewTokens = None,
+    stop_token: StopTokens = None,
     top_p: TopP = 1.0,
     seed: Seed = 0,
     chat_template: Template = None,
 ) -> None:
     """Sample responses from a policy run or any model."""
-    how = sampling(max_new_tokens, temperature, seed, "generate", top_p)
-    importlib.import_module("rlhf.stages.generate").generate(run, prompts, out, samples, chat_template, how)
+    asked = sampling("generate", seed, max_new_tokens, temperature, stop_token, top_p)
+    progress.load("rlhf.stages.generate").generate(run, prompts, out, samples, chat_template, asked)
 
 
 def chat(
@@ -45,21 +68,26 @@ def chat(
         str | None, typer.Option("--reward", help="Reward run, or directory or hub id of a classifier.")
     ] = None,
     system: Annotated[str | None, typer.Option("--system", help="A system turn at the beginning.")] = None,
-    temperature: Temperature = 0.7,
-    max_new_tokens: NewTokens = 256,
+    temperature: Temperature = None,
+    max_new_tokens: NewTokens = None,
+    stop_token: StopTokens = None,
     top_p: TopP = 1.0,
     seed: Seed = 0,
     chat_template: Template = None,
 ) -> None:
     """Talk with a policy run or any model. /again, /reset and /quit are commands."""
-    how = sampling(max_new_tokens, temperature, seed, "chat", top_p)
-    importlib.import_module("rlhf.stages.chat").chat(run, reward, system, chat_template, how)
+    asked = sampling("chat", seed, max_new_tokens, temperature, stop_token, top_p)
+    progress.load("rlhf.stages.chat").chat(run, reward, system, chat_template, asked)
 
 
-def sampling(max_new_tokens: int, temperature: float, seed: int, command: str, top_p: float) -> Any:
-    """The engine's settings; imports torch."""
-    engine, runtime = (importlib.import_module(f"rlhf.{name}") for name in ("rollouts.engine", "runtime"))
-    return engine.Sampling(max_new_tokens, temperature, runtime.derived_seed(seed, command), top_p=top_p)
+def sampling(
+    command: str, seed: int, max_new_tokens: int | None, temperature: float | None, stop_tokens: list[str] | None,
+    top_p: float,
+) -> Asked:  # fmt: skip
+    """What a command line asks for; imports torch."""
+    derived = progress.load("rlhf.runtime").derived_seed(seed, command)
+    named = [token for token in stop_tokens if token] if stop_tokens else None
+    return Asked(derived, max_new_tokens, temperature, named, top_p)
 
 
 def score(
@@ -72,11 +100,11 @@ def score(
     ],
     data: Annotated[str, typer.Option("--in", help="JSONL of prompt and response, or - for stdin.")] = "-",
     out: Annotated[str, typer.Option("--out", help="JSONL file, or - for stdout.")] = "-",
-    micro_batch_size: Annotated[int, typer.Option("--micro-batch-size", min=1)] = 32,
+    micro_batch_size: Annotated[int, typer.Option("--micro-batch-size", min=1, help="Responses a forward pass.")] = 32,
     label: Annotated[str | None, typer.Option("--label", help="Label of a classifier that has several.")] = None,
 ) -> None:
     """Score responses with a reward run or any classifier."""
-    importlib.import_module("rlhf.stages.score").score(run, data, out, micro_batch_size, label)
+    progress.load("rlhf.stages.score").score(run, data, out, micro_batch_size, label)
 
 
 def export(
@@ -93,7 +121,7 @@ def export(
     """Write a run as a plain Hugging Face directory."""
     if public and push_to_hub is None:
         raise RlhfError(Problem("CFG040", "--public", "nothing is uploaded.", "--push-to-hub OWNER/NAME"))
-    module = importlib.import_module("rlhf.stages.export")
+    module = progress.load("rlhf.stages.export")
     outcome = module.export(run, target, adapter_only, push_to_hub, public, head)
     if as_json:
         typer.echo(json.dumps(outcome))

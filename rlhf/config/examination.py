@@ -94,11 +94,20 @@ class ProbesSection(Section):
 class ThresholdSection(Section):
     """Where figures become warnings and failures; each only with the whole of its 95 % interval."""
 
-    accuracy: Bound = _bound(0.6, 0.55, "below: accuracy on the comparisons")
-    accuracy_when_sure: Bound = _bound(
-        0.75, 0.65, "below: accuracy on the fifth of the comparisons whose scores differ most"
+    accuracy: Bound = _bound(
+        0.6, 0.55, "below: accuracy on the comparisons; an interval that reaches 0.5 is always a warning"
     )
-    over_length: Bound = _bound(0.03, 0.0, "below: accuracy minus that of length alone, longer or shorter")
+    accuracy_when_sure: Bound = _bound(
+        0.75,
+        0.65,
+        "below: accuracy on the fifth of the comparisons whose scores differ most; an interval that reaches 0.5 is "
+        "always a warning",
+    )
+    over_length: Bound = _bound(
+        0.03,
+        0.0,
+        "below: accuracy minus that of length alone, longer or shorter; an interval that reaches 0 is always a warning",
+    )
     overconfidence: Bound = _bound(1.5, 2.5, "above: temperature that fits the comparisons best")
     underconfidence: Bound = _bound(0.67, 0.4, "below: the same temperature")
     label_noise: Bound = _bound(0.1, 0.15, "above: share of labels that no difference of scores explains, as fitted")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import difflib
 import re
-import types
-import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +12,8 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from rlhf import masking
-from rlhf.config import yaml_reader
+from rlhf import artifacts, masking
+from rlhf.config import fields, foreign, yaml_reader
 from rlhf.config.sections import Section
 from rlhf.errors import Problem, RlhfError
 
@@ -23,17 +21,6 @@ Config = TypeVar("Config", bound=Section)
 Path_ = tuple[str | int, ...]
 INDEX = re.compile(r"[0-9]{1,6}")
 VARIABLE = re.compile(r"\$\{[^}]*\}")
-
-HINTS = {
-    "lr": "optim.learning_rate", "beta": "kl.coef", "kl_coef": "kl.coef", "init_kl_coef": "kl.coef",
-    "output_dir": "run_dir", "num_train_epochs": "epochs", "max_steps": "steps", "save_steps": "save_every",
-    "per_device_train_batch_size": "batch.micro_batch_size", "gradient_accumulation_steps": "batch.batch_size",
-    "model_name_or_path": "model.path", "dataset_name": "data.path", "max_seq_length": "max_length",
-    "cliprange": "update.clip_range", "cliprange_value": "update.value_clip_range", "num_ppo_epochs": "update.epochs",
-    "response_length": "sampling.max_new_tokens", "max_new_tokens": "sampling.max_new_tokens",
-    "missing_eos_penalty": "missing_eos.penalty", "lora_r": "lora.r", "lora_alpha": "lora.alpha",
-    "lr_scheduler_type": "optim.schedule", "eval_steps": "evaluation.every", "torch_dtype": "model.dtype",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -58,11 +45,15 @@ class _Source:
 def load(config_class: type[Config], path: Path | None, overrides: Sequence[str] = ()) -> Config:
     """Read and validate a stage config; precedence is defaults, file, ``overrides`` ('a.b=c').
 
+    The config that a run has recorded may be of an older version: keys that are gone are translated there.
+
     Raises:
         RlhfError: with every problem, in the order of the file, then of the overrides; SEC alone, where a secret
             stands in it, and without the secret.
     """
     value, places = yaml_reader.read_file(path) if path else ({}, {})
+    if path and artifacts.is_recorded_config(path):
+        value = fields.update(config_class, value)
     return _settled(config_class, value, places, str(path) if path else "config", overrides)
 
 
@@ -99,25 +90,29 @@ def dump(config: Section) -> str:
 
 def flatten(config: Section) -> dict[str, Any]:
     """Dotted key -> value, for comparing two configs key by key."""
+    return dict(flattened("", config))
 
-    def walk(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
-        if isinstance(value, dict) and value:
-            for key, item in value.items():
-                yield from walk(f"{prefix}.{key}" if prefix else key, item)
-        elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
-            for index, item in enumerate(value):
-                yield from walk(f"{prefix}.{index}", item)
-        else:
-            yield prefix, value
 
-    return dict(walk("", config.model_dump(mode="json")))
+def flattened(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """The same for a value of a config, whose keys stand below ``key``."""
+    if isinstance(value, BaseModel):
+        value = value.model_dump(mode="json")
+    if isinstance(value, dict) and value:
+        for name, item in value.items():
+            yield from flattened(f"{key}.{name}" if key else name, item)
+    elif isinstance(value, list) and any(isinstance(item, dict | BaseModel) for item in value):
+        for index, item in enumerate(value):
+            yield from flattened(f"{key}.{index}", item)
+    else:
+        yield key, value
 
 
 def _override(config: dict[str, Any], item: str, origins: dict[Path_, str]) -> None:
     key, equals, text = item.partition("=")
     where = f"--set {yaml_reader.shown(key if masking.is_secret_name(key) else masking.mask(item))}"
     if not equals or not all(key.split(".")):
-        raise RlhfError(Problem("CFG005", where, "not of the form key.subkey=value.", "for instance --set steps=10"))
+        fix = f"-c {item}" if item.endswith((".yaml", ".yml")) else "for instance --set steps=10"
+        raise RlhfError(Problem("CFG005", where, "not of the form key.subkey=value.", fix))
     if found := yaml_reader.UNWRITABLE.search(key):
         raise RlhfError(Problem("CFG005", where, f"contains the character {found[0]!a}, which no text can hold."))
     value, _ = yaml_reader.read_text(text, where)
@@ -142,7 +137,7 @@ def _override(config: dict[str, Any], item: str, origins: dict[Path_, str]) -> N
 
 def _secrets(source: _Source, config_class: type[Section]) -> Iterator[Problem]:
     """A key that asks for a secret and is none of ours, and text that holds one; the message never shows it."""
-    known = {key.rpartition(".")[2] for key in _keys(config_class)}
+    known = {key.rpartition(".")[2] for key in keys_of(config_class)}
     for path, value in _leaves((), source.value):
         asks = value is not None and any(masking.is_secret_name(str(part)) and part not in known for part in path)
         if asks or any(masking.holds_secret(str(part)) for part in (*path, value)):
@@ -172,7 +167,8 @@ def _problem(entry: Any, config_class: type[Section], source: _Source) -> tuple[
     given = entry.get("input")
     match entry["type"]:
         case "extra_forbidden":
-            return order, Problem("CFG001", where, "unknown key.", _suggestion(path, config_class))
+            fix = fields.advice(config_class, path, given) or _suggestion(path, config_class)
+            return order, Problem("CFG001", where, "unknown key.", fix)
         case "missing":
             return order, Problem("CFG006", where, "required, and not set.", f"set {'.'.join(map(str, path))}")
         case "value_error":
@@ -199,34 +195,29 @@ def _existing(loc: Sequence[str | int], value: Any) -> Path_:
 
 
 def _suggestion(path: Path_, config_class: type[Section]) -> str:
-    keys = list(_keys(config_class))
+    keys = list(keys_of(config_class))
     parent = ".".join(str(part) for part in path[:-1] if not isinstance(part, int))
     leaf = str(path[-1])
     siblings = {key.rpartition(".")[2]: key for key in keys if key.rpartition(".")[0] == parent}
     if near := difflib.get_close_matches(leaf, siblings, n=1):
         return f"did you mean '{siblings[near[0]]}'?"
-    elsewhere = [key for key in keys if key.rpartition(".")[2] == leaf]
-    if leaf in HINTS and HINTS[leaf] in keys:
-        elsewhere = [HINTS[leaf]]
+    elsewhere = foreign.ours(leaf, keys) or next((key for key in keys if key.rpartition(".")[2] == leaf), None)
     if elsewhere:
-        return f"did you mean '{elsewhere[0]}'?"
+        return f"did you mean '{elsewhere}'?"
     return f"known keys here: {', '.join(sorted(siblings))}" if siblings else ""
 
 
-def _keys(config_class: type[BaseModel], prefix: str = "") -> Iterator[str]:
+def keys_of(config_class: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every dotted key of a config, sections before what they hold; places in lists are left out."""
     for name, field in config_class.model_fields.items():
         yield prefix + name
         for inner in sections_in(field.annotation):
-            yield from _keys(inner, f"{prefix}{name}.")
+            yield from keys_of(inner, f"{prefix}{name}.")
 
 
 def sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
     """The sections that a type holds, alone or in a list or a union."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    elif typing.get_origin(annotation) in (typing.Union, types.UnionType, list, typing.Annotated):
-        for inner in typing.get_args(annotation):
-            yield from sections_in(inner)
+    return (section for _, section in fields.places_in(annotation))
 
 
 def _fix(given: Any, kind: str) -> str:

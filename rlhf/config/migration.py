@@ -50,7 +50,7 @@ class Migration:
     def put(self, key: str, ours: str, value: Any) -> None:
         """An old key under our name for it, if this stage's config has it."""
         ours = IN_STAGE[self.stage].get(ours, ours)
-        if ours in set(load._keys(self.config_class)):
+        if ours in set(load.keys_of(self.config_class)):
             self.config[ours] = value
         else:
             self.gone[key] = ELSEWHERE.get(ours.split(".")[0], ELSEWHERE[""]).format(stage=self.stage)
@@ -63,7 +63,7 @@ class Migration:
             lines += [f"#   {key}: {reason}." for key, reason in said.items()]
         if self.written:
             lines.append(f"# Defaults of {self.tool}, written out: {', '.join(self.written)}.")
-        order = list(load._keys(self.config_class))
+        order = list(load.keys_of(self.config_class))
         config = nested({key: self.config[key] for key in sorted(self.config, key=order.index)})
         return "\n".join(lines) + "\n" + yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
 

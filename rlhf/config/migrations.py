@@ -31,12 +31,43 @@ COUNTED = {
     "per_device_train_batch_size": "batch.batch_size",
 }  # fmt: skip
 
+# Old key -> ours, its value there ({} is the old one, empty where no value follows from it alone), and what to mind;
+# for an answer to a person, where migrate has a step of its own.
+ROUGHLY: dict[str, tuple[str, str, str]] = {
+    "lr": ("optim.learning_rate", "{}", ""), "beta": ("kl.coef", "{}", ""), "init_kl_coef": ("kl.coef", "{}", ""),
+    "dataset_name": ("data.path", "{}", ""), "dataset": ("data.path", "{}", ""), "max_steps": ("steps", "{}", ""),
+    "eval_steps": ("evaluation.every", "{}", ""), "max_prompt_length": ("prompts.max_tokens", "{}", ""),
+    "lr_scheduler_type": ("optim.schedule", "{}", "constant, linear or cosine"),
+    "per_device_train_batch_size": (
+        "batch.micro_batch_size", "{}",
+        "batch.batch_size is the rows of an optimizer step: this times gradient_accumulation_steps",
+    ),
+    "gradient_accumulation_steps": ("batch.batch_size", "", "it is per_device_train_batch_size times this"),
+    "total_episodes": ("steps", "", "it is this divided by batch.batch_size"),
+    "warmup_steps": ("optim.warmup_ratio", "", "it is this divided by the number of steps"),
+    "missing_eos_penalty": ("missing_eos.penalty", "{}", "with missing_eos.mode=subtract"),
+    "dtype": ("model.dtype", "{}", "float32 or bfloat16"), "torch_dtype": ("model.dtype", "{}", "float32 or bfloat16"),
+    "bf16": ("model.dtype", "bfloat16", ""), "fp16": ("model.dtype", "", "float16 is not offered; float32 or bfloat16"),
+    "load_in_4bit": ("model.quantize", "nf4", ""), "load_in_8bit": ("model.quantize", "int8", ""),
+    "quantization_bit": ("model.quantize", "", "nf4 for 4 bits, int8 for 8"),
+    "lora_target_modules": ("lora.target_modules", "", "a list, such as '[q_proj, v_proj]', or all-linear"),
+    "lora_target": ("lora.target_modules", "", "a list, such as '[q_proj, v_proj]', or all-linear"),
+    "sft_model_path": ("policy", "", "the run that rlhf sft made"),
+    "adapter_name_or_path": ("policy", "", "the run that rlhf sft made"),
+    "reward_model_path": ("rewards", "", "'[{run: RUN}]' for what rlhf train-rm made, '[{model: {path: MODEL}}]' else"),
+    "reward_model": ("rewards", "", "'[{run: RUN}]' for what rlhf train-rm made, '[{model: {path: MODEL}}]' else"),
+    "val_size": ("holdout_fraction", "", "a share of the prompts"), "mask_history": ("loss_on", "last_turn", ""),
+    "use_cpu": ("runtime.device", "cpu", ""), "no_cuda": ("runtime.device", "cpu", ""),
+}  # fmt: skip
+
 # The same where a stage has it under another name.
 IN_STAGE: dict[str, dict[str, str]] = {
     "sft": {},
     "train-rm": {},
-    "ppo": {"data.limit": "prompts.limit", "data.name": "prompts.name", "data.split": "prompts.split",
-            "max_length": "prompts.max_tokens"},
+    "ppo": {"data.path": "prompts.path", "data.limit": "prompts.limit", "data.name": "prompts.name",
+            "data.split": "prompts.split", "max_length": "prompts.max_tokens"},
+    "collect": {"data.path": "prompts.path", "data.limit": "prompts.limit", "data.name": "prompts.name",
+                "data.split": "prompts.split"},
 }  # fmt: skip
 
 ELSEWHERE = {
@@ -47,7 +78,7 @@ ELSEWHERE = {
 
 _ONE_DEVICE = "one process, one device"
 _METRICS = "every step is written to metrics.jsonl"
-_HELD_OUT = "a share of the prompts is held out and measured (holdout_fraction)"
+_HELD_OUT = "a share of the prompts is held out (holdout_fraction); evaluation.every measures on it during training"
 _EXPORT = "rlhf export writes what is uploaded"
 _ADAMW = "the optimizer is AdamW with its usual betas"
 _QUANTISED = "model.quantize: nf4 is bitsandbytes' NF4 with nested scales, int8 its 8-bit layers"
@@ -92,7 +123,7 @@ GONE: dict[str, str] = {
     "use_liger_kernel": _SPEED, "gradient_checkpointing_kwargs": _SPEED, "torch_compile": _SPEED,
     "padding_free": _SPEED, "packing_strategy": _SPEED, "remove_unused_columns": "fields that are not read are named",
     "dataset_streaming": "data are read whole, so that every row is checked first",
-    "load_best_model_at_end": "PPO keeps the best step (use: best); SFT and train-rm the last",
+    "load_best_model_at_end": "use: best keeps the best of the measured steps, and is the default",
     "neftune_noise_alpha": "not offered", "label_smoothing_factor": "not offered",
     "value_model_path": "with value.fit: gradient the value role starts from the reward run (value.start)",
     "ref_model": "the reference is the SFT run",

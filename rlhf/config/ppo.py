@@ -82,8 +82,9 @@ class UpdateSection(Section):
     )
     gamma: Fraction = Field(1.0, description="discount a token")
     lam: Fraction = Field(0.95, description="lambda of the policy's advantages")
-    value_lam: Fraction = Field(
-        1.0, description="lambda of the critic's targets; below 1 they are partly made of the critic's own values"
+    value_lam: Fraction | None = Field(
+        1.0,
+        description="lambda of the critic's targets; below 1 they are partly the critic's own values; null: lam",
     )
     normalise_advantages: bool = Field(True, description="over the whole batch; false with kl.place: loss centres only")
     entropy_coef: NonNegative = Field(0.0, description="weight of an entropy bonus")

@@ -7,7 +7,8 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
-from rlhf.config.sections import GATE, Count, Finite, HeadName, NonNegative, Section, Text
+from rlhf.config.sections import GATE, Count, Finite, HeadName, NonNegative, Section, TemplateKwargs, Text
+from rlhf.data.thinking import Thinking
 
 
 class ClassifierSection(Section):
@@ -21,6 +22,14 @@ class ClassifierSection(Section):
     )
     chat_template: Literal["chatml", "plain"] | None = Field(
         None, description="named template for a tokenizer that has none; an encoder reads prompt and response as a pair"
+    )
+    thinking: Thinking = Field(
+        "strip",
+        description="what it reads of an answer with thinking in <think> marks. strip: the answer alone; keep: all of "
+        "it; off: as strip, and its template is asked for none",
+    )
+    template_kwargs: TemplateKwargs = Field(
+        default_factory=dict, description="variables that its chat template is given"
     )
     max_length: Count | None = Field(None, description="tokens that it reads; null: what its config says")
     too_long: Literal["error", "cut_prompt"] = Field(

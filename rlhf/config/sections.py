@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+from datetime import date
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, StringConstraints, Tag, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StringConstraints,
+    Tag,
+    model_validator,
+)
+
+from rlhf.data.thinking import Thinking
 
 Text = Annotated[str, StringConstraints(min_length=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -16,6 +28,42 @@ LearningRate = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 HeadName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z]\w*(-\w+)*$")]
 
+
+def _is_day(value: str) -> str:
+    date.fromisoformat(value)
+    return value
+
+
+Day = Annotated[str, StringConstraints(pattern=r"^\d{4}-\d\d-\d\d$"), AfterValidator(_is_day)]
+
+RESERVED = (
+    "messages",
+    "conversation",
+    "chat_template",
+    "add_generation_prompt",
+    "continue_final_message",
+    "tokenize",
+    "tokenizer_kwargs",
+    "padding",
+    "truncation",
+    "max_length",
+    "return_tensors",
+    "return_dict",
+    "return_assistant_tokens_mask",
+    "tools",
+    "documents",
+    "strftime_now",
+)
+
+
+def _variables(value: dict[str, Any]) -> dict[str, Any]:
+    if taken := [name for name in value if name in RESERVED]:
+        raise ValueError(f"{', '.join(taken)}: rlhf sets these itself, or has no use for them")
+    return value
+
+
+TemplateKwargs = Annotated[dict[str, bool | int | float | str], AfterValidator(_variables)]
+
 TrackerName = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 ReportTo = Annotated[
     Annotated[Literal["none", TrackerName], Tag("name")] | Annotated[list[TrackerName], Tag("list")],
@@ -24,8 +72,13 @@ ReportTo = Annotated[
 
 
 GATE: dict[str, Any] = {"gate": True}
-"""``json_schema_extra`` of a field that bounds or accepts what a run measured. It changes no result, so it is not part
-of a run's identity: a finished run is judged again from the figures in its manifest."""
+"""``json_schema_extra`` of a field that bounds or accepts what a run read or measured. It changes no result, so it is
+not part of a run's identity: a finished run is judged again from the figures in its manifest."""
+
+
+KEPT: dict[str, Any] = {"kept": True}
+"""``json_schema_extra`` of a field that is drawn once and then kept with the run. It is not part of a run's identity:
+null means what was drawn."""
 
 
 class Section(BaseModel):
@@ -43,6 +96,26 @@ class ModelSection(Section):
     )
     chat_template: Literal["chatml", "plain"] | None = Field(
         None, description="named template for a base whose tokenizer has none; recorded in the artifact"
+    )
+    end_tokens: list[Text] | None = Field(
+        None,
+        description="tokens that end a response besides the one that the template writes, which is trained and which "
+        "rewards read in their place; null: those of the model's generation_config",
+    )
+    thinking: Thinking = Field(
+        "strip",
+        description="of models whose template marks thinking in front of answers. strip: rewards and later turns read "
+        "the answer without it; keep: it is part of the response, trained and read; off: as strip, and the template is "
+        "asked for none",
+    )
+    template_kwargs: TemplateKwargs = Field(
+        default_factory=dict, description="variables that the chat template is given, such as reasoning_effort: low"
+    )
+    template_date: Day | None = Field(
+        None,
+        json_schema_extra=KEPT,
+        description="YYYY-MM-DD that a template which prints today's date gets instead, in every later stage too; "
+        "null: the day on which the chain is started",
     )
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] | None = Field(
         None, description="null: what transformers chooses"
@@ -74,14 +147,17 @@ class RoleLoraSection(Section):
 
 FormName = Literal[
     "prompt-completion", "prompt-response", "messages", "sharegpt", "alpaca", "text", "chosen", "pair", "shared-head",
-    "ranking", "rated", "unpaired", "prompt",
+    "ranking", "transcripts", "rated", "unpaired", "prompt",
 ]  # fmt: skip
+
+
+PATHS = "JSONL, JSON array, CSV or TSV (also .gz), parquet, a directory, a hub id, or demo:NAME?size=N&seed=S"
 
 
 class SourceSection(Section):
     """One place that rows come from."""
 
-    path: Text = Field(description="JSONL (also .gz), parquet, a directory, a hub id, or demo:NAME?size=N&seed=S")
+    path: Text = Field(description=PATHS)
     name: str | None = Field(None, description="subset of a hub data set")
     split: str | None = Field(None, description="split of a hub data set or saved directory")
     revision: str | None = Field(None, description="hub revision")
@@ -102,7 +178,7 @@ class DataSection(SourceSection):
     """Rows from one place, or drawn from several."""
 
     path: Text | None = Field(  # type: ignore[assignment]
-        None, description="JSONL (also .gz), parquet, a directory, a hub id, or demo:NAME?size=N&seed=S; or mixture"
+        None, description=f"{PATHS}; or mixture"
     )
     mixture: Annotated[list[MixtureSource], Field(min_length=1)] | None = Field(
         None, description="several sources instead of path, each with its weight"
@@ -111,9 +187,10 @@ class DataSection(SourceSection):
         None, description="rows drawn from a mixture with weights; null: as many as its sources hold"
     )
     on_bad_row: Literal["drop", "error"] = Field(
-        "drop", description="a row that cannot be read, or whose responses are equal: drop and count it, or stop"
+        "drop",
+        json_schema_extra=GATE,
+        description="a row that cannot be read, or whose responses are equal: drop and count it, or stop",
     )
-    drop_equal: bool = Field(False, description="drop and count pairs of equal texts instead of refusing them")
     max_dropped_fraction: Fraction = Field(
         0.05,
         json_schema_extra=GATE,
@@ -155,17 +232,43 @@ class OptimSection(Section):
     max_grad_norm: Positive = Field(1.0, description="gradient norm is clipped to this, per role")
 
 
+EngineName = Literal["hf", "continuous"]
+CONCURRENCY: Any = Field(64, description="responses sampled at a time")
+ENGINE: Any = Field(
+    "hf", description="hf: a row's samples depend on no other row; continuous: faster, ended rows leave the batch"
+)
+
+
 class SamplingSection(Section):
     max_new_tokens: Count = Field(64, description="longest response, in tokens")
     temperature: Positive = Field(1.0, description="sampling temperature; logprobs and KL are of the tempered policy")
-    concurrency: Count = Field(64, description="responses sampled at a time")
-    engine: Literal["hf", "continuous"] = Field(
-        "hf",
-        description="hf: a row's samples depend on no other row; continuous: faster, ended rows leave the batch",
-    )
+    concurrency: Count = CONCURRENCY
+    engine: EngineName = ENGINE
     stop_tokens: list[Text] = Field(
-        default_factory=list, description="tokens that end a response too, beside the one that the chat template writes"
+        default_factory=list,
+        description="tokens that end a response too, besides the one that the chat template writes",
     )
+
+
+class PolicySamplingSection(Section):
+    """How a finished policy is sampled: as its own run samples it, where a setting is null."""
+
+    max_new_tokens: Count | None = Field(None, description="longest response, in tokens; null: as the policy's run")
+    temperature: Positive | None = Field(None, description="sampling temperature; null: as the policy's run")
+    concurrency: Count = CONCURRENCY
+    engine: EngineName = ENGINE
+    stop_tokens: list[Text] | None = Field(
+        None, description="tokens that end a response too; null: as the policy's run"
+    )
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The settings that are not null."""
+        return {key: value for key, value in self if value is not None}
+
+    def of(self, trained: SamplingSection) -> SamplingSection:
+        """All settings: those of ``trained`` where these are null."""
+        return trained.model_copy(update=self.given)
 
 
 class RuntimeSection(Section):

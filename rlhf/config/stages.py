@@ -30,6 +30,7 @@ from rlhf.config.sections import (
     LoraSection,
     ModelSection,
     OptimSection,
+    PolicySamplingSection,
     Positive,
     ReportTo,
     RoleLoraSection,
@@ -63,10 +64,12 @@ class TrainedForAWhile(Section):
 
 
 class HeldOutSection(Section):
-    """Measuring the held-out loss during training."""
+    """Measuring the held-out loss during training, which changes no step of it."""
 
     every: Count | None = Field(
-        None, description="optimizer steps between measurements of the held-out loss; null: only at the end"
+        None,
+        description="optimizer steps between measurements of the held-out loss, each a forward pass over all held-out "
+        "rows; the start and the end are measured too; null: not during training",
     )
     patience: Count | None = Field(
         None, description="measurements in a row without a new best that end training early; null: never"
@@ -120,12 +123,15 @@ class SftConfig(StageConfig, TrainedForAWhile, LongRows):
     )
     evaluation: HeldOutSection = Field(default_factory=HeldOutSection)
     use: Literal["best", "last"] = Field(
-        "best", description="the step that is kept: the measured one with the lowest held-out loss, or the last"
+        "best",
+        description="the step that is kept: with evaluation.every the measured one with the lowest held-out loss (the "
+        "earlier of equal ones), or the last",
     )
     require_improvement: bool = Field(
         True,
         json_schema_extra=GATE,
-        description="a held-out loss that is not below its start is an error; steps: 0 is exempt",
+        description="a held-out loss that is not below that of the base, or of the adapter to start from, is an error; "
+        "steps: 0 is exempt",
     )
     report_to: ReportTo = Field("none", description="tracker of the metrics, or a list of them; beside metrics.jsonl")
 
@@ -164,7 +170,7 @@ class CollectConfig(StageConfig):
     policy: Text = Field("runs/sft", description="run whose policy is sampled")
     prompts: DataSection = Field(description="prompts to answer")
     samples_per_prompt: Annotated[int, Field(ge=2)] = Field(4, description="responses a prompt")
-    sampling: SamplingSection = Field(default_factory=SamplingSection)
+    sampling: PolicySamplingSection = Field(default_factory=PolicySamplingSection)
     labeller: RewardSource = Field(
         default_factory=lambda: RewardSource(function="rlhf.demo.gold:noisy_reward"),
         description="what ranks the responses: the higher its number, the better; equal numbers are ties",

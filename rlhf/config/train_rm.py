@@ -123,10 +123,14 @@ class RewardConfig(StageConfig, TrainedForAWhile, LongRows):
     )
     standardise_samples: Count = Field(256, description="SFT samples that set the scores' shift and scale")
     evaluation: HeldOutSection = Field(
-        default_factory=HeldOutSection, description="of each member on its own, where there are several"
+        default_factory=HeldOutSection,
+        description="of the loss that is trained on, without centering_coef and length_coef; each member of an "
+        "ensemble by itself, on the same held-out prompts, not on its own fold",
     )
     use: Literal["best", "last"] = Field(
-        "best", description="the step that is kept: the measured one with the lowest held-out loss, or the last"
+        "best",
+        description="the step that is kept: with evaluation.every the measured one with the lowest held-out loss (the "
+        "earlier of equal ones; of each member its own), or the last",
     )
     contradicted: Annotated[int, Field(ge=0)] = Field(
         0, description="so many comparisons that the model contradicts most surely are listed in contradicted.jsonl"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from rlhf.data import rows
-from rlhf.data.records import Comparison, Judgement, Messages
+from rlhf.data import rankings, trl
+from rlhf.data.records import Comparison, Judgement
 from rlhf.data.rows import Row, RowError, need, text_of
+from rlhf.data.turns import Answered, prompt_of
 
 STYLES = 3
 
@@ -23,8 +25,7 @@ class BenchmarkRow(Comparison):
 
 def rewardbench(row: Row, where: str) -> BenchmarkRow:
     """From ``prompt``, ``chosen``, ``rejected`` and ``subset``; conversations as well as texts."""
-    head, best, worst = rows.parts_of_pair(row)
-    return _made(row, head, (best,), (worst,), "subset", where)
+    return _made(row, trl.parts_of_pair(row), 1, "subset", where)
 
 
 def rewardbench2(row: Row, where: str) -> BenchmarkRow:
@@ -33,7 +34,7 @@ def rewardbench2(row: Row, where: str) -> BenchmarkRow:
     count = row.get("num_correct", len(right))
     if count != len(right):
         raise RowError(f"'num_correct': {count!r}, but 'chosen' has {len(right)} responses.")
-    return _made(row, rows.prompt_of(need(row, "prompt")), right, wrong, "subset", where)
+    return _made(row, _answered(row, right, wrong), len(right), "subset", where)
 
 
 def rm_bench(row: Row, where: str) -> BenchmarkRow:
@@ -41,23 +42,29 @@ def rm_bench(row: Row, where: str) -> BenchmarkRow:
     right, wrong = _texts(row, "chosen"), _texts(row, "rejected")
     if not len(right) == len(wrong) == STYLES:
         raise RowError(f"'chosen': need {STYLES} styles each, got {len(right)} and {len(wrong)} ('rejected').")
-    return _made(row, rows.prompt_of(need(row, "prompt")), right, wrong, "domain", where)
+    return _made(row, _answered(row, right, wrong), len(right), "domain", where)
 
 
-def _texts(row: Row, field: str) -> tuple[str, ...]:
+def _texts(row: Row, field: str) -> list[Any]:
     found = need(row, field)
     if not isinstance(found, list) or not found:
         raise RowError(f"'{field}': need a list of texts.")
-    return tuple(text_of(text, f"{field}[{index}]") for index, text in enumerate(found))
+    return found
 
 
-def _made(
-    row: Row, head: Messages, right: Sequence[str], wrong: Sequence[str], subset: str, where: str
-) -> BenchmarkRow:
-    rows.check_turns(head, "prompt", ends_with="user")
-    judgements = tuple(Judgement(i, len(right) + j) for i in range(len(right)) for j in range(len(wrong)))
+def _answered(row: Row, right: Sequence[Any], wrong: Sequence[Any]) -> Answered:
+    texts = {f"chosen[{index}]": text for index, text in enumerate(right)}
+    texts |= {f"rejected[{index}]": text for index, text in enumerate(wrong)}
+    return rankings.answered_by(texts, prompt_of(need(row, "prompt")))
+
+
+def _made(row: Row, found: Answered, num_right: int, subset: str, where: str) -> BenchmarkRow:
+    judgements = tuple(Judgement(i, j) for i in range(num_right) for j in range(num_right, len(found.answers)))
     name, number = text_of(need(row, subset), subset), str(row.get("id", ""))
-    return BenchmarkRow(head, (*right, *wrong), judgements, where, num_correct=len(right), subset=name, id=number)
+    return BenchmarkRow(
+        found.prompt, found.answers, judgements, where, joined=found.joined, num_correct=num_right, subset=name,
+        id=number,
+    )  # fmt: skip
 
 
 READERS: dict[str, tuple[tuple[str, ...], Callable[[Row, str], BenchmarkRow]]] = {

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
 from jinja2.exceptions import TemplateError
 
+from rlhf.data import rendering as renderings
+from rlhf.data import thinking as thoughts
 from rlhf.data.records import Message, Messages
+from rlhf.data.rendering import Rendering
 from rlhf.errors import Problem, RlhfError
 
+log = logging.getLogger("rlhf")
 SENTINEL = "zebra quartz"
 TEMPLATES = {
     "chatml": (
@@ -25,21 +31,30 @@ TEMPLATES = {
 
 
 class ChatFormat:
-    """How a tokenizer's chat template writes conversations.
+    """How a tokenizer's chat template writes conversations; ``date``: what it prints for today, None if nothing.
 
     A training sequence is ids(prompt) + ids(response) + end token. The end token is the one that the template really
-    writes after an assistant turn, found by rendering a sentinel; whatever follows it belongs to no response.
+    writes after an assistant turn, found by rendering a sentinel; whatever follows it belongs to no response. Sampling
+    also ends at any other token of ``end_ids``; such an end is read as the template's.
 
     Args:
         template: a named default for a tokenizer that has no template of its own.
         context_length: how many tokens the model was made for; None: no limit is known.
+        rendering: what the model section says besides.
 
     Raises:
         RlhfError: MOD010 without a template, MOD010, MOD011 or MOD014 with one that does not show where a response
-            begins and ends, MOD015 with one that writes the token at the beginning twice.
+            begins and ends, MOD015 with one that writes the token at the beginning twice, MOD016 with one whose date
+            cannot be kept.
     """
 
-    def __init__(self, tokenizer: Any, template: str | None = None, context_length: int | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        template: str | None = None,
+        context_length: int | None = None,
+        rendering: Rendering = Rendering(),
+    ) -> None:
         self.tokenizer, self.context_length = tokenizer, context_length
         own = tokenizer.chat_template
         if template is None and not own:
@@ -51,6 +66,14 @@ class ChatFormat:
         if template == "chatml":
             self._require_chatml()
         self.template_name, self.template = template, TEMPLATES[template] if template else None
+        self._text = self.template or str(tokenizer.get_chat_template())
+        self.date = (rendering.date or renderings.today()) if renderings.prints_date(self._text) else None
+        if self.date:
+            self._text = renderings.on_day(self._text, self.date)
+        self.thinking, self.thinking_marks = rendering.thinking, thoughts.marks_of(self._text)
+        self._said_stripped = False
+        self._kwargs = dict(rendering.kwargs)
+        self._given = rendering.given_to(self._text)
         self._encode_cached = lru_cache(maxsize=4096)(self._encode)
         probe = (Message("user", "hello there"), Message("assistant", SENTINEL))
         self._head_matches(probe)
@@ -67,6 +90,9 @@ class ChatFormat:
         if self.end_id not in {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}:
             what = f"writes {self.tail!r} after an assistant turn, which text may contain: no response could hold it."
             raise RlhfError(Problem("MOD014", "chat template", what, "a template that ends turns with a special token"))
+        ends = [str(token) for token in rendering.ends or () if token != self.end_token]
+        self.end_tokens = (self.end_token, *ends)
+        self.end_ids = (self.end_id, *(int(tokenizer.convert_tokens_to_ids(token)) for token in ends))
         self._control = self._control_tokens(rendered)
         self._refuse_two_beginnings(probe[:1])
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.end_id
@@ -78,6 +104,15 @@ class ChatFormat:
         ] == self._encode(head)
 
     @property
+    def has_thinking_switch(self) -> bool:
+        return thoughts.SWITCH in self._text
+
+    @property
+    def unread_kwargs(self) -> list[str]:
+        """Variables that the template is given and does not name."""
+        return [name for name in self._given if name not in self._text]
+
+    @property
     def marks(self) -> list[str]:
         """The control tokens of a rendered conversation, the end token too, without the one at its beginning."""
         turns = (Message("user", "hello there"), Message("assistant", SENTINEL), Message("user", "hello there"))
@@ -87,11 +122,12 @@ class ChatFormat:
     def prompt_ids(self, messages: Messages) -> list[int]:
         """Ids of the rendered conversation with the opening of the answer."""
         self._refuse_special(messages)
-        return list(self._encode_cached(self._render(messages, True)))
+        return list(self._encode_cached(self._render(self._read(messages), True)))
 
     def response_ids(self, messages: Messages, text: str) -> list[int]:
         """Ids of a response to ``messages``, without the end token."""
         self._refuse_special((Message("assistant", text),))
+        messages, text = self._read(messages), self._read((Message("assistant", text),))[0].content
         body = self._body(messages, text)
         if not self._joint:
             return list(self._encode(body))
@@ -130,21 +166,52 @@ class ChatFormat:
         return ids, trained
 
     def decode(self, ids: list[int]) -> str:
-        """Text of a response, without its end token and without the space that a template puts in front."""
+        """Text of a response, without its end token and without the space that a template puts in front; with its
+        thinking where that is kept."""
+        thought, answer = self.thought_and_answer(ids)
+        return thoughts.join(thought, answer) if self.thinking == "keep" else answer
+
+    def thought_and_answer(self, ids: list[int]) -> tuple[str, str]:
+        """The same in two parts; no thinking where the template knows none."""
         kept = ids[:-1] if ids and ids[-1] == self.end_id else ids
-        return str(self.tokenizer.decode(kept, skip_special_tokens=True)).removeprefix(" ")
+        if self.thinking_marks is None:
+            return "", str(self.tokenizer.decode(kept, skip_special_tokens=True)).removeprefix(" ")
+        parts = thoughts.split(str(self.tokenizer.decode(kept)), self.thinking_marks)
+        for token in self.tokenizer.all_special_tokens:
+            parts = (parts[0].replace(token, ""), parts[1].replace(token, ""))
+        return parts[0], parts[1].removeprefix(" ")
 
     def same_tokens(self, other: ChatFormat) -> bool:
         """Whether the other one writes every conversation in the same ids, as far as vocabulary and template tell."""
-        alike = (self.template or self.tokenizer.chat_template) == (other.template or other.tokenizer.chat_template)
+        alike = (self._text, self._given) == (other._text, other._given)
         return alike and self.tokenizer.get_vocab() == other.tokenizer.get_vocab()
 
-    def special_in(self, text: str) -> str | None:
-        """A token in the text that may not stand there; see ``prompt_ids``."""
+    def is_rendered_as(self, thinking: str, kwargs: Mapping[str, Any]) -> bool:
+        """Whether these settings write the same tokens here."""
+        return thinking == self.thinking and dict(kwargs) == self._kwargs
+
+    def _read(self, messages: Messages) -> Messages:
+        """The conversation as the template gets it: without the thinking of answers, unless that is kept."""
+        if self.thinking_marks is None or self.thinking == "keep":
+            return messages
+        found = tuple(Message(m.role, thoughts.split(m.content)[1]) if m.role == "assistant" else m for m in messages)
+        if found != messages and not self._said_stripped:
+            self._said_stripped = True
+            log.warning("Answers in the data hold thinking: it is left out. model.thinking: keep trains and reads it.")
+        return found
+
+    def special_in(self, text: str, is_answer: bool = False) -> str | None:
+        """A token in the text that may not stand there; see ``prompt_ids``. Around the thinking of an answer the marks
+        of thinking may."""
+        if is_answer and self.thinking_marks is not None:
+            text = "".join(thoughts.split(text))
         return next((token for token in self._control if token in text), None)
 
-    def without_special(self, text: str) -> str:
-        """The text without what it writes of the tokens that may not stand in one; see ``prompt_ids``."""
+    def without_special(self, text: str, is_answer: bool = False) -> str:
+        """The text without what it writes of the tokens that may not stand in one; see ``special_in``."""
+        if is_answer and self.thinking_marks is not None:
+            thought, answer = thoughts.split(text)
+            return thoughts.join(self.without_special(thought), self.without_special(answer))
         for token in self._control:
             text = text.replace(token, "")
         return text
@@ -167,16 +234,23 @@ class ChatFormat:
         return head
 
     def _render(self, messages: Messages, opening: bool) -> str:
-        turns = [{"role": message.role, "content": message.content} for message in messages]
+        turns = [self._turn(message) for message in messages]
         try:
             return str(
                 self.tokenizer.apply_chat_template(
-                    turns, tokenize=False, add_generation_prompt=opening, chat_template=self.template
+                    turns, tokenize=False, add_generation_prompt=opening, chat_template=self._text, **self._given
                 )
             )
         except TemplateError as error:
             what = f"refuses a conversation of {', '.join(m.role for m in messages)}: {error}."
             raise RlhfError(Problem("MOD013", "chat template", what, "leave that turn out of the data")) from None
+
+    def _turn(self, message: Message) -> dict[str, str]:
+        turn = {"role": message.role, "content": message.content}
+        if message.role == "assistant" and self.thinking_marks is thoughts.CHANNELS:  # it takes them as two fields
+            thought, turn["content"] = thoughts.split(message.content)
+            return {**turn, "thinking": thought} if thought else turn
+        return turn
 
     def _encode(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False))
@@ -204,6 +278,6 @@ class ChatFormat:
 
     def _refuse_special(self, messages: Messages) -> None:
         for message in messages:
-            if token := self.special_in(message.content):
+            if token := self.special_in(message.content, message.role == "assistant"):
                 what = f"a {message.role} turn contains the special token {token!r}."
                 raise RlhfError(Problem("DAT060", "data", what, "remove it from the text"))

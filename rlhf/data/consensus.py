@@ -146,15 +146,19 @@ def _merged(records: Sequence[Comparison]) -> list[Comparison]:
     """One comparison, in the words and the order of its first row, for all rows on the same responses."""
     firsts: dict[tuple[str, tuple[str, ...]], Comparison] = {}
     judged: dict[tuple[str, tuple[str, ...]], list[Judgement]] = defaultdict(list)
+    counts: Counter[tuple[str, tuple[str, ...]]] = Counter()
     for record in records:
         if _is_unnamed(record):
             continue
+        counts[_key(record)] += record.num_rows
         first = firsts.setdefault(_key(record), record)
         places = dict(zip(_sorted(record), _sorted(first), strict=True))
         judged[_key(record)] += [
             replace(one, first=places[one.first], second=places[one.second]) for one in record.judgements
         ]
-    return [replace(record, judgements=tuple(judged[key])) for key, record in firsts.items()]
+    return [
+        replace(record, judgements=tuple(judged[key]), num_rows=counts[key]) for key, record in firsts.items()
+    ]  # fmt: skip
 
 
 def _sorted(record: Comparison) -> list[int]:

@@ -18,7 +18,14 @@ MUCH_BY_LENGTH = 0.6
 FEWEST_LETTERS = 10
 TURN = re.compile(r"^[ \t]*(?:###[ \t]*)?(human|user|assistant|system|instruction|response)[ \t]*:", re.I | re.M)
 MARK = re.compile(r"<\|\w[\w ]*\|>|</?s>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|<(?:bos|eos|pad|unk)>")
-Code = Literal["", "DAT060", "DAT070", "DAT071", "DAT072"]
+Code = Literal["", "DAT020", "DAT060", "DAT070", "DAT071", "DAT072"]
+FIXES = {
+    "DAT020": "fix the rows, a larger limit, or a larger max_dropped_fraction",
+    "DAT060": "remove the token from the text; on_bad_row: drop leaves the row out",
+    "DAT070": "leave one of the two rows out, or name their annotators",
+    "DAT071": "a larger max_length, or remove the row; on_bad_row: drop leaves it out",
+    "DAT072": "other prompts to measure on",
+}
 
 
 @dataclass(frozen=True)

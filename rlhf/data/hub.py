@@ -1,4 +1,4 @@
-"""Rows through the datasets library: parquet, csv, saved directories, hub ids."""
+"""Rows through the datasets library: parquet, saved directories, hub ids."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from typing import Any
 import datasets
 from datasets import packaged_modules
 
-from rlhf import names
+from rlhf import connection, names
 from rlhf.config.sections import SourceSection
 from rlhf.data.settings import NOT_REACHED, refuse_settings
 from rlhf.errors import Problem, RlhfError
 
 FILE_SUFFIXES = {".parquet", ".csv", ".json", ".tsv", ".txt", ".arrow", ".gz", ".zst", ".zip"}
-FORMATS = {".parquet": "parquet", ".csv": "csv", ".json": "json"}
 
 
 def read(data: SourceSection) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -26,36 +25,41 @@ def read(data: SourceSection) -> Iterator[tuple[str, dict[str, Any]]]:
             DAT015 where the hub cannot be reached.
     """
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
     path = Path(data.path)
     try:
         if path.is_dir() and ((path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()):
             refuse_settings(data, "a saved data set", "name", "revision")
             found = datasets.load_from_disk(str(path))
-        elif path.is_file() and path.suffix in FORMATS:
-            refuse_settings(data, f"a {FORMATS[path.suffix]} file", "name", "split", "revision")
-            found = datasets.load_dataset(FORMATS[path.suffix], data_files=str(path))
+        elif path.is_file() and path.suffix == ".parquet":
+            refuse_settings(data, "a parquet file", "name", "split", "revision")
+            found = datasets.load_dataset("parquet", data_files=str(path))
         elif not path.exists() and data.path in packaged_modules._PACKAGED_DATASETS_MODULES:
             what = "is a format of the datasets library, which would read whatever files stand here."
             raise RlhfError(Problem("DAT010", data.path, what, "name the file"))
         elif path.exists() or (names.HUB_ID.fullmatch(data.path) and path.suffix not in FILE_SUFFIXES):
+            away = None if path.exists() else connection.trouble()
             found = datasets.load_dataset(data.path, data.name, revision=data.revision)
+            if away:
+                connection.say_cached(data.path)
         else:
             raise RlhfError(Problem("DAT010", data.path, "no such file.", "check the path"))
     except RlhfError:
         raise
     except ConnectionError:
-        fix = "go online, unset HF_HUB_OFFLINE, or name a file"
-        raise RlhfError(Problem(NOT_REACHED, data.path, "the hub cannot be reached.", fix)) from None
+        revision = f" --revision {data.revision}" if data.revision else ""
+        download = f"hf download {data.path} --repo-type dataset{revision}"
+        raise RlhfError(connection.not_reached(NOT_REACHED, data.path, download)) from None
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise RlhfError(
-            Problem("DAT010", data.path, f"cannot be loaded: {first}", "a file, or a hub id while online")
+            Problem("DAT010", data.path, f"cannot be loaded: {first}", "name a file, or a hub id while online")
         ) from None
     if isinstance(found, datasets.DatasetDict):
         split = data.split or (next(iter(found)) if len(found) == 1 else None)
         if split not in found:
             what = f"splits are {', '.join(found)}; {'none is named' if data.split is None else f'no {data.split}'}."
-            raise RlhfError(Problem("DAT010", data.path, what, "set split"))
+            raise RlhfError(Problem("DAT010", data.path, what, f"split: {next(iter(found))}, or another of them"))
         found = found[split]
     elif data.split is not None:
         refuse_settings(data, "a data set saved without splits", "split")

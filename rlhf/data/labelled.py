@@ -17,6 +17,7 @@ class Labelled:
     response: str
     good: bool
     where: str
+    joined: bool = False
 
 
 def rated(labelled: Sequence[Labelled]) -> tuple[list[Comparison], list[tuple[str, EqualResponses]]]:
@@ -26,8 +27,8 @@ def rated(labelled: Sequence[Labelled]) -> tuple[list[Comparison], list[tuple[st
     return found, equal
 
 
-def compared(labelled: Sequence[Labelled]) -> tuple[list[Comparison], int, list[tuple[str, EqualResponses]]]:
-    """Comparisons of the good with the bad responses to one prompt; how many rows have none; what is equal.
+def compared(labelled: Sequence[Labelled]) -> tuple[list[Comparison], list[str], list[tuple[str, EqualResponses]]]:
+    """Comparisons of the good with the bad responses to one prompt; the places of rows without one; what is equal.
 
     Two responses with the same label are not compared. A prompt whose responses are all good, or all bad, holds no
     preference.
@@ -37,22 +38,28 @@ def compared(labelled: Sequence[Labelled]) -> tuple[list[Comparison], int, list[
 
 def _grouped(
     labelled: Sequence[Labelled], alone_too: bool
-) -> tuple[list[Comparison], int, list[tuple[str, EqualResponses]]]:
+) -> tuple[list[Comparison], list[str], list[tuple[str, EqualResponses]]]:
     groups: dict[str, list[Labelled]] = {}
     for item in labelled:
         groups.setdefault(prompt_key(item.prompt), []).append(item)
-    found, alone = [], 0
+    found: list[Comparison] = []
+    alone: list[str] = []
     equal: list[tuple[str, EqualResponses]] = []
     for group in groups.values():
         good = [index for index, item in enumerate(group) if item.good]
         bad = [index for index, item in enumerate(group) if not item.good]
         texts = tuple(item.response for item in group)
         if not (good and bad) and not alone_too:
-            alone += len(group)
+            alone += [item.where for item in group]
         elif {texts[index] for index in good} & {texts[index] for index in bad}:
             equal += [(item.where, EqualResponses("'completion': labelled good and bad.")) for item in group]
         else:
             judgements = tuple(Judgement(first, second) for first in good for second in bad)
             ratings = tuple(float(item.good) for item in group) if alone_too else None
-            found.append(Comparison(group[0].prompt, texts, judgements, group[0].where, ratings))
+            joined = any(item.joined for item in group)
+            found.append(
+                Comparison(
+                    group[0].prompt, texts, judgements, group[0].where, ratings, joined=joined, num_rows=len(group)
+                )
+            )  # fmt: skip
     return found, alone, equal

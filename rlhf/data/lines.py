@@ -7,11 +7,13 @@ import logging
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rlhf import storage
 from rlhf.config.sections import DataSection
+from rlhf.data.reading import FIX, OR_DROP
 from rlhf.data.rows import names
 from rlhf.data.sources import Loaded, raw_rows
 from rlhf.errors import Problem, RlhfError
@@ -37,13 +39,13 @@ def load_with(
         if source == "-":
             path = str(Path(directory) / "stdin.jsonl")
             Path(path).write_bytes(sys.stdin.buffer.read())
-        data = DataSection(path=path)
-        loaded = read(data)
+        data = DataSection(path=path, on_bad_row="error")
+        loaded = _read(read, data)
         rows = dict(raw_rows(data)) if fields or optional else {}
     for note in loaded.notes():
         log.warning("%s: %s.", source, note)
     lacking = [
-        Problem("DAT004", record.where, f"'{field}': missing (this row has: {names(rows[record.where])}).")
+        Problem("DAT004", record.where, f"'{field}': missing (this row has: {names(rows[record.where])}).", FIX)
         for record in loaded.records
         for field in fields
         if field not in rows[record.where]
@@ -53,6 +55,14 @@ def load_with(
     wanted = (*fields, *optional)
     found = {field: [_text(rows[record.where].get(field)) for record in loaded.records] for field in wanted}
     return loaded.records, found
+
+
+def _read(read: Callable[[DataSection], Loaded], data: DataSection) -> Loaded:
+    """The data set. A bad row is refused: a row is written for each one that is read, and none may be missing."""
+    try:
+        return read(data)
+    except RlhfError as error:
+        raise RlhfError(*(replace(one, fix=one.fix.replace(OR_DROP, "")) for one in error.problems)) from None
 
 
 def _text(value: Any) -> str:

@@ -7,11 +7,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlhf.data import rows
-from rlhf.data.records import Comparison, Judgement
-from rlhf.data.rows import EqualResponses, Row, RowError, need, text_of
+from rlhf.data import trl
+from rlhf.data.records import Comparison, Judgement, Message, Messages
+from rlhf.data.rows import EMPTY_ANSWER, NO_PREFERENCE, EqualResponses, Row, RowError, need, text_of
+from rlhf.data.turns import Answered, answered, prompt_of, transcript
 
 OF_A_PAIR = ("chosen", "rejected", "margin", "probability", "votes")
+NOT_A_TRANSCRIPT = "'{}': need a conversation that begins with '\\n\\nHuman:'."
 
 
 def ranking(row: Row, where: str) -> Comparison:
@@ -20,15 +22,15 @@ def ranking(row: Row, where: str) -> Comparison:
     ``ratings`` are an object, attribute -> a number or null for each response. A list of numbers is overall: it ranks
     the responses, the highest as the best.
     """
-    head = rows.prompt_of(need(row, "prompt"))
-    rows.check_turns(head, "prompt", ends_with="user")
+    head = prompt_of(need(row, "prompt"))
     texts, ratings = need(row, "responses"), row.get("ratings")
     for name in OF_A_PAIR:
         if name in row:
             raise RowError(f"'{name}': belongs to a pair, this row is a ranking ('responses' and 'ranks').")
     if not isinstance(texts, list) or len(texts) < 2:
         raise RowError("'responses': need a list of at least two texts.")
-    responses = tuple(text_of(text, f"responses[{index}]") for index, text in enumerate(texts))
+    found = answered_by({f"responses[{index}]": text for index, text in enumerate(texts)}, head)
+    responses = found.answers
     if ratings is not None and not isinstance(ratings, list | Mapping):
         raise RowError(f"'ratings': need an object of attributes, or a list of numbers, got {reprlib.repr(ratings)}.")
     named = _named(ratings, len(texts)) if isinstance(ratings, Mapping) else {}
@@ -43,26 +45,54 @@ def ranking(row: Row, where: str) -> Comparison:
         by_rank = [1 + sum(other < own for other in ranks) for own in ranks]
         if isinstance(ratings, list) and _ranks_of(ratings, len(texts)) != by_rank:
             raise RowError("'ratings': order the responses otherwise than 'ranks' do; leave one of them out.")
-    elif rows.attribute_of(row) is not None:
+    elif trl.attribute_of(row) is not None:
         raise RowError("'attribute': says in what 'ranks' are, and the row has none; ratings name their own.")
-    return Comparison(head, responses, judgements, where, attributes=named)
+    return Comparison(found.prompt, responses, judgements, where, attributes=named, joined=found.joined)
 
 
 def rated(row: Row, where: str) -> Comparison:
     """From ``prompt``, ``response`` and ``attributes``, an object of attribute -> number or null."""
-    head = rows.prompt_of(need(row, "prompt"))
-    rows.check_turns(head, "prompt", ends_with="user")
+    head = prompt_of(need(row, "prompt"))
     given = need(row, "attributes")
     if not isinstance(given, Mapping):
         raise RowError(f"'attributes': need an object of attribute and number, got {reprlib.repr(given)}.")
     named = _named({name: [value] for name, value in given.items()}, 1, "attributes")
-    return Comparison(head, (text_of(need(row, "response"), "response"),), (), where, attributes=named)
+    found = answered_by({"response": need(row, "response")}, head)
+    return Comparison(found.prompt, found.answers, (), where, attributes=named, joined=found.joined)
+
+
+def transcripts(row: Row, where: str) -> Comparison:
+    """From ``text``, a list of whole transcripts that differ in their last answer, and ``score``, a number for each;
+    equal scores are ties."""
+    texts, scores = need(row, "text"), need(row, "score")
+    if not isinstance(scores, list) or not isinstance(texts, list) or len(scores) != len(texts):
+        raise RowError("'score': need a list of numbers, one for each transcript in 'text'.")
+    found = answered_transcripts(texts)
+    judgements = _judgements(row, found.answers, _ranks_of(scores, len(texts), "score"), "score")
+    return Comparison(found.prompt, found.answers, judgements, where, joined=found.joined)
+
+
+def answered_transcripts(texts: Any) -> Answered:
+    """The prompt and the answers of a list of transcripts."""
+    if not isinstance(texts, list) or len(texts) < 2:
+        raise RowError("'text': need a list of at least two transcripts.")
+    places = [f"text[{index}]" for index in range(len(texts))]
+    return answered({place: transcript(text_of(text, place), place, NOT_A_TRANSCRIPT.format(place))
+                     for place, text in zip(places, texts, strict=True)})  # fmt: skip
+
+
+def answered_by(texts: Mapping[str, Any], head: Messages) -> Answered:
+    """The prompt and the answers, each a text; ``texts`` by field."""
+    return answered(
+        {field: (*head, Message("assistant", text_of(text, field, EMPTY_ANSWER))) for field, text in texts.items()},
+        head,
+    )  # fmt: skip
 
 
 def _judgements(row: Row, responses: Sequence[str], ranks: Sequence[int], field: str) -> tuple[Judgement, ...]:
     """Every pair of the ranking; equal ranks are ties."""
     if len(set(ranks)) == 1:
-        raise RowError(f"'{field}': all equal, so the row holds no preference.")
+        raise RowError(f"'{field}': all equal, so the row holds no preference.", NO_PREFERENCE)
     judgements = []
     for first in range(len(ranks)):
         for second in range(first + 1, len(ranks)):
@@ -70,16 +100,17 @@ def _judgements(row: Row, responses: Sequence[str], ranks: Sequence[int], field:
             tie = ranks[first] == ranks[second]
             if not tie and responses[first] == responses[second]:
                 raise EqualResponses(f"'responses': {first} and {second} are equal but ranked differently.")
-            probability, annotator = 0.5 if tie else 1.0, rows.annotator_of(row)
+            probability, annotator = 0.5 if tie else 1.0, trl.annotator_of(row)
             judgements.append(
-                Judgement(better, worse, probability, annotator=annotator, attribute=rows.attribute_of(row))
+                Judgement(better, worse, probability, annotator=annotator, attribute=trl.attribute_of(row))
             )
     return tuple(judgements)
 
 
-def _ranks_of(ratings: Sequence[Any], count: int) -> list[int]:
+def _ranks_of(ratings: Sequence[Any], count: int, field: str = "ratings") -> list[int]:
     if len(ratings) != count or not all(map(_is_number, ratings)):
-        raise RowError(f"'ratings': need {count} finite numbers, one a response, or an object of attributes.")
+        more = ", or an object of attributes" if field == "ratings" else ""
+        raise RowError(f"'{field}': need {count} finite numbers, one a response{more}.")
     return [1 + sum(other > own for other in ratings) for own in ratings]
 
 

@@ -24,10 +24,18 @@ Messages = tuple[Message, ...]
 
 @dataclass(frozen=True)
 class Demonstration:
-    """A conversation that ends with an assistant turn; ``where`` is its file and line."""
+    """A conversation that ends with an assistant turn.
+
+    Args:
+        where: its file and line, as of every record.
+        joined: turns of one speaker in a row were joined; as of every record.
+        num_rows: how many rows it was made of; as of every record.
+    """
 
     messages: Messages
     where: str
+    joined: bool = field(default=False, compare=False)
+    num_rows: int = field(default=1, compare=False)
 
     @property
     def prompt(self) -> Messages:
@@ -62,6 +70,8 @@ class Comparison:
     where: str
     ratings: tuple[float, ...] | None = None
     attributes: dict[str, tuple[float | None, ...]] = field(default_factory=dict)
+    joined: bool = field(default=False, compare=False)
+    num_rows: int = field(default=1, compare=False)
 
     @property
     def names(self) -> set[str]:
@@ -84,6 +94,8 @@ class Prompt:
 
     messages: Messages
     where: str
+    joined: bool = field(default=False, compare=False)
+    num_rows: int = field(default=1, compare=False)
 
     @property
     def prompt(self) -> Messages:
@@ -91,6 +103,13 @@ class Prompt:
 
 
 Record = TypeVar("Record", Demonstration, Comparison, Prompt)
+
+
+def texts_of(record: Demonstration | Comparison | Prompt) -> list[str]:
+    """Every text of a record, responses last."""
+    if isinstance(record, Comparison):
+        return [*(message.content for message in record.prompt), *record.responses]
+    return [message.content for message in record.messages]
 
 
 def plain_text(messages: Messages) -> str:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from rlhf.data.chat import ChatFormat
+from rlhf.data.dropped import DroppedRows
+from rlhf.data.fitting import Fitting, Judged, Limit
 from rlhf.data.records import Comparison, Demonstration, Judgement, Messages, Prompt, Record
-from rlhf.data.sources import check_dropped
+from rlhf.data.rows import EQUAL, TOO_LONG
 from rlhf.errors import Problem, RlhfError
 from rlhf.progress import track
 
@@ -63,33 +64,36 @@ class LengthReport:
     def sentence(self, name: str) -> str:
         return (
             f"{name}: {self.num_rows} rows, {self.num_tokens} tokens, longest kept {self.longest}; "
-            f"{self.num_dropped} dropped as too long, {self.num_truncated} truncated."
+            f"{self.num_dropped} dropped, {self.num_truncated} truncated."
         )
 
 
 def dialogues(
-    records: Sequence[Demonstration], chat: ChatFormat, last_only: bool, max_length: int, too_long: str,
-    max_dropped_fraction: float, where: str,
+    records: Sequence[Demonstration], chat: ChatFormat, last_only: bool, limit: Limit, dropped: DroppedRows,
+    others: Sequence[Demonstration] = (),
 ) -> tuple[list[Dialogue], LengthReport]:  # fmt: skip
     """Demonstrations as ids. Truncation cuts the end of the conversation, and with it the end token.
 
+    Args:
+        others: rows of the same data set that serve something else; those of them that are too long are counted, too.
+
     Raises:
-        RlhfError: MOD022 where ``max_length`` is beyond the model's context; what the chat format refuses, by record.
+        RlhfError: DAT051 where none is short enough, MOD022 where the limit is beyond the model's context; what the
+            chat format refuses, by record.
     """
-    _require_context(chat, max_length)
-    kept: list[Dialogue] = []
-    dropped = truncated = 0
-    whole = each(records, lambda record: chat.demonstration(record.messages, last_only))
-    for ids, trained in whole:
-        if len(ids) > max_length:
-            if too_long == "drop" or not any(trained[:max_length]):
-                dropped += 1
-                continue
-            truncated += 1
-        kept.append(Dialogue(ids[:max_length], trained[:max_length]))
-    _check([len(ids) for ids, _ in whole], len(kept), dropped, max_length, max_dropped_fraction, where)
-    lengths = [len(dialogue.ids) for dialogue in kept]
-    return kept, LengthReport(len(records), dropped, truncated, max(lengths), sum(lengths))
+    _require_context(chat, limit.tokens)
+
+    def tokenise(record: Demonstration) -> Dialogue:
+        return Dialogue(*chat.demonstration(record.messages, last_only))
+
+    def judge(_: Demonstration, row: Dialogue) -> Judged:
+        can_be_cut = limit.truncates and any(row.trained[: limit.tokens])
+        return len(row.ids), TOO_LONG if len(row.ids) > limit.tokens and not can_be_cut else None
+
+    found = _kept(records, others, tokenise, judge, Fitting(limit, chat, dropped))
+    rows = [Dialogue(row.ids[: limit.tokens], row.trained[: limit.tokens]) for _, row in found]
+    lengths, num_cut = [len(row.ids) for row in rows], sum(len(row.ids) > limit.tokens for _, row in found)
+    return rows, LengthReport(len(records), len(records) - len(rows), num_cut, max(lengths), sum(lengths))
 
 
 def turns(records: Sequence[Demonstration], chat: ChatFormat, last_only: bool, max_length: int) -> list[Turn]:
@@ -109,49 +113,56 @@ def turns(records: Sequence[Demonstration], chat: ChatFormat, last_only: bool, m
 
 
 def groups(
-    records: Sequence[Comparison], chat: ChatFormat, max_length: int, too_long: str, max_dropped_fraction: float,
-    where: str,
+    records: Sequence[Comparison], chat: ChatFormat, limit: Limit, dropped: DroppedRows,
+    others: Sequence[Comparison] = (),
 ) -> tuple[list[Group], LengthReport]:  # fmt: skip
-    """Comparisons as ids. A row with any response beyond ``max_length`` is dropped, or that response is cut.
+    """Comparisons as ids. A row with any response beyond the limit is dropped, or that response is cut. A row of which
+    two differently ranked responses are the same tokens (after the cut, too) is a bad row.
+
+    Args:
+        others: as for ``dialogues``.
 
     Raises:
-        RlhfError: DAT050 where two responses with different ranks are the same tokens (after truncation, too), MOD022
-            where ``max_length`` is beyond the model's context; what the chat format refuses, by record.
+        RlhfError: DAT050 for such rows where bad rows are refused, DAT051 where none is short enough, MOD022 where the
+            limit is beyond the model's context; what the chat format refuses, by record.
     """
-    _require_context(chat, max_length)
-    kept: list[Group] = []
-    problems: list[Problem] = []
-    dropped = truncated = tokens = longest = 0
-    whole = each(records, lambda record: [_turn(chat, record.prompt, response) for response in record.responses])
-    for record, pairs in zip(records, whole, strict=True):
-        prompt, room = pairs[0].prompt_ids, max_length - len(pairs[0].prompt_ids)
-        if any(len(pair.response_ids) > room for pair in pairs):
-            if too_long == "drop" or room < 1:
-                dropped += 1
-                continue
-            truncated += 1
-        responses = [pair.response_ids[:room] for pair in pairs]
-        problems += _equal_pairs(record, responses)
-        kept.append(Group(prompt, responses, record.judgements, record))
-        longest = max(longest, len(prompt) + max(map(len, responses)))
-        tokens += sum(len(prompt) + len(response) for response in responses)
-    if problems:
-        raise RlhfError(*problems)
-    lengths = [len(pairs[0].prompt_ids) + max(len(pair.response_ids) for pair in pairs) for pairs in whole]
-    _check(lengths, len(kept), dropped, max_length, max_dropped_fraction, where)
-    return kept, LengthReport(len(records), dropped, truncated, longest, tokens)
+    _require_context(chat, limit.tokens)
+
+    def tokenise(record: Comparison) -> list[Turn]:
+        return [_turn(chat, record.prompt, response) for response in record.responses]
+
+    def cut(row: list[Turn]) -> list[list[int]]:
+        room = limit.tokens - len(row[0].prompt_ids)
+        return [turn.response_ids[:room] for turn in row] if room > 0 else []
+
+    def judge(record: Comparison, row: list[Turn]) -> Judged:
+        longest, responses = _longest(row), cut(row)
+        if longest > limit.tokens and not (limit.truncates and responses):
+            return longest, TOO_LONG
+        return longest, EQUAL if _has_equals(record, responses) else None
+
+    found = _kept(records, others, tokenise, judge, Fitting(limit, chat, dropped))
+    kept = [Group(row[0].prompt_ids, cut(row), record.judgements, record) for record, row in found]
+    num_cut = sum(_longest(row) > limit.tokens for _, row in found)
+    longest = max(len(group.prompt_ids) + max(map(len, group.responses)) for group in kept)
+    num_tokens = sum(len(group.prompt_ids) + len(response) for group in kept for response in group.responses)
+    return kept, LengthReport(len(records), len(records) - len(kept), num_cut, longest, num_tokens)
 
 
 def prompt_rows(
-    records: Sequence[Prompt], chat: ChatFormat, max_tokens: int, max_dropped_fraction: float, where: str
+    records: Sequence[Prompt], chat: ChatFormat, limit: Limit, dropped: DroppedRows, others: Sequence[Prompt] = ()
 ) -> tuple[list[PromptRow], LengthReport]:
-    """Prompts as ids; longer ones are dropped and counted."""
-    rows = each(records, lambda record: PromptRow(record.messages, chat.prompt_ids(record.messages)))
-    kept = [row for row in rows if len(row.ids) <= max_tokens]
-    dropped = len(rows) - len(kept)
-    _check([len(row.ids) for row in rows], len(kept), dropped, max_tokens, max_dropped_fraction, where)
+    """Prompts as ids; longer ones are dropped and counted. ``others``: as for ``dialogues``."""
+
+    def tokenise(record: Prompt) -> PromptRow:
+        return PromptRow(record.messages, chat.prompt_ids(record.messages))
+
+    def judge(_: Prompt, row: PromptRow) -> Judged:
+        return len(row.ids), TOO_LONG if len(row.ids) > limit.tokens else None
+
+    kept = [row for _, row in _kept(records, others, tokenise, judge, Fitting(limit, chat, dropped))]
     lengths = [len(row.ids) for row in kept]
-    return kept, LengthReport(len(rows), dropped, 0, max(lengths), sum(lengths))
+    return kept, LengthReport(len(records), len(records) - len(kept), 0, max(lengths), sum(lengths))
 
 
 def prompts_with_room(
@@ -201,23 +212,24 @@ def each(records: Sequence[Record], tokenise: Callable[[Record], Found]) -> list
     return found
 
 
+def _kept(
+    records: Sequence[Record], others: Sequence[Record], tokenise: Callable[[Record], Found],
+    judge: Callable[[Record, Found], Judged], fitting: Fitting,
+) -> list[tuple[Record, Found]]:  # fmt: skip
+    everything = list(records) + fitting.not_seen(others, records)
+    return fitting.kept(everything, each(everything, tokenise), judge, len(records))
+
+
 def _turn(chat: ChatFormat, prompt: Messages, response: str) -> Turn:
     return Turn(chat.prompt_ids(prompt), [*chat.response_ids(prompt, response), chat.end_id])
 
 
-def _equal_pairs(record: Comparison, responses: list[list[int]]) -> list[Problem]:
-    return [
-        Problem("DAT050", record.where, "two differently ranked responses are the same tokens.", "drop the row")
+def _longest(row: Sequence[Turn]) -> int:
+    return len(row[0].prompt_ids) + max(len(turn.response_ids) for turn in row)
+
+
+def _has_equals(record: Comparison, responses: Sequence[Sequence[int]]) -> bool:
+    return any(
+        judgement.probability != 0.5 and responses[judgement.first] == responses[judgement.second]
         for judgement in record.judgements
-        if judgement.probability != 0.5 and responses[judgement.first] == responses[judgement.second]
-    ][:1]
-
-
-def _check(
-    lengths: Sequence[int], kept: int, dropped: int, limit: int, max_dropped_fraction: float, where: str
-) -> None:
-    if not kept:
-        median = f" (median {statistics.median_low(lengths)})" if lengths else ""
-        what = f"all {len(lengths)} rows are longer than {limit} tokens{median}."
-        raise RlhfError(Problem("DAT051", where, what, "raise the limit, or shorten the rows"))
-    check_dropped(len(lengths), {f"longer than {limit} tokens": dropped}, max_dropped_fraction, where)
+    )

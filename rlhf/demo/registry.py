@@ -139,17 +139,20 @@ def _parse(name: str) -> tuple[str, dict[str, Any]]:
         try:
             options[key] = OPTIONS[key](text)
         except ValueError:
-            raise RlhfError(Problem("DAT002", name, f"{key} must be a number, got '{text}'.")) from None
+            what = f"{key} must be a number, got '{text}'."
+            raise RlhfError(Problem("DAT002", name, what, f"{key}={options[key] or 0}")) from None
     if options["split"] not in SPLITS:
         raise RlhfError(Problem("DAT002", name, f"no split '{options['split']}'.", f"one of {', '.join(SPLITS)}"))
     options["ratings"] = [name for name in options["ratings"].split(",") if name]
     for axis in sorted({options["attribute"], *options["ratings"]} - {"", *AXES}):
         raise RlhfError(Problem("DAT002", name, f"gold has no axis '{axis}'.", f"one of {', '.join(AXES)}"))
     if not 1 <= options["size"] <= 100_000 or options["seed"] < 0:
-        raise RlhfError(Problem("DAT002", name, "size must be 1 to 100,000 and seed at least 0."))
+        what = "size must be 1 to 100,000 and seed at least 0."
+        raise RlhfError(Problem("DAT002", name, what, "size=1000&seed=0"))
     if not 0 <= options["annotators"] <= MOST_ANNOTATORS or not 0 <= options["careless"] <= 1:
         what = f"annotators must be 0 to {MOST_ANNOTATORS}, and careless 0 to 1."
-        raise RlhfError(Problem("DAT002", name, what))
+        raise RlhfError(Problem("DAT002", name, what, "annotators=5&careless=0.5"))
     if options["careless"] and not 1 <= options["careless_annotators"] <= options["annotators"]:
-        raise RlhfError(Problem("DAT002", name, "careless is of careless_annotators, 1 to as many as annotators."))
+        what = "careless is of careless_annotators, 1 to as many as annotators."
+        raise RlhfError(Problem("DAT002", name, what, "annotators=5&careless=0.5&careless_annotators=1"))
     return kind, options

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy
 from numpy.typing import NDArray
 
 from rlhf.data.records import Messages, plain_text, prompt_key
+from rlhf.evaluation import contradictions
 from rlhf.metrics import intervals, winrate
 from rlhf.metrics.intervals import Interval
 from rlhf.scoring.scorer import Sample
@@ -20,11 +21,16 @@ FEW = 10
 
 @dataclass(frozen=True)
 class Side:
-    """N responses of one policy and their scores [N]; row i of both sides answers the same prompt."""
+    """N responses of one policy and their scores [N]; row i of both sides answers the same prompt.
+
+    Args:
+        sampling: how they were sampled, by setting.
+    """
 
     name: str
     samples: Sequence[Sample]
     scores: Array
+    sampling: Mapping[str, Any] = field(default_factory=dict)
 
 
 def wins(baseline: Side, candidate: Side) -> Array:
@@ -46,28 +52,65 @@ def report(
 ) -> dict[str, Any]:
     """Every figure of a comparison, as JSON values; intervals resample prompts.
 
+    ``win_rate`` counts a response that was cut off as lost to one that ended; ``both_ended`` leaves comparisons with a
+    response that was cut off out.
+
     Args:
         labels: slicing -> [N] the slice of each row.
     """
-    keys = [prompt_key(sample.prompt) for sample in candidate.samples]
-    won, gaps = wins(baseline, candidate), length_gaps(baseline, candidate)
-    at_equal_length = winrate.length_controlled(won, gaps, keys, num_resamples, seed)
-    model = winrate.length_model(won, gaps)
-    return {
+    rows = _Rows.of(baseline, candidate)
+    at_equal_length = winrate.length_controlled(rows.won, rows.length_gaps, rows.keys, num_resamples, seed)
+    model, num_prompts = winrate.length_model(rows.won, rows.length_gaps), len(set(rows.keys))
+    found = {
         "baseline": _side(baseline), "candidate": _side(candidate),
-        "prompts": len(set(keys)), "comparisons": len(keys), "ties": int((won == 0.5).sum()),
-        "win_rate": _interval(intervals.grouped_bootstrap(won, keys, num_resamples, seed=seed)),
+        "prompts": num_prompts, "few": num_prompts < FEW, "comparisons": len(rows.keys),
+        "ties": int((rows.won == 0.5).sum()),
+        "score_difference": _interval(rows.score_difference(seed, num_resamples)),
+        "win_rate": _interval(rows.win_rate(seed, num_resamples)),
+        "both_ended": _both_ended(rows, seed, num_resamples),
         "length_controlled_win_rate": _interval(at_equal_length) if at_equal_length else None,
         "length_effect": model.length_effect if model else None,
-        "score_difference": _interval(
-            intervals.paired_bootstrap(candidate.scores, baseline.scores, keys, num_resamples, seed)
-        ),
-        "slices": {
-            name: _slices(of_rows, won, candidate.scores - baseline.scores, keys, seed, num_resamples)
-            for name, of_rows in labels.items()
-        },
+        "slices": {name: _slices(rows, of_rows, seed, num_resamples) for name, of_rows in labels.items()},
         "worst": worst(baseline, candidate, num_worst),
     }  # fmt: skip
+    return {**found, "contradiction": contradictions.sentence(found)}
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """N comparisons.
+
+    Args:
+        won: [N] 1, 1/2 or 0; ``score_gaps`` [N] candidate's score minus baseline's, ``length_gaps`` [N] in characters.
+        ended: [N, 2] whether the baseline's and the candidate's response ended.
+        keys: [N] the prompt of each.
+    """
+
+    won: Array
+    score_gaps: Array
+    length_gaps: Array
+    ended: NDArray[numpy.bool_]
+    keys: list[str]
+
+    @classmethod
+    def of(cls, baseline: Side, candidate: Side) -> _Rows:
+        pairs = zip(baseline.samples, candidate.samples, strict=True)
+        ended = numpy.array([(theirs.finished, ours.finished) for theirs, ours in pairs])
+        keys = [prompt_key(sample.prompt) for sample in candidate.samples]
+        gaps = candidate.scores - baseline.scores
+        return cls(wins(baseline, candidate), gaps, length_gaps(baseline, candidate), ended, keys)
+
+    def only(self, chosen: Sequence[int]) -> _Rows:
+        """The comparisons with these numbers."""
+        rows = list(chosen)
+        keys = [self.keys[row] for row in rows]
+        return _Rows(self.won[rows], self.score_gaps[rows], self.length_gaps[rows], self.ended[rows], keys)
+
+    def win_rate(self, seed: int, num_resamples: int) -> Interval:
+        return intervals.grouped_bootstrap(self.won, self.keys, num_resamples, seed=seed)
+
+    def score_difference(self, seed: int, num_resamples: int) -> Interval:
+        return intervals.grouped_bootstrap(self.score_gaps, self.keys, num_resamples, seed=seed)
 
 
 def worst(baseline: Side, candidate: Side, count: int) -> list[dict[str, Any]]:
@@ -86,9 +129,18 @@ def worst(baseline: Side, candidate: Side, count: int) -> list[dict[str, Any]]:
 
 
 def is_worse(found: Mapping[str, Any]) -> list[str]:
-    """The win rates whose whole interval lies below 1/2."""
-    rates = ("win_rate", "length_controlled_win_rate")
-    return [name for name in rates if found[name] and found[name]["ci95"][1] < 0.5]
+    """The figures whose whole interval says that the candidate is worse, each with its value."""
+    ended, equal = found["both_ended"], found["length_controlled_win_rate"]
+    figures = [
+        ("score difference", found["score_difference"], 0.0, "+.3f"), ("win rate", found["win_rate"], 0.5, ".3f"),
+        ("win rate where both ended", None if ended["few"] else ended["win_rate"], 0.5, ".3f"),
+        ("win rate at equal length", equal, 0.5, ".3f"),
+    ]  # fmt: skip
+    return [
+        f"{name} {contradictions.shown(figure, form)}"
+        for name, figure, neutral, form in figures
+        if figure and figure["ci95"][1] < neutral
+    ]
 
 
 def thirds_by_length(prompts: Sequence[Messages]) -> list[str]:
@@ -101,28 +153,40 @@ def thirds_by_length(prompts: Sequence[Messages]) -> list[str]:
     ]
 
 
-def _slices(
-    labels: Sequence[str], won: Array, gaps: Array, keys: Sequence[str], seed: int, num_resamples: int
-) -> list[dict[str, Any]]:
+def _both_ended(rows: _Rows, seed: int, num_resamples: int) -> dict[str, Any]:
+    """The same two figures without the comparisons in which a response was cut off; null where none is left."""
+    own = rows.only([row for row, both in enumerate(rows.ended.tolist()) if all(both)])
+    num_prompts = len(set(own.keys))
+    return {
+        "comparisons": len(own.keys), "prompts": num_prompts, "few": num_prompts < FEW,
+        "score_difference": _interval(own.score_difference(seed, num_resamples)) if num_prompts else None,
+        "win_rate": _interval(own.win_rate(seed, num_resamples)) if num_prompts else None,
+    }  # fmt: skip
+
+
+def _slices(rows: _Rows, labels: Sequence[str], seed: int, num_resamples: int) -> list[dict[str, Any]]:
     found = []
     for label in sorted(set(labels)):
-        rows = [row for row, own in enumerate(labels) if own == label]
-        own_keys = [keys[row] for row in rows]
-        rate = intervals.grouped_bootstrap(won[rows], own_keys, num_resamples, seed=seed)
+        own = rows.only([row for row, one in enumerate(labels) if one == label])
+        cut_off = (~own.ended).sum(0).tolist()
+        num_prompts = len(set(own.keys))
         found.append(
             {
-                "slice": label, "prompts": len(set(own_keys)), "win_rate": _interval(rate),
-                "score_difference": float(gaps[rows].mean()), "few": len(set(own_keys)) < FEW,
+                "slice": label, "prompts": num_prompts, "score_difference": float(own.score_gaps.mean()),
+                "win_rate": _interval(own.win_rate(seed, num_resamples)), "few": num_prompts < FEW,
+                "cut_off": {"baseline": cut_off[0], "candidate": cut_off[1]},
             }
         )  # fmt: skip
     return found
 
 
 def _side(side: Side) -> dict[str, Any]:
+    num_cut = sum(not sample.finished for sample in side.samples)
     return {
-        "name": side.name, "score": float(side.scores.mean()),
+        "name": side.name, "sampling": dict(side.sampling), "score": float(side.scores.mean()),
         "characters": float(numpy.mean([len(sample.response) for sample in side.samples])),
-        "cut_off": sum(not sample.finished for sample in side.samples),
+        "cut_off": num_cut, "cut_off_share": num_cut / len(side.samples),
+        "empty": sum(sample.is_empty for sample in side.samples),
     }  # fmt: skip
 
 

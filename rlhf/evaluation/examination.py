@@ -7,8 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from rlhf.evaluation.verdicts import Verdict
-from rlhf.progress import table
+from rlhf.progress import grid, table
 
 
 def figures_table(report: Mapping[str, Any]) -> Table:
@@ -120,13 +119,12 @@ def heads_table(report: Mapping[str, Any]) -> Table:
     return table("Heads", columns, rows)
 
 
-def verdicts_table(verdicts: Sequence[Verdict]) -> Table:
-    """One line a verdict."""
-    rows = [
-        (one.says, f"{one.estimate:.0f}" if one.key == "min_prompts" else shown(vars(one)), one.verdict)
+def verdict_lines(verdicts: Sequence[Mapping[str, Any]]) -> Table:
+    """One line a verdict, as eval.json has them."""
+    return grid(
+        (one["verdict"], f"{one['estimate']:.0f}" if one["key"] == "min_prompts" else shown(one), one["says"])
         for one in verdicts
-    ]
-    return table("Verdicts", ("what", "figure", "verdict"), rows)
+    )
 
 
 def shown(figure: Mapping[str, Any] | None) -> str:

@@ -11,6 +11,10 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from rlhf import artifacts, runs
+from rlhf.held_out import METRIC
+from rlhf.metrics.intervals import Interval
+
 BLUE, ORANGE, GREY = "#3465a4", "#d9822b", "#888888"
 
 
@@ -72,21 +76,49 @@ def curves(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str], path: Pa
     """Metrics over steps, one panel each; ``names`` maps a metric to its label."""
     figure, panels = plt.subplots(1, len(names), figsize=(3.6 * len(names), 3), squeeze=False)
     for axes, (name, label) in zip(panels[0], names.items(), strict=True):
-        points = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
-        axes.plot(*zip(*points, strict=True), "o-", markersize=3, color=BLUE) if points else None
+        axes.plot(*_points(rows, name), "o-", markersize=3, color=BLUE)
         axes.set(xlabel="PPO step", title=label)
     _write(figure, path)
 
 
-def bars(groups: Mapping[str, Mapping[str, float]], ylabel: str, path: Path) -> None:
-    """Grouped bars: one group a row of ``groups``, one bar a series."""
+def held_out(run_dir: Path, best: Sequence[tuple[int, float]]) -> None:
+    """RUN/plots/held_out.png: training and held-out loss over the steps that metrics.jsonl tells, and ``best`` ones.
+
+    An ensemble has a held-out curve a member, one after the other as they were trained.
+    """
+    rows = runs.read_metrics(run_dir)
+    names = sorted({name for row in rows for name in row if name.startswith(METRIC)})
+    figure, axes = plt.subplots(figsize=(5.5, 3.6))
+    axes.plot(*_points(rows, "train/loss"), color=GREY, linewidth=1, label="training, each step's batch")
+    for index, name in enumerate(names):
+        axes.plot(*_points(rows, name), "o-", markersize=3, color=BLUE, label=None if index else "held out")
+    axes.plot(*zip(*best, strict=True), "D", color=ORANGE, label="best step")
+    axes.set(xlabel="optimizer step", ylabel="loss")
+    axes.legend()
+    directory = run_dir / artifacts.PLOTS
+    directory.mkdir(exist_ok=True)
+    _write(figure, directory / "held_out.png")
+
+
+def _points(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    """Steps and values of a metric, where it is there and finite."""
+    points = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def bars(groups: Mapping[str, Mapping[str, Interval]], ylabel: str, path: Path) -> None:
+    """Grouped bars with their intervals: one group a row of ``groups``, one bar a series."""
     series = list(next(iter(groups.values())))
     figure, axes = plt.subplots(figsize=(7, 3.4))
     width = 0.8 / len(series)
     colours = [GREY, "#8fb3dd", BLUE, ORANGE, "#6a9a3b"]
     for index, name in enumerate(series):
         places = [place + (index - (len(series) - 1) / 2) * width for place in range(len(groups))]
-        axes.bar(places, [row[name] for row in groups.values()], width, label=name, color=colours[index % 5])
+        found = [row[name] for row in groups.values()]
+        heights = [one.estimate for one in found]
+        errors = [[one.estimate - one.low for one in found], [one.high - one.estimate for one in found]]
+        style = {"elinewidth": 1, "ecolor": "#333333", "capsize": 2}
+        axes.bar(places, heights, width, label=name, color=colours[index % 5], yerr=errors, error_kw=style)
     axes.set_xticks(range(len(groups)), list(groups))
     axes.set(ylabel=ylabel, ylim=(0, 1.05))
     axes.legend(ncols=len(series), fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.16), frameon=False)

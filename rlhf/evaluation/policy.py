@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlhf.config.sections import SamplingSection
 from rlhf.data.batches import collate, micro_batches
@@ -44,12 +45,21 @@ def respond(
     rollout = engine.generate([prompt.ids for prompt in prompts], how, rows or range(len(prompts)))
     logprobs: Sequence[list[float] | None] = rollout.logprobs or [None] * len(prompts)
     return [
-        Sample(
-            prompt.messages, chat.decode(tokens[:-1] if finished else tokens), prompt.ids, tokens, finished,
-            [*tokens[:-1], chat.end_id] if finished else tokens, said,
-        )
+        _sample(chat, prompt, tokens, finished, said)
         for prompt, tokens, finished, said in zip(prompts, rollout.tokens, rollout.finished, logprobs, strict=True)
     ]  # fmt: skip
+
+
+def _sample(chat: ChatFormat, prompt: PromptRow, tokens: list[int], finished: bool, said: list[float] | None) -> Sample:
+    """A sampled response as it is rescored (its ids), read as text, and read by a reward role (the scored ids: the
+    template's end in place of another, and no thinking unless that is kept)."""
+    kept, end = (tokens[:-1], [chat.end_id]) if finished else (tokens, [])
+    thought, answer = chat.thought_and_answer(kept)
+    scored = [*kept, *end]
+    if thought and chat.thinking != "keep":
+        # Thinking that was cut off leaves no answer; what there is then is read, and the missing-EOS rule decides.
+        scored = [*chat.response_ids(prompt.messages, chat.without_special(answer)), *end] or scored
+    return Sample(prompt.messages, chat.decode(kept), prompt.ids, tokens, finished, scored, said, thought)
 
 
 def answering(engine: RolloutEngine, chat: ChatFormat, how: Sampling) -> Answer:
@@ -98,15 +108,32 @@ def exact_kl(
     return kl
 
 
-def response_loss(roles: Roles, slot: str, turns: Sequence[Turn], pad_id: int, micro_batch_size: int) -> float:
-    """Mean negative log-likelihood a response token (end token included), in nats, at temperature 1."""
+@torch.no_grad()
+def response_loss(
+    model: Any, turns: Sequence[Turn], pad_id: int, device: torch.device, micro_batch_size: int
+) -> float:  # fmt: skip
+    """Mean negative log-likelihood a response token (end token included), in nats, at temperature 1.
+
+    A model in training is measured without its dropout and given back in the mode that it was in.
+    """
     total, num_tokens = 0.0, 0
-    for _, sequences in batched(turns, pad_id, roles.device, micro_batch_size):
-        with torch.no_grad(), roles.acting_as(slot) as (model, _):
-            logprobs = forward.response_logprobs(model, sequences, 1.0)
-        total -= float(logprobs.double().sum())
-        num_tokens += int(sequences.mask.sum())
+    with in_eval_mode(model):
+        for _, sequences in batched(turns, pad_id, device, micro_batch_size):
+            total -= float(forward.response_logprobs(model, sequences, 1.0).double().sum())
+            num_tokens += int(sequences.mask.sum())
     return total / num_tokens
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode inside, and afterwards each in its own mode again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def batched(
@@ -128,6 +155,7 @@ def sample_rows(samples: Sequence[Sample], **columns: Sequence[float]) -> list[d
             "prompt": [{"role": message.role, "content": message.content} for message in sample.prompt],
             "response": sample.response,
             "finished": sample.finished,
+            **({"thinking": sample.thinking} if sample.thinking else {}),
             **{name: values[index] for name, values in columns.items()},
         }
         for index, sample in enumerate(samples)

@@ -1,16 +1,21 @@
-"""Why a policy does not end its responses by itself: the causes that can be seen, each with its fix."""
+"""Why a policy does not end its responses by itself: the figures that tell the causes apart. ``gates`` reads them."""
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
 
+from rlhf.data.tokenised import Dialogue
 from rlhf.models.base import Base
 from rlhf.models.embeddings import looks_initialised, looks_untrained
 from rlhf.scoring.scorer import Sample
 
 log = logging.getLogger("rlhf")
-FIX = "train longer, raise sampling.max_new_tokens, or set min_end_token_rate openly"
+HELD = 0.95
 
 
 def warn_of_untrained_end(base: Base, trained: Sequence[str]) -> None:
@@ -27,28 +32,53 @@ def end_looks_untrained(base: Base) -> bool:
     return looks_initialised(weight) or looks_untrained(weight, base.chat.end_id)
 
 
-def causes(base: Base, trained: Sequence[str], samples: Sequence[Sample], num_truncated: int) -> tuple[str, str]:
-    """What speaks for each of three causes, and the fix that follows: an end token that is untrained, not the one that
-    the base knows, or cut off the training rows.
+@dataclass(frozen=True)
+class Answers:
+    """The answers that a policy was trained on: their lengths in tokens, the end token included, and how many of them
+    lost that end to ``max_length``."""
+
+    lengths: list[int]
+    num_without_end: int
+
+    def figures(self, max_new_tokens: int) -> dict[str, Any]:
+        """How many are longer than what is sampled, and the length that 95 % of them do not exceed."""
+        ordered, num = sorted(self.lengths), len(self.lengths)
+        return {
+            "num": num, "num_longer": sum(length > max_new_tokens for length in ordered),
+            "num_without_end": self.num_without_end, "tokens_95_percent": ordered[math.ceil(HELD * num) - 1],
+        }  # fmt: skip
+
+
+def answers_of(rows: Sequence[Dialogue], end_id: int) -> Answers:
+    """Every run of tokens that carry loss is one answer."""
+    found = [
+        [token for token, _ in run]
+        for row in rows
+        for is_trained, run in groupby(zip(row.ids, row.trained, strict=True), lambda pair: pair[1])
+        if is_trained
+    ]
+    return Answers([len(answer) for answer in found], sum(answer[-1] != end_id for answer in found))
+
+
+def figures(
+    base: Base, trained: Sequence[str], samples: Sequence[Sample], answers: Answers, max_new_tokens: int
+) -> dict[str, Any]:
+    """What a judgement of the end-token rate rests on, as JSON values for the manifest.
 
     Args:
-        trained: tokens whose rows the adapter trains.
-        num_truncated: training rows that lost their end token to ``max_length``.
+        trained: tokens whose rows in the embeddings are trained.
+        samples: the policy's own responses.
     """
-    chat = base.chat
-    found, fixes = [], []
-    if chat.end_token not in trained and end_looks_untrained(base):
-        found.append("its row in the embeddings is untrained, and stays frozen")
-        fixes.append(f"lora.train_tokens: [{chat.end_token!r}]")
-    own = base.tokenizer.eos_token_id
-    others = sum(own in sample.response_ids for sample in samples) if own not in (None, chat.end_id) else 0
-    if others:
-        name = base.tokenizer.eos_token
-        found.append(f"{others} of {len(samples)} write {name!r} instead, with which the base ends")
-        fixes.append(f"sampling.stop_tokens: [{name!r}] in every stage, or lora.train_tokens: [{chat.end_token!r}]")
-    if num_truncated:
-        found.append(f"{num_truncated} training rows were cut at max_length and lost it")
-        fixes.append("too_long: drop, or a larger max_length")
-    if not fixes and chat.end_token not in trained:
-        fixes.append(f"lora.train_tokens: [{chat.end_token!r}]")
-    return "; ".join(found), "; ".join([*fixes, FIX])
+    chat, own = base.chat, base.tokenizer.eos_token_id
+    other = base.tokenizer.eos_token if own not in (None, *chat.end_ids) else None
+    return {
+        "end_token": chat.end_token, "max_new_tokens": max_new_tokens, "num_samples": len(samples),
+        "end_row_untrained": chat.end_token not in trained and end_looks_untrained(base),
+        "base_end_token": other,
+        "num_base_end": sum(own in sample.response_ids for sample in samples) if other else 0,
+        "num_ended_by": {
+            token: sum(sample.finished and sample.response_ids[-1] == index for sample in samples)
+            for token, index in zip(chat.end_tokens, chat.end_ids, strict=True)
+        },
+        "answers": answers.figures(max_new_tokens),
+    }  # fmt: skip

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from rlhf.config.examination import Bound, ThresholdSection
@@ -11,6 +12,8 @@ from rlhf.evaluation.probes import KNOWN, OWN, own
 
 PASS, WARN, FAIL = "pass", "warn", "fail"
 ORDER = (PASS, WARN, FAIL)
+NOTHING_LEARNT = {"accuracy": (0.5, "chance"), "accuracy_when_sure": (0.5, "chance"), "over_length": (0.0, "length")}
+"""The value of a figure at which the model is no better than what stands beside it."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +33,22 @@ def overall(verdicts: Sequence[Verdict]) -> str:
     return max((one.verdict for one in verdicts), key=ORDER.index, default=PASS)
 
 
+def failed(verdicts: Sequence[Verdict]) -> list[str]:
+    """Keys of the figures that failed."""
+    return [one.key for one in verdicts if one.verdict == FAIL]
+
+
+def table(verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    """What an examination's report says of them."""
+    return {"verdict": overall(verdicts), "verdicts": [asdict(one) for one in verdicts]}
+
+
 def judge(report: Mapping[str, Any], thresholds: ThresholdSection) -> list[Verdict]:
     """Every figure that the report has and a bound stands for, in the order of the report.
 
-    A figure is beyond a bound with the whole of its 95 % interval: evidence for a defect, not lack of evidence for its
-    absence. Too few prompts to have such evidence are a warning of their own.
+    A figure is beyond a bound only with the whole of its 95 % interval, because a bound asks for evidence of a defect.
+    The figures of ``NOTHING_LEARNT`` need evidence for the model as well: one whose interval reaches the value of a
+    model that has learnt nothing is at least a warning, whatever its bound. Too few prompts are a warning of their own.
     """
     return [*_few(report, thresholds), *_comparisons(report, thresholds), *_probes(report, thresholds)]
 
@@ -58,6 +72,20 @@ def _few(report: Mapping[str, Any], thresholds: ThresholdSection) -> Iterator[Ve
 
 
 def _comparisons(report: Mapping[str, Any], thresholds: ThresholdSection) -> Iterator[Verdict]:
+    for key, figure, is_above, says, do in _figures(report, thresholds):
+        if figure is None:
+            continue
+        verdict = side(figure, getattr(thresholds, key), is_above)
+        value, of = NOTHING_LEARNT.get(key, (-math.inf, ""))
+        if verdict != FAIL and figure["ci95"][0] <= value:
+            verdict = WARN
+            says = f"{says}: not shown to be better than {of} on {report['prompts']} prompts"
+            do = f"examine on more prompts; if that does not show it, {do}"
+        yield Verdict(key, verdict, figure["estimate"], figure["ci95"], says, do)
+
+
+def _figures(report: Mapping[str, Any], thresholds: ThresholdSection) -> list[tuple[str, Any, bool, str, str]]:
+    """Key, figure (None where there is none), whether above is worse, what it is, and what to do about it."""
     rows: list[tuple[str, Any, bool, str, str]] = [
         ("accuracy", report["accuracy"], False, "accuracy on the comparisons",
          "more or cleaner comparisons, or a larger base; at 0.5 look for swapped columns"),
@@ -92,10 +120,7 @@ def _comparisons(report: Mapping[str, Any], thresholds: ThresholdSection) -> Ite
         for name, row in (by_name or {}).items():
             if row["comparisons"] >= thresholds.min_comparisons:
                 rows.append((key, row["below_others"], True, whose.format(name), do))
-    for key, figure, is_above, says, do in rows:
-        if figure is not None:
-            verdict = side(figure, getattr(thresholds, key), is_above)
-            yield Verdict(key, verdict, figure["estimate"], figure["ci95"], says, do)
+    return rows
 
 
 def _probes(report: Mapping[str, Any], thresholds: ThresholdSection) -> Iterator[Verdict]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from rlhf import artifacts
 from rlhf.config.sections import LoraSection, RoleLoraSection
 from rlhf.errors import Problem, RlhfError
 from rlhf.models.base import Base
+from rlhf.models.ends import token_ids
 from rlhf.snapshots import require_finite
 from rlhf.storage import staged_directory, write_bytes, write_json
 
@@ -76,22 +76,6 @@ def linear_names(model: Any) -> list[str]:
         and "lora_" not in name and "token_adapter" not in name
     }  # fmt: skip
     return sorted(names)
-
-
-def token_ids(tokens: Sequence[str], tokenizer: Any, key: str) -> list[int]:
-    """The ids of single tokens that the config's ``key`` names.
-
-    Raises:
-        RlhfError: MOD031 for tokens that the tokenizer does not have.
-    """
-    if not tokens:
-        return []
-    known = tokenizer.get_vocab()
-    unknown = [token for token in tokens if token not in known]
-    if unknown:
-        what = f"not in the vocabulary: {', '.join(map(repr, unknown))}."
-        raise RlhfError(Problem("MOD031", key, what, "write the token as the tokenizer has it"))
-    return [known[token] for token in tokens]
 
 
 def directory_of(source: str) -> Path:

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import constants
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import cached_file
 
-from rlhf import artifacts, masking, model_files, names
+from rlhf import artifacts, connection, masking, model_files, names
 from rlhf.data.chat import ChatFormat
+from rlhf.data.rendering import Rendering
 from rlhf.demo import registry as demo
 from rlhf.errors import Problem, RlhfError, of_the_machine
-from rlhf.models import packing, quantised
+from rlhf.models import ends, packing, quantised, self_checks
 
 log = logging.getLogger("rlhf")
 NO_LIMIT = 1 << 30
@@ -75,7 +75,7 @@ def load_context_length(source: str, revision: str | None = None, trust_remote_c
 def load_base(
     source: str, *, revision: str | None = None, dtype: str = "float32", device: torch.device | None = None,
     template: str | None = None, trust_remote_code: bool = False, attn_implementation: str | None = None,
-    quantize: str | None = None,
+    quantize: str | None = None, rendering: Rendering = Rendering(),
 ) -> Base:  # fmt: skip
     """Load, freeze, put in eval mode, switch dropout and the model's own generation settings off.
 
@@ -93,6 +93,7 @@ def load_base(
     path = resolve(source, revision, trust_remote_code)
     if Path(path).is_dir():
         model_files.read(Path(path), source)
+    rendering = with_ends(rendering, tokenizer, path, revision)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             path, revision=revision, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code,
@@ -115,9 +116,21 @@ def load_base(
         model.to(device)
         refuse_not_finite(source, model.named_parameters())
     _refuse_other_logits(source, model)
-    settle(model)
-    chat = ChatFormat(tokenizer, template, context_length(model.config))
+    settle(model, self_checks.text_ids(tokenizer))
+    chat = ChatFormat(tokenizer, template, context_length(model.config), rendering)
     return Base(model, tokenizer, chat, source, artifacts.model_digest(directory), device, quantize)
+
+
+def with_ends(rendering: Rendering, tokenizer: Any, path: str, revision: str | None) -> Rendering:
+    """The same with the model's own end tokens where none are named.
+
+    Raises:
+        RlhfError: MOD031 for a token that the tokenizer does not have.
+    """
+    if rendering.ends is None:
+        return replace(rendering, ends=ends.of_model(path, tokenizer, revision))
+    ends.token_ids(rendering.ends, tokenizer, "model.end_tokens")
+    return rendering
 
 
 def _quantisation(quantize: str | None, dtype: str, device: torch.device) -> dict[str, Any]:
@@ -126,14 +139,15 @@ def _quantisation(quantize: str | None, dtype: str, device: torch.device) -> dic
     return {"quantization_config": quantised.settings(quantize, getattr(torch, dtype)), "device_map": {"": device}}
 
 
-def settle(model: Any) -> None:
-    """Freeze, put in eval mode, drop what the model says of sampling and dropout, and let it take packed rows."""
+def settle(model: Any, text_ids: Sequence[int] | None = None) -> None:
+    """Freeze, put in eval mode, drop what the model says of sampling and dropout, and let it take packed rows, which
+    is tried on ``text_ids``: ordinary text."""
     model.requires_grad_(False)
     model.eval()
     model.generation_config = GenerationConfig()
     without_dropout(model)
     contiguous_into_head(model)
-    packing.enable(model)
+    packing.enable(model, text_ids)
 
 
 def without_dropout(model: nn.Module) -> None:
@@ -174,6 +188,8 @@ def resolve(source: str, revision: str | None, trust_remote_code: bool) -> str:
     )
     if found := [problem for problem in problems if problem]:
         raise RlhfError(*found)
+    if not names.exists(source) and (away := connection.model_problem(source, source, revision)):
+        raise RlhfError(away)
     return source
 
 
@@ -190,10 +206,7 @@ def cannot_load(source: str, what: str, error: Exception) -> RlhfError:
         fix = "another model, or model.trust_remote_code: true with model.revision at a commit whose code you have read"
         return RlhfError(Problem("SEC007", source, f"the {what} needs Python code of its own, which is refused.", fix))
     first = " ".join(masking.mask(str(error)).split())[:160]
-    hub = not Path(source).is_dir()
-    fix = "a model directory, or a hub id while online" if hub else "download the model again"
-    if hub and constants.HF_HUB_OFFLINE:
-        first, fix = "not in the cache, and HF_HUB_OFFLINE is set.", "unset HF_HUB_OFFLINE, or name a directory"
+    fix = "download the model again" if Path(source).is_dir() else "name a model directory, or another hub id"
     return RlhfError(Problem("MOD001", source, f"the {what} cannot be loaded: {first}", fix))
 
 

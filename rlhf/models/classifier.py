@@ -14,8 +14,10 @@ from transformers import AutoModelForSequenceClassification
 
 from rlhf import model_files, storage
 from rlhf.config.rewards import ClassifierSection
+from rlhf.data import thinking as thoughts
 from rlhf.data.chat import ChatFormat
 from rlhf.data.records import Message, Messages, plain_text
+from rlhf.data.rendering import Rendering
 from rlhf.errors import Problem, RlhfError
 from rlhf.models import base as bases
 
@@ -50,9 +52,10 @@ class Reader:
 
     def __init__(self, tokenizer: Any, section: ClassifierSection, exported: bool, context_length: int | None) -> None:
         self.tokenizer, self.context_length = tokenizer, section.max_length or context_length
+        self.rendering = Rendering(thinking=section.thinking, kwargs=section.template_kwargs)
         self.chat: ChatFormat | None = None
         if exported or section.chat_template:
-            self.chat = ChatFormat(tokenizer, section.chat_template, self.context_length)
+            self.chat = ChatFormat(tokenizer, section.chat_template, self.context_length, self.rendering)
         self.form = "prompt, response and end token" if self.chat else "its chat template"
         if self.chat is None and not tokenizer.chat_template:
             self.form = "a pair of texts"
@@ -79,15 +82,18 @@ class Reader:
     def read(self, messages: Messages, response: str, finished: bool) -> Reading:
         """The ids of one conversation. Special tokens that its texts happen to write are left out and counted."""
         messages = tuple(Message(message.role, self._clean(message.content)) for message in messages)
-        response = self._clean(response)
+        if self.rendering.thinking != "keep":
+            response = thoughts.split(response)[1] if response.startswith(thoughts.OPEN) else response
+        response = self._clean(response, is_answer=True)
         if self.chat:
             prompt = self.chat.prompt_ids(messages)
             answer = self.chat.response_ids(messages, response)
             return Reading([*prompt, *answer, *([self.chat.end_id] if finished else [])], None, (0, len(prompt)))
         if self.tokenizer.chat_template:
             turns = [{"role": m.role, "content": m.content} for m in (*messages, Message("assistant", response))]
-            ids = list(self.tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False))
-            head = self.tokenizer.apply_chat_template(turns[:-1], tokenize=True, return_dict=False)
+            given = self.rendering.given_to(str(self.tokenizer.get_chat_template()))
+            ids = list(self.tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False, **given))
+            head = self.tokenizer.apply_chat_template(turns[:-1], tokenize=True, return_dict=False, **given)
             return Reading(ids, None, (0, min(len(head), len(ids) - 1)))
         first = plain_text(messages)
         found = self.tokenizer(first, response)
@@ -96,8 +102,8 @@ class Reader:
         start = owners.index(0) if 0 in owners else 0
         return Reading(ids, list(types) if types is not None else None, (start, start + owners.count(0)))
 
-    def _clean(self, text: str) -> str:
-        cleaned = self.chat.without_special(text) if self.chat else text
+    def _clean(self, text: str, is_answer: bool = False) -> str:
+        cleaned = self.chat.without_special(text, is_answer) if self.chat else text
         for token in self._special:
             cleaned = cleaned.replace(token, "")
         self.num_cleaned += cleaned != text

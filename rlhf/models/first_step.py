@@ -1,46 +1,39 @@
-"""What a run's first step took beside what was predicted: memory, and time at this machine's speed."""
+"""What a run's first two steps show: how long all will take, and on a GPU the memory next to what was planned."""
 
 from __future__ import annotations
 
 import logging
 
 from rlhf import runtime
-from rlhf.models import speed
 from rlhf.planning import clock, phases
 from rlhf.planning.phases import Spec
 
 log = logging.getLogger("rlhf")
-MEASURED_FOR, READ_BYTES = 0.1, 1 << 26  # seconds for each of the four figures that make a speed; little memory
 
 
 class FirstStep:
-    """Says both once. The predictions are of the longest rows that the config allows.
+    """Says both once. The time is the second step's: the first one also does what is done once, as checks at first use.
 
-    Memory is on a GPU what torch allocated; on a CPU how far the resident set has grown since this was made, before
-    the base was loaded. Time is what ``rlhf plan --measure`` predicts, a floor.
+    Memory is what torch has allocated at its peak, which is what ``rlhf plan`` predicts. A CPU has no such figure: the
+    resident set holds the pages of libraries too.
     """
 
     def __init__(self, spec: Spec | None) -> None:
-        self.spec, self.before, self.said = spec, runtime.peak_rss_mb(), False
+        self.spec, self.num_steps = spec, 0
 
     def say(self, seconds: float, steps: int) -> None:
-        """Of a first step that took ``seconds``, of ``steps`` in all."""
-        if self.said:
-            return
-        self.said = True
-        on_gpu = runtime.peak_memory().get("memory/peak_cuda_mb")
-        what = "Memory on the GPU" if on_gpu is not None else "Memory (with the pages of libraries)"
-        measured = on_gpu if on_gpu is not None else runtime.peak_rss_mb() - self.before
-        memory = time = "none for this base"
-        if self.spec:
-            memory = f"{phases.peak(self.spec).total / (1 << 20):.0f} MB"
-            shape = self.spec.shape
-            here = speed.measured(
-                shape.d, shape.f, self.spec.held.e, clock.sums(self.spec), read_bytes=READ_BYTES, seconds=MEASURED_FOR
-            )
-            time = f"at least {sum(work.seconds for work in clock.step(self.spec, here)):.3g} s"
-        log.info("%s after the first step: %.0f MB; predicted, for longest rows: %s.", what, measured, memory)
-        log.info(
-            "The first step took %.3g s; predicted, if all rows were as long as the config allows and this machine as "
-            "fast as just measured: %s. All %d steps: about %s.", seconds, time, steps, clock.duration(steps * seconds),
-        )  # fmt: skip
+        """After each step, which took ``seconds``, of ``steps`` in all."""
+        self.num_steps += 1
+        allocated = runtime.peak_memory().get("memory/peak_cuda_mb") if self.num_steps == 1 else None
+        if allocated is not None:
+            log.info("Memory on the GPU, at its peak so far: %.0f MB%s.", allocated, self._planned())
+        if self.num_steps == 2:
+            log.info("A step takes %.3g s; all %d steps: about %s.", seconds, steps, clock.duration(seconds * steps))
+
+    def _planned(self) -> str:
+        """The plan's peak of the phases that the first step has seen: what measures at the end is still to come."""
+        if self.spec is None:
+            return ""
+        seen = [phase for phase in phases.phases(self.spec) if self.spec.stage == "ppo" or phase.name == "training"]
+        most = max(phase.total for phase in seen) / (1 << 20)
+        return f"; planned for it, with rows as long as the config allows: {most:.0f} MB"

@@ -44,9 +44,9 @@ def copy_of(run_dir: str | Path, manifest: Manifest, device: torch.device) -> Ba
 
 
 def generation_config(base: Base) -> GenerationConfig:
-    """Sampling as the policy was trained: temperature 1, no filter, ending at the token that the template writes."""
+    """Sampling as the policy was trained: temperature 1, no filter, ending as its responses do, or as the tokenizer."""
     own = base.tokenizer.eos_token_id
-    ends = [base.chat.end_id] + ([own] if own not in (None, base.chat.end_id) else [])
+    ends = [*base.chat.end_ids, *([own] if own not in (None, *base.chat.end_ids) else [])]
     return GenerationConfig(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=ends, pad_token_id=base.chat.pad_id
     )

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from rlhf import storage
+from rlhf.progress import waiting
 from rlhf.snapshots import require_finite
 
 
@@ -29,6 +30,7 @@ def load(model: Any, state: dict[str, Tensor]) -> None:
     assert not unexpected and set(missing) <= tied, f"{missing} {unexpected}"
 
 
+@waiting("Writing the model")
 def save(model: Any, tokenizer: Any, directory: Path) -> None:
     """Write model and tokenizer, whole or not at all.
 

@@ -1,9 +1,9 @@
-"""Time, as pure functions: the least that a phase takes on a device of a given arithmetic speed and memory bandwidth.
+"""Time, as pure functions: what a phase takes on a device of a given arithmetic speed and memory bandwidth.
 
 A pass over tokens is bound by arithmetic, the sampling of one more token by thin products, or by reading the weights
-and the cache, and by the launching of small operations. What lies beside the products in a pass, and the optimizer, are
-not in it: figures are a floor, and what a person decides by is their order of magnitude. Rows are taken to be as long
-as the config lets them be.
+and the cache, and by the launching of small operations. What a pass does besides the products, and the optimizer, are
+not counted. Rows are taken to be as long as the config lets them be: a run with shorter rows takes less than predicted,
+so that no figure is a lower bound. What a person decides by is their order of magnitude.
 
 Predicted over measured processor time, one thread, float32, speeds as ``rlhf.models.speed`` measures them, 2026-11-21.
 A rollout at 30 M, 16 x (64 + 48), stands at 1.1 (0.9 to 1.2, beside other work; 2026-11-22).
@@ -35,12 +35,14 @@ class Speed:
     Args:
         thin: arithmetic in products of a few rows, as sampling makes them; None takes ``flops``.
         launch: seconds of an operation on next to nothing.
+        wide: arithmetic of the head's product where numbers in half precision are cast for it; None takes ``flops``.
     """
 
     flops: float
     bandwidth: float
     thin: float | None = None
     launch: float = 0.0
+    wide: float | None = None
 
 
 @dataclass(frozen=True)
@@ -70,11 +72,12 @@ def step(spec: Spec, speed: Speed) -> list[Work]:
     if spec.stage != "ppo":
         return []
     S = spec.prompt + spec.response
-    tokens, share = spec.batch * S, spec.response / S
-    body = operations(spec, S, False, 1)
-    head = spec.shape.V * spec.shape.d * share
+    tokens, states = spec.batch * S, spec.batch * spec.response
+    body, head = operations(spec, S, False, 1), states * spec.shape.V * spec.shape.d
+    read = FORWARD * head / (speed.wide or speed.flops)
     again = train * spec.epochs
-    passes, states = spec.num_reward_runs + spec.trains_value, spec.batch * spec.response
+    passes, runs = spec.num_reward_runs + spec.trains_value, 1 + spec.reads_reference
+    learnt = spec.epochs * (_reads(spec) * read + BACKWARD * head / speed.flops)
     critic = Work("value update", tokens * spec.epochs, tokens * again * body / speed.flops)
     if not spec.trains_value:
         d, k = spec.shape.d, memory.FEATURES
@@ -82,11 +85,25 @@ def step(spec: Spec, speed: Speed) -> list[Work]:
         critic = Work("value fit", states, states * each / speed.flops)
     return [
         _rollout(spec, speed),
-        Work("rescoring", tokens, tokens * FORWARD * (1 + spec.reads_reference) * (body + head) / speed.flops),
+        Work("rescoring", tokens, runs * (tokens * FORWARD * body / speed.flops + read)),
         Work("values and scores", tokens, tokens * FORWARD * passes * body / speed.flops),
-        Work("policy update", tokens * spec.epochs, tokens * again * (body + 1.5 * head) / speed.flops),
+        Work("policy update", tokens * spec.epochs, tokens * again * body / speed.flops + learnt),
         critic,
     ]
+
+
+def measuring(spec: Spec, speed: Speed) -> Work | None:
+    """One measurement of the held-out loss during training; None where none is made, or the rows are not known."""
+    if not spec.measured:
+        return None
+    tokens = spec.measured * spec.length
+    return Work("measuring", tokens, tokens * operations(spec, spec.length, spec.stage == "sft", FORWARD) / speed.flops)
+
+
+def _reads(spec: Spec) -> int:
+    """Head products of one token's forward pass: logits that do not fit into one chunk are computed again."""
+    targets = spec.micro * spec.response
+    return 1 + (memory.chunk_tokens(spec.shape, targets) < targets)
 
 
 def _rollout(spec: Spec, speed: Speed) -> Work:
@@ -96,7 +113,9 @@ def _rollout(spec: Spec, speed: Speed) -> Work:
     S = spec.prompt + spec.response
     prompts = rows * spec.prompt * operations(spec, spec.prompt, False, FORWARD) / speed.flops
     read = memory.weights(spec.shape, spec.held) + memory.kv_cache(spec.shape, spec.held, rows, S) / 2
-    products = rows * operations(spec, S, True, FORWARD) / (speed.thin or speed.flops)
+    thin = speed.thin or speed.flops
+    products = rows * operations(spec, S, False, FORWARD) / thin
+    products += rows * FORWARD * spec.shape.V * spec.shape.d / (speed.wide or thin)
     token = max(products, read / speed.bandwidth) + spec.shape.L * launches(spec) * speed.launch
     return Work("rollout", spec.batch * spec.response, waves * (prompts + spec.response * token))
 
@@ -110,7 +129,7 @@ def launches(spec: Spec) -> int:
 
 def sums(spec: Spec) -> bool:
     """Whether sampling adds up base and adapter."""
-    return memory.summed(spec.shape, spec.held) > 0
+    return memory.sums(spec.shape, spec.held)
 
 
 def duration(seconds: float) -> str:

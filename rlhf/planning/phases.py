@@ -26,6 +26,7 @@ class Spec:
         reads_reference: whether PPO's steps run the reference.
         members: of an ensemble in reward modelling, trained one after the other.
         heads: numbers that each of them has.
+        measured, measurements: held-out sequences of one measurement during training, and how often that is made.
     """
 
     stage: str
@@ -52,6 +53,8 @@ class Spec:
     reads_reference: bool = True
     members: int = 1
     heads: int = 1
+    measured: int = 0
+    measurements: int = 0
     device: str = "cpu"
 
     def with_(self, **changes: object) -> Spec:
@@ -162,7 +165,7 @@ def _sampling(spec: Spec, name: str, rows: int, prompt: int) -> Phase:
 def _sft(spec: Spec) -> list[Phase]:
     n = spec.micro * spec.length
     logits = memory.logits_sft(spec.shape, spec.held, n, spec.device)
-    measured = memory.logits_measured(spec.shape, spec.held, n)
+    measured = memory.logits_measured(spec.shape, spec.held, n, spec.device)
     prompt = max(1, spec.length - spec.response)
     return [
         _training(spec, "training", "policy", spec.length, logits, spec.batch > spec.micro),
@@ -182,10 +185,11 @@ def _train_rm(spec: Spec) -> list[Phase]:
 def _ppo(spec: Spec) -> list[Phase]:
     S, targets = spec.prompt + spec.response, spec.micro * spec.response
     accumulates = spec.minibatch > spec.micro
-    trained = memory.logits_trained(spec.shape, spec.held, targets, spec.entropy)
+    trained = memory.logits_trained(spec.shape, spec.held, targets, spec.entropy, spec.device)
+    rescored = memory.logits_rescored(spec.shape, spec.held, targets, spec.device)
     found = [
         _sampling(spec, "rollout", min(spec.concurrency, spec.batch), spec.prompt),
-        _passing(spec, "rescoring", spec.micro, S, spec.response, memory.logits_rescored(spec.shape, targets)),
+        _passing(spec, "rescoring", spec.micro, S, spec.response, rescored),
         _training(spec, "policy update", "policy", S, trained, accumulates, spec.response),
     ]
     if spec.trains_value:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import product
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from rlhf import artifacts
+from rlhf import artifacts, policy_sampling
 from rlhf.artifacts import Manifest
-from rlhf.config import load, rubric
+from rlhf.config import recognition, rubric
 from rlhf.config.rewards import RewardSource
-from rlhf.config.sections import LoraSection
+from rlhf.config.sections import LoraSection, SamplingSection, Section
 from rlhf.config.stages import CollectConfig, EvalRmConfig, PpoConfig, SftConfig, StageConfig
 from rlhf.config.train_rm import RewardConfig
 from rlhf.errors import Problem, RlhfError
@@ -23,13 +22,14 @@ from rlhf.planning.memory import Numbers
 from rlhf.planning.phases import Spec
 
 NO_LIMIT = 2048  # what a prompt of rlhf collect is taken to be at most where the base sets no limit
+MAKERS: dict[str, type[Section]] = {"sft": SftConfig, "train-rm": RewardConfig, "ppo": PpoConfig}
 WIDTH = {"float32": 4, "bfloat16": 2}
 ADAPTER_CONFIG = f"{artifacts.ADAPTER}/adapter_config.json"
 
 
 @dataclass(frozen=True)
 class Origin:
-    """The base and the adapter that a stage starts from, and who says so."""
+    """The base and the adapter that a stage starts from, how that policy is sampled, and who says so."""
 
     source: str
     dtype: str
@@ -38,13 +38,15 @@ class Origin:
     targets: str | tuple[str, ...]
     num_tokens: int
     said_by: str
+    sampling: SamplingSection = field(default_factory=SamplingSection)
 
 
 def of_sft(config: SftConfig, said_by: str) -> Origin:
     """What an SFT config makes."""
     model, lora = config.model, config.lora or LoraSection()
     targets = "all-linear" if lora.target_modules == "all-linear" else tuple(lora.target_modules)
-    return Origin(model.path, model.dtype, model.quantize, lora.r, targets, len(lora.train_tokens), said_by)
+    num_tokens = len(lora.train_tokens)
+    return Origin(model.path, model.dtype, model.quantize, lora.r, targets, num_tokens, said_by, config.sampling)
 
 
 def of_run(run_dir: str, manifest: Manifest) -> Origin:
@@ -55,8 +57,9 @@ def of_run(run_dir: str, manifest: Manifest) -> Origin:
     """
     assert manifest.base is not None, "policies and rewards have a base"
     base = manifest.base
+    sampling = policy_sampling.own(manifest).section
     if artifacts.adapter_of(run_dir) is None:  # a model of its own: roles that start from it get a fresh adapter
-        return Origin(base.source, base.dtype, base.quantize, LoraSection().r, "all-linear", 0, run_dir)
+        return Origin(base.source, base.dtype, base.quantize, LoraSection().r, "all-linear", 0, run_dir, sampling)
     path = artifacts.members_of(run_dir)[0] / ADAPTER_CONFIG
     try:
         adapter = json.loads(path.read_text("utf-8"))
@@ -65,27 +68,41 @@ def of_run(run_dir: str, manifest: Manifest) -> Origin:
     tokens = adapter.get("trainable_token_indices") or []
     rows = next(iter(tokens.values()), []) if isinstance(tokens, dict) else tokens
     targets = tuple(adapter["target_modules"])
-    return Origin(base.source, base.dtype, base.quantize, adapter["r"], targets, len(rows), run_dir)
+    return Origin(base.source, base.dtype, base.quantize, adapter["r"], targets, len(rows), run_dir, sampling)
 
 
-def find(run_dir: str, beside: Path) -> Origin:
-    """What the run ``run_dir`` is or will be made on: from its manifest, else from its config in the folder ``beside``.
+def find(run_dir: str, folder: Path) -> Origin:
+    """What the run ``run_dir`` is or will be made on: from its manifest, else from its config in ``folder``.
 
     Raises:
         RlhfError: CKP001 where neither is there.
     """
-    if artifacts.is_finished(Path(run_dir)):
-        return of_run(run_dir, artifacts.read(run_dir))
-    classes: tuple[type[SftConfig | RewardConfig | PpoConfig], ...] = (SftConfig, RewardConfig, PpoConfig)
-    for path, config_class in product(sorted(beside.glob("*.yaml")), classes):
-        try:
-            found = load.load(config_class, path)
-        except RlhfError:
-            continue  # another stage's config
-        if found.run_dir == run_dir:
-            return of_sft(found, str(path)) if isinstance(found, SftConfig) else find(found.policy, beside)
-    what = f"no such run, and no config in {beside} makes it."
-    raise RlhfError(Problem("CKP001", run_dir, what, "run its stage first, or put its config beside this one"))
+    root = root_of(run_dir, folder)
+    origin = of_run(root, artifacts.read(root)) if isinstance(root, str) else of_sft(root[1], str(root[0]))
+    made_by = None if root == run_dir else recognition.maker_of(run_dir, folder, MAKERS)
+    return replace(origin, sampling=made_by[1].sampling) if made_by else origin
+
+
+def root_of(run_dir: str, folder: Path) -> str | tuple[Path, SftConfig]:
+    """What ``run_dir`` goes back to: the nearest finished run, or the SFT config in ``folder`` that will make one.
+
+    Raises:
+        RlhfError: CKP001 where a run on the way is not there, and no config in ``folder`` makes it.
+    """
+    seen: list[str] = []
+    here: str | None = run_dir
+    while here is not None and here not in seen:
+        if artifacts.is_finished(Path(here)):
+            return here
+        seen.append(here)
+        if (made_by := recognition.maker_of(here, folder, MAKERS)) is None:
+            break
+        path, config = made_by
+        if isinstance(config, SftConfig):
+            return path, config
+        here = parent_of(config)
+    what = f"no such run, and no config in {folder} makes it."
+    raise RlhfError(Problem("CKP001", seen[-1], what, "run its stage first, or put its config next to this one"))
 
 
 def started_from(config: StageConfig, parents: Mapping[str, Manifest]) -> Origin:
@@ -134,16 +151,17 @@ def spec(config: StageConfig, origin: Origin, data: Mapping[str, Sequence[Any]],
         return common.with_(
             micro=min(config.batch.micro_batch_size, config.batch.batch_size), batch=config.batch.batch_size,
             length=config.max_length, response=config.sampling.max_new_tokens, concurrency=config.sampling.concurrency,
-            steps=_num_steps(config, rows),
+            steps=_num_steps(config, rows), **_measurements(config, rows, 1),
         )  # fmt: skip
     if isinstance(config, RewardConfig):
         return _of_reward(config, common, rows)
     if isinstance(config, PpoConfig):
         return _of_ppo(config, common)
     if isinstance(config, CollectConfig):
+        sampling = config.sampling.of(origin.sampling)
         return common.with_(
-            prompt=max(1, (shape.context or NO_LIMIT) - config.sampling.max_new_tokens),
-            response=config.sampling.max_new_tokens, concurrency=config.sampling.concurrency,
+            prompt=max(1, (shape.context or NO_LIMIT) - sampling.max_new_tokens),
+            response=sampling.max_new_tokens, concurrency=sampling.concurrency,
             num_reward_runs=_num_roles(config.labeller),
         )  # fmt: skip
     assert isinstance(config, EvalRmConfig), config
@@ -160,7 +178,7 @@ def _of_reward(config: RewardConfig, common: Spec, rows: Sequence[Any] | None) -
         ), group=group,
         batch=group * config.batch.batch_size, length=config.max_length, response=config.sampling.max_new_tokens,
         concurrency=config.sampling.concurrency, members=config.members, steps=_num_steps(config, rows),
-        heads=len(rubric.heads_of(config)) or 1,
+        heads=len(rubric.heads_of(config)) or 1, **_measurements(config, rows, group),
         value_rank=max((rank for rank in config.ranks if rank), default=_rank_of(config.init_from)),
     )  # fmt: skip
 
@@ -195,6 +213,16 @@ def _num_steps(config: SftConfig | RewardConfig, rows: Sequence[Any] | None) -> 
     if config.steps is not None or rows is None:
         return config.steps and members * config.steps
     return members * max(1, math.ceil(len(rows) * (config.epochs or 0) / config.batch.batch_size))
+
+
+def _measurements(config: SftConfig | RewardConfig, rows: Sequence[Any] | None, group: int) -> dict[str, int]:
+    """Held-out sequences, ``group`` of them a row, and how often they are measured during training."""
+    steps, every = _num_steps(config, rows), config.evaluation.every
+    if not every or not steps or rows is None:
+        return {}
+    members = config.members if isinstance(config, RewardConfig) else 1
+    times = members * (1 + math.ceil(steps / members / every))
+    return {"measured": group * max(1, round(config.holdout_fraction * len(rows))), "measurements": times}
 
 
 def reward_runs(config: StageConfig) -> list[str]:

@@ -180,7 +180,8 @@ def estimate(config: PpoConfig, rewards: Tensor, values: Tensor, mask: Tensor) -
     """Advantages of the policy and returns for the critic, each with its own lambda."""
     update = config.update
     advantages = objective.gae_advantages(rewards, values, mask, update.gamma, update.lam)
-    targets = objective.gae_advantages(rewards, values, mask, update.gamma, update.value_lam)
+    value_lam = update.lam if update.value_lam is None else update.value_lam
+    targets = objective.gae_advantages(rewards, values, mask, update.gamma, value_lam)
     return advantages, objective.returns_from(targets, values, mask)
 
 

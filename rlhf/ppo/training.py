@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from rlhf.optimizer import Optimizer
 from rlhf.ppo import experience as experiences
 from rlhf.ppo import objective
 from rlhf.ppo.update import update
+from rlhf.progress import waiting
 from rlhf.rollouts.engine import RolloutEngine
 from rlhf.runs import Run, plain
 from rlhf.scoring.ensemble import references_of
@@ -79,6 +81,7 @@ class Training:
         self.order = DataOrder(len(train), config.batch.batch_size // config.samples_per_prompt, config.seed)
         self.progress = Progress(config.kl.coef)
         self.ready: tuple[experiences.Experience, dict[str, Any]] | None = None
+        self.newest: dict[str, float] = {}  # figures of the newest step
         self.guard = Guard(config.guards)
         self.saved = Checkpoints(run, self.state(), config.save_every, config.keep_checkpoints)
 
@@ -102,11 +105,12 @@ class Training:
             seed = runtime.derived_seed(self.config.seed, "ppo", "standardise", index)
             wanted = source.standardise_samples or 0
             prompts = [self.train[row % len(self.train)] for row in range(wanted)]
-            samples = measure.respond(
-                self.engine, self.base.chat, prompts, measure.sampling_of(self.config.sampling, seed)
-            )
-            ended = [sample for sample in samples if sample.finished]
-            scorer.fit(ended)
+            with waiting(f"Setting the scale of {source.name} on {wanted} answers of the SFT policy"):
+                samples = measure.respond(
+                    self.engine, self.base.chat, prompts, measure.sampling_of(self.config.sampling, seed)
+                )
+                ended = [sample for sample in samples if sample.finished]
+                scorer.fit(ended)
             log.info(
                 "%s standardised on %d SFT samples (%d more were cut off): shift %.3f, scale %.3f.", source.name,
                 len(ended), wanted - len(ended), scorer.shift, scorer.scale,
@@ -147,10 +151,11 @@ class Training:
         """Measure the policy on the held-out prompts; the best one so far is written beside the checkpoints."""
         config, progress = self.config, self.progress
         seed = runtime.derived_seed(config.seed, "ppo", "evaluation")
-        outcome = measure.evaluate(
-            self.roles, self.engine, self.scorer, experiences.settle(config.missing_eos), self.base.chat,
-            self.held_out, config.sampling, seed, config.batch.micro_batch_size, config.batch.micro_batch_tokens,
-        )  # fmt: skip
+        with waiting(f"Measuring the policy on {len(self.held_out)} held-out prompts"):
+            outcome = measure.evaluate(
+                self.roles, self.engine, self.scorer, experiences.settle(config.missing_eos), self.base.chat,
+                self.held_out, config.sampling, seed, config.batch.micro_batch_size, config.batch.micro_batch_tokens,
+            )  # fmt: skip
         self.run.write_samples(f"step-{progress.step}", outcome.rows)
         figures = outcome.metrics
         figures["eval/objective"] = figures["eval/score"] - config.kl.coef * figures["eval/exact_kl_nats"]
@@ -159,8 +164,8 @@ class Training:
         if figures["eval/objective"] > progress.best_objective:
             progress.best_step, progress.best_objective = progress.step, figures["eval/objective"]
             progress.best_figures = dict(figures)
-            save_roles(self.roles, self.critic, self.saved.directory / f"{BEST}-{progress.best_step}")
-            self.saved.retire(self.needed())
+            save = partial(save_roles, self.roles, self.critic)
+            self.saved.keep_best(f"{BEST}-{progress.best_step}", save, self.needed())
         progress.last = figures
         return figures
 
@@ -222,7 +227,8 @@ class Training:
             )  # fmt: skip
         updated = time.perf_counter()
         times = {"time/rollout_s": rolled_out - clock, "time/update_s": updated - rolled_out}
-        self.record(step, {**batch.metrics, **figures, **times})
+        self.newest = {**batch.metrics, **figures, **times}
+        self.record(step, self.newest)
         self.guard.check(step, figures)
         if step % config.evaluation.every == 0 or step == config.steps:
             self.evaluate()

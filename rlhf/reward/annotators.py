@@ -10,8 +10,10 @@ import numpy
 
 from rlhf import artifacts, storage
 from rlhf.config.train_rm import RewardConfig
-from rlhf.data import tokenised
+from rlhf.data import fitting, tokenised
 from rlhf.data.consensus import Annotated
+from rlhf.data.dropped import DroppedRows
+from rlhf.data.fitting import Limit
 from rlhf.data.records import Comparison, prompt_key
 from rlhf.evaluation import reward as examine
 from rlhf.metrics import intervals
@@ -65,7 +67,11 @@ def _accuracies(
     report: dict[str, Any],
 ) -> dict[str | None, dict[str, Any]]:  # fmt: skip
     """Of every annotator who preferred something there, and under None of those held out together."""
-    groups, _ = tokenised.groups(records, chat, config.max_length, config.too_long, 1.0, "annotators")
+    dropped = DroppedRows("annotators", 1.0, config.data.on_bad_row == "drop", sum(one.num_rows for one in records))
+    limit = Limit(config.max_length, truncates=config.too_long == "truncate")
+    groups, _ = tokenised.groups(fitting.without_special(records, chat, dropped), chat, limit, dropped)
+    if dropped.total:
+        log.info("Annotators' accuracy: %s.", dropped.sentence())
     scorer = outcome.scorer(roles, slots, config.batch.micro_batch_size, config.batch.micro_batch_tokens)
     pairs = examine.compare(scorer, groups)
     right, held_out = examine.right(pairs), [name for name, row in report["annotators"].items() if row["held_out"]]

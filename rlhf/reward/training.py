@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from rlhf import runtime
+from rlhf.checkpoints import Position
 from rlhf.config.train_rm import RewardConfig
 from rlhf.data.batches import DataOrder, micro_batches
 from rlhf.data.records import prompt_key
@@ -40,24 +41,26 @@ class Turns:
     def __init__(self, made: Sequence[Member]) -> None:
         self.members = list(made)
         self.ends = list(accumulate(member.steps for member in made))
+        self.position = Position()
 
     @property
     def steps(self) -> int:
         return self.ends[-1]
 
-    def at(self, step: int) -> tuple[int, Member]:
-        """Number and member whose turn step ``step`` is, from 1 on."""
+    def at(self, step: int) -> tuple[int, Member, int]:
+        """Number and member whose turn step ``step`` is, from 1 on, and which of its own steps that is."""
         index = next(index for index, end in enumerate(self.ends) if step <= end)
-        return index, self.members[index]
+        member = self.members[index]
+        return index, member, step - self.ends[index] + member.steps
 
-    def end_of_step(self, step: int) -> None:
+    def end_of(self, member: Member) -> None:
         """A member that has had its last step needs no moments any more."""
-        if len(self.members) > 1 and step in self.ends:
-            self.members[self.ends.index(step)].optimizer.release()
+        if len(self.members) > 1:
+            member.optimizer.release()
 
     def state(self, roles: Roles) -> dict[str, Stateful]:
         """What changes during the run, member by member."""
-        found: dict[str, Stateful] = {}
+        found: dict[str, Stateful] = {"position": self.position}
         for index, member in enumerate(self.members):
             suffix = f"/{index}" if len(self.members) > 1 else ""
             found |= {

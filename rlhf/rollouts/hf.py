@@ -12,7 +12,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from rlhf.data.chat import ChatFormat
 from rlhf.errors import Problem, RlhfError
 from rlhf.models import decoding, packing
-from rlhf.models.adapters import token_ids
+from rlhf.models.ends import token_ids
 from rlhf.models.roles import Roles
 from rlhf.progress import track
 from rlhf.rollouts.cache import roomy
@@ -23,7 +23,7 @@ class HfEngine:
     """Samples with the role ``slot``, at most ``concurrency`` rows at a time.
 
     Args:
-        streamer: of transformers, is given the tokens of a single row as they come.
+        streamer: of transformers, is given the tokens of a single row as they come; then there is no progress bar.
     """
 
     def __init__(self, roles: Roles, slot: str, chat: ChatFormat, concurrency: int, streamer: Any = None) -> None:
@@ -46,7 +46,7 @@ class HfEngine:
         tokens: list[list[int]] = [[] for _ in prompts]
         order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), index))
         parts = [order[start : start + self.concurrency] for start in range(0, len(order), self.concurrency)]
-        for chosen in track(parts, "Sampling", len(parts)):
+        for chosen in parts if self.streamer else track(parts, "Sampling", len(parts)):  # no bar beside running text
             found = self._generate([prompts[i] for i in chosen], sampling, [rows[i] for i in chosen])
             for index, ids in zip(chosen, found, strict=True):
                 tokens[index] = ids
@@ -85,8 +85,8 @@ class HfEngine:
         return [self._cut(row, self._ends(sampling)) for row in whole[:, width:].tolist()]
 
     def _ends(self, sampling: Sampling) -> list[int]:
-        """The end token, and the stop tokens."""
-        return [self.chat.end_id, *token_ids(sampling.stop_tokens, self.chat.tokenizer, "sampling.stop_tokens")]
+        """The end tokens, the template's first, and the stop tokens."""
+        return [*self.chat.end_ids, *token_ids(sampling.stop_tokens, self.chat.tokenizer, "sampling.stop_tokens")]
 
     def _cut(self, row: list[int], ends: Sequence[int]) -> list[int]:
         """Up to and including the first token that ends a response."""

@@ -31,8 +31,10 @@ class Rerendered:
         """
         rendered, num_cleaned = [], 0
         for sample in samples:
-            response = self.chat.without_special(sample.response)
-            prompt = tuple(Message(m.role, self.chat.without_special(m.content)) for m in sample.prompt)
+            response = self.chat.without_special(sample.response, is_answer=True)
+            prompt = tuple(
+                Message(m.role, self.chat.without_special(m.content, m.role == "assistant")) for m in sample.prompt
+            )
             num_cleaned += (prompt, response) != (sample.prompt, sample.response)
             prompt_ids, ids = self.chat.prompt_ids(prompt), self.chat.response_ids(prompt, response)
             scored = [*ids, self.chat.end_id] if sample.finished else ids

@@ -20,6 +20,7 @@ class Sample:
     Args:
         scored_ids: what a reward role reads: the same, but for an end token in place of a stop token.
         logprobs: what the engine that sampled the response says of its tokens, in nats, if it says anything.
+        thinking: what the response thought before its answer, as text; also part of ``response`` where it is kept.
     """
 
     prompt: Messages
@@ -29,6 +30,12 @@ class Sample:
     finished: bool
     scored_ids: list[int]
     logprobs: list[float] | None = None
+    thinking: str = ""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it has no text that a data set may hold: it is blank, or has a NUL character."""
+        return not self.response.strip() or "\0" in self.response
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from rlhf.models import classifier, opening
 from rlhf.models.base import Base
 from rlhf.models.heads import ScalarHead
 from rlhf.models.roles import SharedBase
+from rlhf.progress import waiting
 from rlhf.scoring.classifier import ClassifierScorer
 from rlhf.scoring.ensemble import Answer, EnsembleScorer, References
 from rlhf.scoring.function import FunctionScorer
@@ -155,7 +156,9 @@ def _add_members(
 
 def open_classifier(section: ClassifierSection, device: torch.device, micro_batch_size: int) -> ClassifierScorer:
     """A model from elsewhere."""
-    return ClassifierScorer(classifier.load(section, device), micro_batch_size, section.too_long, section.path)
+    with waiting(f"Loading the model {section.path}"):
+        loaded = classifier.load(section, device)
+    return ClassifierScorer(loaded, micro_batch_size, section.too_long, section.path)
 
 
 def add_reward(roles: SharedBase, slot: str, run_dir: Path) -> None:
@@ -165,8 +168,11 @@ def add_reward(roles: SharedBase, slot: str, run_dir: Path) -> None:
 
 
 def is_on(manifest: Manifest, base: Base) -> bool:
-    """Whether a run was made on this very base, with the same template and as it is quantised here."""
-    own = (base.digest, base.chat.template_name, base.quantize)
-    return manifest.base is not None and (
-        manifest.base.digest, manifest.base.chat_template, manifest.base.quantize
-    ) == own  # fmt: skip
+    """Whether a run was made on this very base, with the same template, variables and date, and quantised as here. A
+    run of an older version has recorded no date."""
+    made, own = manifest.base, (base.digest, base.chat.template_name, base.quantize)
+    if made is None or made.template_date not in (None, base.chat.date):
+        return False
+    return (made.digest, made.chat_template, made.quantize) == own and base.chat.is_rendered_as(
+        made.thinking, made.template_kwargs
+    )

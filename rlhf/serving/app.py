@@ -94,17 +94,17 @@ async def _body(request: Request, limits: Limits) -> bytes:
     return b"".join(parts)
 
 
-def _error(status: int, code: str, what: str) -> JSONResponse:
+def _error(status: int, code: str, what: str, body: Mapping[str, Any] | None = None) -> JSONResponse:
     # What was not read of a body would be taken for the next request.
     headers = {"Connection": "close"} if status in (401, 408, 413) else {"Retry-After": "1"} if status == 429 else {}
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    return JSONResponse({"error": {"code": code, "what": what}}, status, headers)
+    return JSONResponse({"error": {"code": code, "what": what, **(body or {})}}, status, headers)
 
 
 def _refused(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, Refused)
-    return _error(error.status, error.code, error.what)
+    return _error(error.status, error.code, error.what, error.body)
 
 
 def _mistake(_: Request, error: Exception) -> JSONResponse:

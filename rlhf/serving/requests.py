@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf.data import jsonl, rows
+from rlhf.data import jsonl, rows, turns
 from rlhf.data.rows import RowError
 from rlhf.scoring.scorer import Sample, Scores
 
@@ -31,14 +32,41 @@ class Limits:
     max_batch: int = 64
 
 
+PROMPT_FIELD = 'text, or a list of turns {"role": "user", "content": text} that ends with a user turn'
+RESPONSE_FIELD = "text; empty for a policy that ended at once"
+SCORE_BODY: dict[str, Any] = {
+    "example": {"rows": [{"prompt": "hello", "response": "hi there", "finished": True}]},
+    "fields": {
+        "rows": "a list of objects, each with", "prompt": PROMPT_FIELD, "response": RESPONSE_FIELD,
+        "finished": "true or false, whether the response ended by itself; true where it is left out",
+    },
+}  # fmt: skip
+RANK_BODY: dict[str, Any] = {
+    "example": {"prompt": "hello", "responses": ["hi there", "go away"]},
+    "fields": {"prompt": PROMPT_FIELD, "responses": "a list of texts"},
+}
+
+
 class Refused(Exception):
-    """A request that is answered with an error."""
+    """A request that is answered with an error; ``body`` is what a right one looks like, where it was malformed."""
 
     def __init__(self, status: int, what: str, code: str = "") -> None:
         super().__init__(what)
         self.status, self.what, self.code = status, what, code or f"REQ{status}"
+        self.body: Mapping[str, Any] = {}
 
 
+@contextmanager
+def _shown(body: Mapping[str, Any]) -> Iterator[None]:
+    """Let a malformed body be answered with a right one."""
+    try:
+        yield
+    except Refused as refused:
+        refused.body = body if refused.status == 400 else {}
+        raise
+
+
+@_shown(SCORE_BODY)
 def samples_of(body: bytes, limits: Limits) -> list[Sample]:
     """The rows of ``/score``: {"rows": [{"prompt": text or messages, "response": text, "finished": true}]}.
 
@@ -54,6 +82,7 @@ def samples_of(body: bytes, limits: Limits) -> list[Sample]:
     return [_sample(item, f"rows[{index}]") for index, item in enumerate(items)]
 
 
+@_shown(RANK_BODY)
 def candidates_of(body: bytes, limits: Limits) -> list[Sample]:
     """The responses of ``/rank``: {"prompt": text or messages, "responses": [text]}.
 
@@ -113,8 +142,8 @@ def _sample(item: Any, place: str) -> Sample:
     if not isinstance(item, dict):
         raise Refused(400, f"'{place}': need an object with prompt and response.")
     try:
-        prompt = rows.prompt_of(item.get("prompt"))
-        rows.check_turns(prompt, "prompt", ends_with="user")
+        prompt = turns.prompt_of(item.get("prompt"))
+        turns.check_turns(prompt, "prompt", ends_with="user")
         response = item.get("response")
         if response != "":  # a policy may end at once
             response = rows.text_of(response, "response")

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rlhf import artifacts, names
+from rlhf import artifacts, examined, names
 from rlhf.artifacts import Manifest
 from rlhf.config import rubric
 from rlhf.config.train_rm import COMBINED
@@ -28,6 +28,7 @@ def of(run_dir: str, manifest: Manifest, proof: dict[str, Any], adapter_only: bo
     lines += [f"- run: {run_dir}, digest {manifest.digest[:16]}, made on {manifest.created}, seed {manifest.seed}"]
     for key, parent in manifest.parents.items():
         lines += [f"- made from {key}: {parent['run_dir']} ({parent['digest'][:16]})"]
+    lines += [f"- note: {mark}" for mark in examined.marks(manifest)]
     lines += _data_lines(manifest)
     if manifest.base.quantize:
         lines += [f"- trained on the base in {manifest.base.quantize}" + _whole_base(proof)]
@@ -35,11 +36,12 @@ def of(run_dir: str, manifest: Manifest, proof: dict[str, Any], adapter_only: bo
         lines += [f"- largest difference to the run after reloading: {proof['max_difference']:.3g}"]
     if "max_difference_bfloat16" in proof:
         lines += [f"- the same where it is loaded in bfloat16: {proof['max_difference_bfloat16']:.3g}"]
-    if "constant" in proof:
-        lines += [f"- the run's standardised score is the logit plus {proof['constant']:.6g}: the class has no bias"]
-    lines += _label_lines(manifest, proof) + _rubric_lines(run_dir)
+    lines += [f"- {sentence}" for sentence in score_sentences(proof)]
+    lines += _label_lines(proof) + _rubric_lines(run_dir)
     lines += ["", "## What was measured", "", "| figure | value |", "|---|---|"]
     lines += [f"| {name} | {json.dumps(value)} |" for name, value in manifest.metrics.items()]
+    if label := manifest.details.get("held_out_figures"):
+        lines += ["", f"Figures on held-out rows are {label}."]
     lines += [
         "", "## Limits", "",
         "These figures are of the data that the run was measured on. A reward model is a guess at preferences, and a",
@@ -48,18 +50,43 @@ def of(run_dir: str, manifest: Manifest, proof: dict[str, Any], adapter_only: bo
     return "\n".join(lines)
 
 
-def _label_lines(manifest: Manifest, proof: dict[str, Any]) -> list[str]:
-    """What the labels of a classifier with several heads are, and how they make the run's score."""
+def score_sentences(proof: dict[str, Any]) -> list[str]:
+    """How what is exported of a reward run gives the numbers of ``rlhf score``; nothing of a policy.
+
+    The weight of the class holds the scale already, and the class has no bias for what is left of shift and bias.
+    """
+    if "members" in proof:
+        said = [sentence for one in proof["members"][:1] for sentence in score_sentences(one)[-1:]]
+        constants = [one.get("constant", one.get("constants", {}).get(COMBINED)) for one in proof["members"]]
+        if None in constants:  # a gate's sum is not exported
+            return ["rlhf score's number of a head is the mean of the directories' logits plus constants", *said]
+        listed = ", ".join(f"{value:.7g} for {index}" for index, value in enumerate(constants))
+        return [f"rlhf score's number is the mean of the directories' logits, each plus its constant: {listed}", *said]
+    calibrated = "a length calibration is not exported: rlhf score EXAMINATION takes it off"
+    if "constant" in proof:
+        whose = f"number of head {proof['head']}" if "head" in proof else "number"
+        what = f"rlhf score's {whose} is the logit plus {proof['constant']:.7g}: the class has no bias"
+        return [what, calibrated]
     if "constants" not in proof:
         return []
-    lines = [f"- label {name}: standardised, its logit plus {value:.6g}" for name, value in proof["constants"].items()]
+    numbers = [
+        f"rlhf score's number of {'the run' if name == COMBINED else f'head {name}'} is the logit of label {name} "
+        f"plus {value:.7g}"
+        for name, value in proof["constants"].items()
+    ]
+    return [*numbers, calibrated]
+
+
+def _label_lines(proof: dict[str, Any]) -> list[str]:
+    """How several heads make the run's score."""
+    if "constants" not in proof:
+        return []
     if COMBINED not in proof["constants"]:
-        what = (
+        return [
             f"- the run's own score weighs the heads by the prompt ({proof['combine']}), which no label can: rlhf score"
-        )
-        return [*lines, what]
+        ]
     total = " + ".join(f"{weight:.6g} {name}" for name, weight in proof["weights"].items())
-    return [*lines, f"- {COMBINED} is {total}, of their scores before standardising ({proof['combine']})"]
+    return [f"- {COMBINED} is {total}, of their scores before standardising ({proof['combine']})"]
 
 
 def _rubric_lines(run_dir: str) -> list[str]:
@@ -72,11 +99,12 @@ def _rubric_lines(run_dir: str) -> list[str]:
     return ["", f"## Labelled by: {found.name}", "", *([found.description, ""] if found.description else []), *said]
 
 
-def of_ensemble(run_dir: str, manifest: Manifest, count: int) -> str:
+def of_ensemble(run_dir: str, manifest: Manifest, proof: dict[str, Any]) -> str:
+    count = len(proof["members"])
     lines = [
         f"# An ensemble of {count} reward models made by `rlhf {manifest.stage}`", "",
-        f"Run {run_dir}, digest {manifest.digest[:16]}. Directories 0 to {count - 1} are sequence classifiers.",
-        "The run's score is the mean of their standardised scores: logit plus the constant in each member's card.", "",
+        f"Run {run_dir}, digest {manifest.digest[:16]}. Directories 0 to {count - 1} are sequence classifiers.", "",
+        *(f"- {sentence}" for sentence in score_sentences(proof)), "",
     ]  # fmt: skip
     return "\n".join(lines)
 

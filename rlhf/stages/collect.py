@@ -7,10 +7,12 @@ import logging
 import time
 from typing import Any
 
-from rlhf import artifacts, runtime, storage
+from rlhf import artifacts, policy_sampling, runtime, storage
 from rlhf.artifacts import Manifest
+from rlhf.config.sections import SamplingSection
 from rlhf.config.stages import CollectConfig
-from rlhf.data import tokenised
+from rlhf.data import fitting, tokenised
+from rlhf.data.fitting import Limit
 from rlhf.data.tokenised import LengthReport, PromptRow
 from rlhf.evaluation import policy as measure
 from rlhf.models import opening
@@ -32,28 +34,32 @@ def run(config: CollectConfig, plan: Plan, run: Run) -> Manifest:
     policy = plan.parents["policy"]
     base = opening.reopen_base(policy, device)
     runtime.set_threads(config.runtime, base.model, device)
-    prompts, report = _prompts(config, plan, base.chat)
+    sampling = _sampling(config, plan)
+    prompts, report = _prompts(config, plan, base.chat, sampling)
+    for line in plan.dropped_lines():
+        log.info(line)
     roles = SharedBase(base)
     roles.add("policy", adapter=artifacts.adapter_of(config.policy), trained=False)
     parent = plan.parents.get("labeller")
-    engine = open_engine(roles, "policy", base.chat, config.sampling)
-    compared = measure.sampling_of(config.sampling, runtime.derived_seed(config.seed, "collect", "references"))
+    engine = open_engine(roles, "policy", base.chat, sampling)
+    compared = measure.sampling_of(sampling, runtime.derived_seed(config.seed, "collect", "references"))
     answer = measure.answering(engine, base.chat, compared)
-    labeller = open_source(config.labeller, "labeller", parent, base, roles, config.sampling.concurrency, answer)
+    labeller = open_source(config.labeller, "labeller", parent, base, roles, sampling.concurrency, answer)
     repeated = [prompt for prompt in prompts for _ in range(config.samples_per_prompt)]
     seed = runtime.derived_seed(config.seed, "collect")
-    samples = measure.respond(engine, base.chat, repeated, measure.sampling_of(config.sampling, seed))
+    samples = measure.respond(engine, base.chat, repeated, measure.sampling_of(sampling, seed))
     scores = labeller.score(samples).mean.tolist()
 
     provenance = {
-        "policy": config.policy, "policy_digest": policy.digest, "temperature": config.sampling.temperature,
-        "labeller": config.labeller.name, "seed": config.seed,
+        "policy": config.policy, "policy_digest": policy.digest, "temperature": sampling.temperature,
+        "max_new_tokens": sampling.max_new_tokens, "labeller": config.labeller.name, "seed": config.seed,
     }  # fmt: skip
-    rows, num_alike, num_unfinished = [], 0, 0
+    rows, num_alike = [], 0
+    num_unfinished = sum(not sample.finished for sample in samples)
+    num_empty = sum(sample.finished and sample.is_empty for sample in samples)
     for start in range(0, len(samples), config.samples_per_prompt):
         group = slice(start, start + config.samples_per_prompt)
         distinct = _distinct(samples[group], scores[group])
-        num_unfinished += sum(not sample.finished for sample in samples[group])
         if len({score for _, score in distinct}) < 2:
             num_alike += 1
             continue
@@ -61,15 +67,20 @@ def run(config: CollectConfig, plan: Plan, run: Run) -> Manifest:
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     storage.write_text(run.path / artifacts.PREFERENCES, text)
     log.info(
-        "%d prompts ranked; %d groups dropped because nothing in them was preferred, %d responses left out as cut off.",
-        len(rows), num_alike, num_unfinished,
+        "%d prompts ranked; %d groups dropped because nothing in them was preferred; of the responses %d were left out "
+        "as cut off and %d as without text.",
+        len(rows), num_alike, num_unfinished, num_empty,
     )  # fmt: skip
-    metrics = {"collect/prompts": len(rows), "collect/groups_alike": num_alike, "collect/unfinished": num_unfinished}
+    metrics = {
+        "collect/prompts": len(rows), "collect/groups_alike": num_alike, "collect/unfinished": num_unfinished,
+        "collect/empty": num_empty,
+    }  # fmt: skip
     return run.finish(
         Manifest(
             kind="preferences", stage="collect", seed=config.seed, identity=plan.identity, metrics=metrics,
             seconds=time.perf_counter() - started, base=policy.base,
-            parents=plan.parents_table(STAGES["collect"].needs(config)), details={"rows": vars(report)},
+            parents=plan.parents_table(STAGES["collect"].needs(config)),
+            details={"rows": vars(report), "dropped": plan.dropped()},
         )
     )  # fmt: skip
 
@@ -77,14 +88,24 @@ def run(config: CollectConfig, plan: Plan, run: Run) -> Manifest:
 def dry_run(config: CollectConfig, plan: Plan) -> list[str]:
     """Token counts, with the tokenizer but without weights."""
     chat = opening.open_chat(opening.model_of(plan.parents["policy"]))
-    rows, report = _prompts(config, plan, chat)
+    rows, report = _prompts(config, plan, chat, _sampling(config, plan))
     return [report.sentence("prompts"), f"{len(rows) * config.samples_per_prompt} responses to sample and rank."]
 
 
-def _prompts(config: CollectConfig, plan: Plan, chat: Any) -> tuple[list[PromptRow], LengthReport]:
-    records, dropped = plan.data["prompts"].records, config.prompts.max_dropped_fraction
-    rows, report = tokenised.prompt_rows(records, chat, chat.context_length or 10**9, dropped, "prompts")
-    opening.require_context(chat, report.longest, config.sampling.max_new_tokens, "sampling.max_new_tokens")
+def _sampling(config: CollectConfig, plan: Plan) -> SamplingSection:
+    """What the config leaves open is as the policy's run has it; all of it is said."""
+    own = policy_sampling.own(plan.parents["policy"])
+    log.info("%s", policy_sampling.sentence(config.policy, own, config.sampling.given))
+    return config.sampling.of(own.section)
+
+
+def _prompts(
+    config: CollectConfig, plan: Plan, chat: Any, sampling: SamplingSection
+) -> tuple[list[PromptRow], LengthReport]:
+    loaded, limit = fitting.usable(plan.data["prompts"], chat), Limit(chat.context_length or 10**9, key="")
+    rows, report = tokenised.prompt_rows(loaded.records, chat, limit, loaded.dropped, loaded.left_out)
+    plan.check_dropped()
+    opening.require_context(chat, report.longest, sampling.max_new_tokens, "sampling.max_new_tokens")
     return rows, report
 
 
@@ -92,7 +113,7 @@ def _distinct(samples: list[Sample], scores: list[float]) -> list[tuple[Sample, 
     """Finished responses, each text once: equal texts must not be ranked against each other."""
     found: dict[str, tuple[Sample, float]] = {}
     for sample, score in zip(samples, scores, strict=True):
-        if sample.finished and sample.response:
+        if sample.finished and not sample.is_empty:
             found.setdefault(sample.response, (sample, score))
     return list(found.values())
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rlhf import runtime, storage
+from rlhf import examined, runtime, storage
 from rlhf.config.sections import RuntimeSection
 from rlhf.config.suite import CaseSection
 from rlhf.config.suite import read as read_suite
@@ -17,23 +17,26 @@ from rlhf.data import lines, sources
 from rlhf.errors import Problem, RlhfError
 from rlhf.evaluation import comparison, suite
 from rlhf.evaluation.comparison import Side
+from rlhf.evaluation.contradictions import shown
 from rlhf.evaluation.policy import sample_rows
+from rlhf.policy_sampling import Asked, Own
 from rlhf.progress import show, table
 from rlhf.rollouts.engine import Sampling
 from rlhf.scoring.scorer import Sample, Scorer
-from rlhf.stages.generate import refuse_other_kinds, sample
+from rlhf.stages.generate import own_sampling, refuse_other_kinds, sample, settle
 from rlhf.stages.scorers import check_names, open_scorer
 
 log = logging.getLogger("rlhf")
 REPORT, ROWS = "report.json", "rows.jsonl"
+FLAGS = {"max_new_tokens": "--max-new-tokens", "temperature": "--temperature", "stop_tokens": "--stop-token"}
 
 
 def compare(
     policies: tuple[str, str], prompts: str, rewards: Sequence[str], samples: int, slice_by: Sequence[str],
-    template: str | None, how: Sampling, micro_batch_size: int, num_worst: int, num_resamples: int, out: Path | None,
+    template: str | None, asked: Asked, micro_batch_size: int, num_worst: int, num_resamples: int, out: Path | None,
     suite_file: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Sample both policies with the same noise, score all responses, and work out who wins where.
+    """Sample both policies with the same noise, each as its run does, score all responses, and work out who wins where.
 
     Args:
         policies: baseline and candidate; one is open at a time, and none while the rewards are.
@@ -44,19 +47,28 @@ def compare(
     cases = read_suite(suite_file) if suite_file else []
     for policy in policies:
         refuse_other_kinds(policy, template)
+    hows = settle_both(policies, asked)
     check_names(rewards)
     records, fields = lines.load_with(sources.load_prompts, prompts, slice_by)
     repeated = [record.prompt for record in records for _ in range(samples)]
     labels = {field: [value for value in fields[field] for _ in range(samples)] for field in slice_by}
     labels = {"prompt length": comparison.thirds_by_length(repeated), **labels}
-    responses = [sample(policy, template, records, samples, how, prompts) for policy in policies]
-    asked, greedy = suite.prompts(cases, str(suite_file)), replace(how, temperature=0.0)
-    answers = [sample(policy, template, asked, 1, greedy, str(suite_file)) if cases else [] for policy in policies]
-    scorer = open_scorer(rewards, runtime.set_up(RuntimeSection(), how.seed), micro_batch_size)
-    baseline, candidate = (_scored(scorer, *side) for side in zip(policies, responses, strict=True))
-    seed = runtime.derived_seed(how.seed, "resamples")
+    both = list(zip(policies, hows, strict=True))
+    responses = [sample(policy, template, records, samples, how, prompts) for policy, how in both]
+    questions = suite.prompts(cases, str(suite_file))
+    answers = [
+        sample(policy, template, questions, 1, replace(how, temperature=0.0), str(suite_file)) if cases else []
+        for policy, how in both
+    ]
+    scorer = open_scorer(rewards, runtime.set_up(RuntimeSection(), asked.seed), micro_batch_size)
+    baseline, candidate = (
+        Side(policy, own, scorer.score(own).mean.double().numpy(), _settings(how))
+        for (policy, how), own in zip(both, responses, strict=True)
+    )
+    seed = runtime.derived_seed(asked.seed, "resamples")
     found = {
         "rewards": list(rewards),
+        "accepted": examined.marks_of(policies),
         **comparison.report(baseline, candidate, labels, seed, num_resamples, num_worst),
     }  # fmt: skip
     if cases:
@@ -68,15 +80,35 @@ def compare(
     return found
 
 
+def settle_both(policies: tuple[str, str], asked: Asked) -> tuple[Sampling, Sampling]:
+    """How each is sampled: as its run does, or where it is not a run, as the run that it is compared with."""
+    baseline, candidate = map(own_sampling, policies)
+    if baseline.is_of_run and not candidate.is_of_run:
+        candidate = Own(baseline.section, f"as {policies[0]}, with which it is compared")
+    elif candidate.is_of_run and not baseline.is_of_run:
+        baseline = Own(candidate.section, f"as {policies[1]}, with which it is compared")
+    first, second = settle(policies[0], asked, baseline), settle(policies[1], asked, candidate)
+    one, other = _settings(first), _settings(second)
+    if differing := [name for name in one if one[name] != other[name]]:
+        texts = ", ".join(f"{name} {one[name]} and {other[name]}" for name in differing)
+        flags = " ".join(FLAGS[name] for name in differing)
+        text = "The two policies are sampled differently, each as its own run does: %s. %s samples them alike."
+        log.warning(text, texts, flags)
+    return first, second
+
+
+def _settings(how: Sampling) -> dict[str, Any]:
+    return {
+        "max_new_tokens": how.max_new_tokens, "temperature": how.temperature, "stop_tokens": list(how.stop_tokens),
+        "top_p": how.top_p,
+    }  # fmt: skip
+
+
 def _suite(cases: Sequence[CaseSection], answers: Sequence[Sequence[Sample]], scorer: Scorer) -> dict[str, Any]:
     judge = suite.examine(cases, scorer)
     baseline, candidate = (suite.policy_outcomes(cases, own, scorer) for own in answers)
     lost = suite.regressions(judge, baseline, candidate)
     return {"judge": judge, "baseline": baseline, "candidate": candidate, "regressions": lost}
-
-
-def _scored(scorer: Scorer, name: str, responses: Sequence[Any]) -> Side:
-    return Side(name, responses, scorer.score(responses).mean.double().numpy())
 
 
 def _rows(baseline: Side, candidate: Side) -> list[dict[str, Any]]:
@@ -92,8 +124,7 @@ def refuse_if_worse(found: Mapping[str, Any]) -> None:
     """Raise VER001 where the candidate is worse beyond doubt, VER002 for an edge case that it has lost."""
     name, problems = found["candidate"]["name"], []
     if worse := comparison.is_worse(found):
-        what = " and ".join(f"{name.replace('_', ' ')} {_rate(found[name])}" for name in worse)
-        problems.append(Problem("VER001", name, f"is worse than {found['baseline']['name']}: {what}."))
+        problems.append(Problem("VER001", name, f"is worse than {found['baseline']['name']}: {' and '.join(worse)}."))
     for case in found.get("suite", {}).get("regressions", []):
         problems.append(Problem("VER002", name, f"fails the edge case '{case}', which the baseline passes."))
     if problems:
@@ -103,25 +134,18 @@ def refuse_if_worse(found: Mapping[str, Any]) -> None:
 def print_report(found: Mapping[str, Any]) -> None:
     """Tables and the worst regressions, on standard error."""
     a, b = found["baseline"], found["candidate"]
-    equal = found["length_controlled_win_rate"]
-    difference = found["score_difference"]
-    rows = [
-        ("prompts, comparisons, ties", f"{found['prompts']}, {found['comparisons']}, {found['ties']}"),
-        ("win rate of the candidate", _rate(found["win_rate"])),
-        ("at equal length", _rate(equal) if equal else "unknown: every difference in length is the same"),
-        ("score, candidate - baseline", _rate(difference, "+.3f")),
-        ("score", f"{a['score']:.3f} -> {b['score']:.3f}"),
-        ("characters", f"{a['characters']:.0f} -> {b['characters']:.0f}"),
-        ("cut off", f"{a['cut_off']} -> {b['cut_off']}"),
-    ]
-    show(table(f"{a['name']} (baseline) -> {b['name']} (candidate)", ("figure", "value"), rows))
+    title, note = f"{a['name']} (baseline) -> {b['name']} (candidate)", "\n".join(found["accepted"])
+    show(table(title, ("figure", "value"), _figures(found), note))
+    if found["contradiction"]:
+        log.warning("%s", found["contradiction"])
     for name, slices in found["slices"].items():
         parts = [
-            (entry["slice"], str(entry["prompts"]), _rate(entry["win_rate"]) + (" (few)" if entry["few"] else ""),
-             f"{entry['score_difference']:+.3f}")
+            (entry["slice"], str(entry["prompts"]), f"{entry['score_difference']:+.3f}",
+             shown(entry["win_rate"]) + (" (few)" if entry["few"] else ""),
+             f"{entry['cut_off']['baseline']} -> {entry['cut_off']['candidate']}")
             for entry in slices
         ]  # fmt: skip
-        show(table(f"By {name}", ("slice", "prompts", "win rate", "score difference"), parts))
+        show(table(f"By {name}", ("slice", "prompts", "score difference", "win rate", "cut off"), parts))
     if "suite" in found:
         _print_suite(found["suite"])
     for entry in found["worst"]:
@@ -142,6 +166,29 @@ def _print_suite(found: Mapping[str, Any]) -> None:
                     ", ".join(unfit))  # fmt: skip
 
 
-def _rate(entry: Mapping[str, Any], form: str = ".3f") -> str:
-    low, high = entry["ci95"]
-    return f"{entry['estimate']:{form}} [{low:{form}}, {high:{form}}]"
+def _figures(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The score difference first, then the win rate, each with and without the responses that were cut off."""
+    a, b = found["baseline"], found["candidate"]
+    ended, equal = found["both_ended"], found["length_controlled_win_rate"]
+    rows = [
+        ("prompts, comparisons, ties", f"{found['prompts']}, {found['comparisons']}, {found['ties']}"),
+        ("score, candidate - baseline", shown(found["score_difference"], "+.3f")),
+        ("win rate of the candidate", shown(found["win_rate"])),
+    ]
+    if a["cut_off"] or b["cut_off"]:
+        rows[-1] = ("win rate, a cut-off response loses", rows[-1][1])
+        only = f"where both ended, {ended['comparisons']} of {found['comparisons']}{' (few)' if ended['few'] else ''}"
+        difference = shown(ended["score_difference"], "+.3f") if ended["comparisons"] else "-"
+        rows.insert(2, (f"  {only}", difference))
+        rows.append((f"  {only}", shown(ended["win_rate"]) if ended["comparisons"] else "-"))
+    rows += [
+        ("win rate at equal length", shown(equal) if equal else "unknown: every difference in length is the same"),
+        ("score", f"{a['score']:.3f} -> {b['score']:.3f}"),
+        ("characters", f"{a['characters']:.0f} -> {b['characters']:.0f}"),
+        ("cut off", f"{_cut_off(a)} -> {_cut_off(b)}"),
+    ]
+    return [*rows, ("empty", f"{a['empty']} -> {b['empty']}")] if a["empty"] or b["empty"] else rows
+
+
+def _cut_off(side: Mapping[str, Any]) -> str:
+    return f"{side['cut_off']} ({side['cut_off_share']:.0%}) at {side['sampling']['max_new_tokens']} tokens"

@@ -8,15 +8,17 @@ from typing import Any
 
 from rlhf.config.ppo import PromptsSection
 from rlhf.config.sections import ModelSection
-from rlhf.config.stages import EvalRmConfig, LongRows, SftConfig
+from rlhf.config.stages import LongRows, SftConfig
 from rlhf.data import deep
 from rlhf.data.chat import ChatFormat
 from rlhf.data.deep import Finding
 from rlhf.data.records import Comparison, Demonstration
+from rlhf.data.rows import EQUAL, SPECIAL_TOKEN, TOO_LONG
+from rlhf.data.sources import Loaded
 from rlhf.errors import RlhfError
 from rlhf.models import opening
 from rlhf.preflight import Checked
-from rlhf.stages import showing
+from rlhf.stages import reading
 
 # What measures -> the data sets that must share no prompt with it; others may, and it is said.
 MEASURED = {("eval-rm", "data"): {("train-rm", "data")}, ("ppo", "evaluation.data"): {("ppo", "prompts")}}
@@ -29,50 +31,49 @@ def add_findings(results: Sequence[dict[str, Any]], checked: Sequence[Checked | 
     for result, one in zip(results, checked, strict=True):
         if one is None:
             continue
-        chat = _chat(one, checked, result["not_checked"])
+        chat = _chat(one, result["not_checked"])
         for key, loaded in one.plan.data.items():
             found = deep.look(loaded.records, loaded.source)
             if chat:
                 result["not_checked"] = [note.replace(UNREAD, "model weights") for note in result["not_checked"]]
                 own = list(_in_tokens(one, key, chat))
-                refused = {entry.where for entry in own if entry.code == "DAT060"}
+                refused = {entry.where for entry in own if entry.kind == "special token"}
+                own += _too_many(loaded)
+                result["data"][key] |= {"dropped": loaded.num_dropped, "notes": loaded.notes()}
                 found = [*own, *(e for e in found if e.kind != "special token" or e.where not in refused)]
             found += _leaks(one, key, checked)
             result["data"][key]["found"] = [asdict(entry) | {"level": entry.level} for entry in found]
 
 
-def _chat(one: Checked, checked: Sequence[Checked | None], unchecked: list[str]) -> ChatFormat | None:
+def _chat(one: Checked, unchecked: list[str]) -> ChatFormat | None:
     """The tokenizer that the stage reads with, where it can be had."""
-    if isinstance(one.config, EvalRmConfig) and one.config.model:
+    found = reading.of(one)
+    if found.model is None:
+        unchecked.append(f"tokens: {found.note}")
+        return None
+    if not isinstance(found.model, ModelSection):
         unchecked.append("tokens: a model from elsewhere reads through its own template")
         return None
-    model = _model(one, checked)
-    if model is None:
-        unchecked.append(f"tokens: with the tokenizer of {showing.waits_for(one.needs, one.plan)}, once that is made")
-        return None
-    return opening.open_chat(model)
-
-
-def _model(one: Checked, checked: Sequence[Checked | None]) -> ModelSection | None:
-    """The model that a stage starts from; that of a parent which is not made yet by its config, if it is here."""
-    waits = showing.waits_for(one.needs, one.plan)
-    if waits is None:
-        return one.needs.model or opening.model_of(one.plan.parents[one.needs.parents[0].key])
-    parent = next((other for other in checked if other and other.config.run_dir == waits and other is not one), None)
-    return _model(parent, checked) if parent else None
+    return opening.open_chat(found.model)
 
 
 def _in_tokens(one: Checked, key: str, chat: ChatFormat) -> Iterator[Finding]:
-    """Special tokens, rows that are too long, and responses that only differ behind the cut."""
+    """Special tokens, rows that are too long, and responses that only differ behind the cut. Which of them the stage
+    would drop is counted with the rows that were dropped when the data were read."""
     section = next(item.section for item in one.needs.inputs if item.key == key)
     limit = section.max_tokens if isinstance(section, PromptsSection) else getattr(one.config, "max_length", None)
     cut = isinstance(one.config, LongRows) and one.config.too_long == "truncate"
     last_only = isinstance(one.config, SftConfig) and one.config.loss_on == "last_turn"
-    for record in one.plan.data[key].records:
+    dropped = one.plan.data[key].dropped
+    for record in (*one.plan.data[key].records, *one.plan.data[key].left_out):
         special = [(message.role, chat.special_in(message.content)) for message in deep.texts_of(record)]
         if refused := next(((role, token) for role, token in special if token), None):
             what = f"a {refused[0]} turn contains the special token {refused[1]!r}."
-            yield Finding("special token", record.where, what, "DAT060")
+            if dropped.drops_bad_rows:
+                dropped.add(SPECIAL_TOKEN, record.where, record.num_rows)
+                yield Finding("special token", record.where, f"{what[:-1]}: the row is dropped.")
+            else:
+                yield Finding("special token", record.where, what, "DAT060")
             continue
         try:
             rows = _ids(record, chat, last_only)
@@ -83,8 +84,15 @@ def _in_tokens(one: Checked, key: str, chat: ChatFormat) -> Iterator[Finding]:
         if limit and longest > limit:
             how = "the end is cut" if cut else "the row is dropped"
             yield Finding("too long", record.where, f"{longest} tokens, more than {limit}: {how}.")
-        if isinstance(record, Comparison):
-            yield from _alike(record, [row[:limit] if cut else row for row in rows])
+            if not cut:
+                dropped.add(TOO_LONG, record.where, record.num_rows)
+                continue
+        if isinstance(record, Comparison) and (what := _alike(record, [row[:limit] if cut else row for row in rows])):
+            if dropped.drops_bad_rows:
+                dropped.add(EQUAL, record.where, record.num_rows)
+                yield Finding("alike", record.where, f"{what}: the row is dropped.")
+            else:
+                yield Finding("alike", record.where, f"{what}.", "DAT071")
 
 
 def _ids(record: Any, chat: ChatFormat, last_only: bool) -> list[list[int]]:
@@ -96,12 +104,18 @@ def _ids(record: Any, chat: ChatFormat, last_only: bool) -> list[list[int]]:
     return [[*prompt, *chat.response_ids(record.prompt, response), chat.end_id] for response in record.responses]
 
 
-def _alike(record: Comparison, rows: Sequence[Sequence[int]]) -> Iterator[Finding]:
+def _alike(record: Comparison, rows: Sequence[Sequence[int]]) -> str:
+    """What is wrong where two differently ranked responses are the same tokens; nothing else."""
     for judgement in record.judgements:
         if judgement.probability != 0.5 and list(rows[judgement.first]) == list(rows[judgement.second]):
             what = f"responses {judgement.first + 1} and {judgement.second + 1} are ranked differently, "
-            yield Finding("alike", record.where, f"{what}and the same tokens as they are trained on.", "DAT071")
-            return
+            return f"{what}and the same tokens as they are trained on"
+    return ""
+
+
+def _too_many(loaded: Loaded) -> list[Finding]:
+    """More dropped rows than the stage would take."""
+    return [Finding("dropped", problem.where, problem.what, "DAT020") for problem in loaded.dropped.problems()]
 
 
 def _leaks(one: Checked, key: str, checked: Sequence[Checked | None]) -> Iterator[Finding]:

@@ -18,8 +18,10 @@ from rlhf.config import rubric
 from rlhf.config.stages import EvalRmConfig
 from rlhf.config.suite import CaseSection
 from rlhf.config.suite import read as read_suite
-from rlhf.data import tokenised
+from rlhf.data import fitting, tokenised
 from rlhf.data.benchmarks import BenchmarkRow
+from rlhf.data.fitting import Limit
+from rlhf.data.sources import Loaded
 from rlhf.data.tokenised import Group
 from rlhf.errors import Problem, RlhfError
 from rlhf.evaluation import benchmarking, examination, figures, heads, lengths, plots, rankings, suite
@@ -32,7 +34,7 @@ from rlhf.models import classifier, opening
 from rlhf.models.heads import ScalarHead
 from rlhf.models.roles import SharedBase
 from rlhf.preflight import Plan
-from rlhf.progress import console
+from rlhf.progress import as_text, show, waiting
 from rlhf.runs import Run
 from rlhf.scoring import sources
 from rlhf.scoring.rerendered import Rerendered
@@ -75,11 +77,11 @@ def run(config: EvalRmConfig, plan: Plan, run: Run) -> Manifest:
     device = runtime.set_up(config.runtime, config.seed)
     cases = read_suite(config.suite) if config.suite else []
     subject = _open(config, plan, device)
-    groups, lengths = _tokenise(config, plan, subject.chat)
+    groups, lengths = _tokenise(config, plan, subject.chat, "data")
     if config.benchmark:
         report = _benchmark(config, subject, groups)
         storage.write_json(run.path / artifacts.EXAMINATION, {**report, "tokens": vars(lengths)})
-        console.print(examination.benchmark_table(report))
+        show(examination.benchmark_table(report))
         metrics = examination.benchmark_metrics(report)
         return _finish(config, plan, run, started, metrics, {"rows": vars(lengths), "benchmark": config.benchmark})
     report = _report(config, plan, subject, groups)
@@ -87,25 +89,25 @@ def run(config: EvalRmConfig, plan: Plan, run: Run) -> Manifest:
     report |= _rubric(config, run)
     report |= {"suite": _suite(config, subject, cases)} if cases else {}
     verdicts = judging.judge(report, config.thresholds)
-    report["verdict"], report["verdicts"] = judging.overall(verdicts), [vars(one) for one in verdicts]
+    report |= judging.table(verdicts)
     storage.write_json(run.path / artifacts.EXAMINATION, report)
     _draw(report, run.path / artifacts.PLOTS)
-    console.print(examination.figures_table(report))
-    if "heads" in report:
-        console.print(examination.heads_table(report))
-    console.print(examination.verdicts_table(verdicts))
+    tables = [examination.figures_table(report), *([examination.heads_table(report)] if "heads" in report else [])]
+    storage.write_text(run.path / artifacts.FIGURES, as_text(*tables))
+    show(examination.verdict_lines(report["verdicts"]))
+    log.info("Verdict: %s. All figures: %s", report["verdict"], run.path / artifacts.FIGURES)
     for one in verdicts:
         if one.verdict != judging.PASS:
             log.warning("%s: %s, %.3f. %s.", one.verdict, one.says, one.estimate, one.do[0].upper() + one.do[1:])
     suite.refuse_failed(report.get("suite", []), config.suite or "")
-    failed = [one.key for one in verdicts if one.verdict == judging.FAIL]
-    details = {"rows": vars(lengths), "verdict": report["verdict"], "failed": failed}
+    details = {"rows": vars(lengths), "verdict": report["verdict"], "failed": judging.failed(verdicts)}
     return _finish(config, plan, run, started, examination.metrics(report), details)
 
 
 def _finish(
     config: EvalRmConfig, plan: Plan, run: Run, started: float, metrics: dict[str, float], details: dict[str, Any]
 ) -> Manifest:
+    details["dropped"] = plan.dropped()
     return run.finish(
         Manifest(
             kind="examination", stage="eval-rm", seed=config.seed, identity=plan.identity, metrics=metrics,
@@ -132,10 +134,7 @@ def _drift(
 ) -> dict[str, Any]:
     """The figures on the second set, and how they differ from those on the first."""
     assert config.drift
-    groups, lengths = tokenised.groups(
-        _records(config, plan, "drift"), subject.chat, config.max_length, "drop", config.drift.max_dropped_fraction,
-        "drift",
-    )  # fmt: skip
+    groups, lengths = _tokenise(config, plan, subject.chat, "drift")
     scores = examine.score(subject.scorer, groups)
     others, other_pairs = examine.responses_of(groups, scores), examine.pairs_of(groups, scores)
     if len(other_pairs.differences):
@@ -152,27 +151,29 @@ def _drift(
 
 def _report(config: EvalRmConfig, plan: Plan, subject: Subject, groups: Sequence[Group]) -> dict[str, Any]:
     how = _how(config)
-    scores = examine.score(subject.scorer, groups)
+    with waiting("Scoring the responses of the comparisons"):
+        scores = examine.score(subject.scorer, groups)
     responses = examine.responses_of(groups, scores)
     pairs = examine.pairs_of(groups, scores)
     if not len(pairs.differences):
         what = f"holds no decided comparison {'in ' + config.head if config.head else 'overall'}: nothing to examine."
         raise RlhfError(Problem("DAT053", "data", what, "decided comparisons, or head: one whose attribute has some"))
-    report = figures.report(pairs, responses, how)
-    report |= {"ranking": rankings.report(groups, scores, how), **_members(config, groups, scores, pairs)}
-    report |= _heads(groups, scores, how)
-    unit = subject.unit or float(responses.scores.std()) or 1.0
-    standard = Scores(subject.standardised(scores))
-    report["length_calibration"] = lengths.report(
-        examine.pairs_of(groups, standard), examine.responses_of(groups, standard), subject.unit or 1.0, how
-    )
+    with waiting("Working out the figures and their intervals"):
+        report = figures.report(pairs, responses, how)
+        report |= {"ranking": rankings.report(groups, scores, how), **_members(config, groups, scores, pairs)}
+        report |= _heads(groups, scores, how)
+        unit = subject.unit or float(responses.scores.std()) or 1.0
+        standard = Scores(subject.standardised(scores))
+        report["length_calibration"] = lengths.report(
+            examine.pairs_of(groups, standard), examine.responses_of(groups, standard), subject.unit or 1.0, how
+        )
     if config.drift:
-        report["drift"] = _drift(config, plan, subject, responses, pairs, unit)
+        with waiting("Measuring the drift to the second data set"):
+            report["drift"] = _drift(config, plan, subject, responses, pairs, unit)
     records = [group.record for group in groups]
     report["unit"] = {"raw_scores": unit, "of": "SFT samples" if subject.unit else "the examined responses"}
-    report["probes"] = probe(
-        subject.scorer, subject.chat, records, config.probes, config.max_length, unit, how
-    )  # fmt: skip
+    with waiting("Scoring the responses as the probes change them"):
+        report["probes"] = probe(subject.scorer, subject.chat, records, config.probes, config.max_length, unit, how)
     return report
 
 
@@ -212,6 +213,7 @@ def _suite(config: EvalRmConfig, subject: Subject, cases: Sequence[CaseSection])
     return suite.examine(cases, scorer)
 
 
+@waiting("Drawing the plots")
 def _draw(report: dict[str, Any], directory: Path) -> None:
     directory.mkdir(exist_ok=True)
     plots.reliability(report["reliability"], directory / "reliability.png")
@@ -251,20 +253,28 @@ def dry_run(config: EvalRmConfig, plan: Plan) -> list[str]:
         chat: Any = classifier.open_reader(config.model)
     else:
         chat = opening.open_chat(opening.model_of(_first(plan)))
-    groups, lengths = _tokenise(config, plan, chat)
+    groups, lengths = _tokenise(config, plan, chat, "data")
     said = [f"{len(read_suite(config.suite))} edge cases."] if config.suite else []
     return [lengths.sentence("data"), f"{sum(len(group.judgements) for group in groups)} comparisons.", *said]
 
 
-def _tokenise(config: EvalRmConfig, plan: Plan, chat: Any) -> tuple[list[Any], tokenised.LengthReport]:
-    return tokenised.groups(
-        _records(config, plan, "data"), chat, config.max_length, "drop", config.data.max_dropped_fraction, "data"
-    )
+def _tokenise(config: EvalRmConfig, plan: Plan, chat: Any, key: str) -> tuple[list[Group], tokenised.LengthReport]:
+    """The rows of a data set as ids. All rows that were read count as dropped or not, whatever head is examined."""
+    loaded = fitting.usable(plan.data[key], chat)
+    others = [*loaded.records, *loaded.left_out]
+    groups, lengths = tokenised.groups(
+        _records(config, loaded, key), chat, Limit(config.max_length), loaded.dropped, others
+    )  # fmt: skip
+    if problems := loaded.dropped.problems():
+        raise RlhfError(*problems)
+    if loaded.dropped.total:
+        log.info("%s: %s.", key, loaded.dropped.sentence())
+    return groups, lengths
 
 
-def _records(config: EvalRmConfig, plan: Plan, key: str) -> Sequence[Any]:
+def _records(config: EvalRmConfig, loaded: Loaded, key: str) -> Sequence[Any]:
     """Comparisons; of a head that is examined those in its attribute. Samples that nobody judged are of every head."""
-    records = plan.data[key].records
+    records = loaded.records
     if config.head is None or not any(record.judgements or record.attributes for record in records):
         return records
     kept = [record.only(config.head) for record in records if record.of(config.head)]

@@ -23,6 +23,7 @@ from rlhf.models.base import Base
 from rlhf.models.classifier import PROOF
 from rlhf.models.heads import ScalarHead
 from rlhf.models.roles import SharedBase
+from rlhf.progress import waiting
 from rlhf.stages import cards
 
 log = logging.getLogger("rlhf")
@@ -78,7 +79,9 @@ def export(
                 (staging / str(index)).mkdir()
                 where = staging / str(index)
                 proof["members"].append(_written(run_dir, index, manifest, device, False, where, head))
-            storage.write_text(staging / cards.CARD, cards.of_ensemble(run_dir, manifest, len(members)))
+            storage.write_text(staging / cards.CARD, cards.of_ensemble(run_dir, manifest, proof))
+    for sentence in cards.score_sentences(proof):
+        log.info("%s.", sentence)
     log.info("Exported %s to %s.", run_dir, target)
     if repository:
         proof["url"] = hub.upload(target, repository, public)
@@ -86,6 +89,7 @@ def export(
     return {"target": str(target), **proof}
 
 
+@waiting("Writing the model, and comparing it with what transformers reads")
 def _written(
     run_dir: str, member: int, manifest: Manifest, device: torch.device, adapter_only: bool, staging: Path,
     name: str | None = None,
@@ -143,7 +147,7 @@ def _write_model(base: Base, run_dir: Path, head: ScalarHead | None, target: Pat
     model, constants = merged.reward(base, adapter, head)
     model.save_pretrained(target)
     if len(constants) == 1:
-        return {"constant": constants[0]}
+        return {"constant": constants[0]} | ({} if head.names[0] == COMBINED else {"head": head.names[0]})
     return {"constants": dict(zip(head.names, constants, strict=True))}
 
 

@@ -9,13 +9,13 @@ from typing import Any
 
 from rlhf import runtime
 from rlhf.config.sections import RuntimeSection
-from rlhf.data import lines, sources
+from rlhf.data import lines
 from rlhf.data.duplicates import near_duplicates
-from rlhf.data.records import Demonstration, plain_text
+from rlhf.data.records import plain_text
 from rlhf.data.selection import best_share, length_outliers
 from rlhf.errors import Problem, RlhfError
 from rlhf.scoring.scorer import Sample, Scores
-from rlhf.stages.score import scored_rows
+from rlhf.stages.score import read, scored_rows
 from rlhf.stages.scorers import check_names, open_scorer
 
 log = logging.getLogger("rlhf")
@@ -55,13 +55,7 @@ def filter_rows(data: str, rewards: Sequence[str], rules: Rules, micro_batch_siz
     """
     _check(rewards, rules)
     check_names(rewards)
-    found, fields = lines.load_with(sources.load_demonstrations, data, (), ("finished",))
-    records: Sequence[Demonstration] = found
-    ended = [finished != "false" for finished in fields["finished"]]
-    samples = [
-        Sample(record.prompt, record.messages[-1].content, [], [], finished, [])
-        for record, finished in zip(records, ended, strict=True)
-    ]
+    samples = [one.sample() for one in read(data)]
     scores = None
     if rewards:
         scorer = open_scorer(rewards, runtime.set_up(RuntimeSection(), 0), micro_batch_size)
@@ -77,7 +71,7 @@ def filter_rows(data: str, rewards: Sequence[str], rules: Rules, micro_batch_siz
 
 
 def select(samples: Sequence[Sample], scores: Scores | None, rules: Rules) -> tuple[list[int], dict[str, int]]:
-    """Rows that are kept, in their order, and how many each rule dropped; what was cut off before its end is dropped.
+    """Rows that are kept, in their order, and how many each rule dropped; so is what was cut off or has no text.
 
     Raises:
         RlhfError: CFG040 for ``max_disagreement`` where the reward has no members.
@@ -90,8 +84,12 @@ def select(samples: Sequence[Sample], scores: Scores | None, rules: Rules) -> tu
         dropped[reason] = len(rows)
         left[:] = [row for row in left if row not in rows]
 
-    if cut := {row for row in left if not samples[row].finished}:
-        drop("cut off", cut)
+    for reason, bad in (
+        ("cut off", {row for row in left if not samples[row].finished}),
+        ("empty", {row for row in left if samples[row].finished and samples[row].is_empty}),
+    ):
+        if bad:
+            drop(reason, bad)
     if rules.near_duplicates is not None:
         texts = [f"{plain_text(sample.prompt)}\n{sample.response}" for sample in samples]
         better_first = sorted(left, key=lambda row: (-values[row], row))

@@ -2,30 +2,55 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from rlhf import artifacts, names, runtime
+from rlhf import artifacts, examined, names, policy_sampling, runtime
 from rlhf.config.sections import ModelSection, RuntimeSection, SamplingSection
 from rlhf.data import lines, sources, tokenised
+from rlhf.data.dropped import DroppedRows
+from rlhf.data.fitting import Limit
 from rlhf.data.records import Prompt
 from rlhf.errors import Problem, RlhfError
 from rlhf.evaluation import policy as measure
 from rlhf.models import opening
 from rlhf.models.base import Base
 from rlhf.models.roles import SharedBase
+from rlhf.policy_sampling import Asked, Own
 from rlhf.rollouts.engine import Sampling
 from rlhf.rollouts.hf import HfEngine
 from rlhf.scoring.scorer import Sample
 
+log = logging.getLogger("rlhf")
 
-def generate(source: str, prompts: str, out: str, samples: int, template: str | None, how: Sampling) -> None:
+
+def generate(source: str, prompts: str, out: str, samples: int, template: str | None, asked: Asked) -> None:
     """Read prompts (JSONL, ``-`` for stdin, or any data set), write prompt, response and whether it ended."""
     refuse_other_kinds(source, template)
+    how = settle(source, asked)
     records = lines.load(sources.load_prompts, prompts)
-    lines.write(out, measure.sample_rows(sample(source, template, records, samples, how, prompts)))
+    responses = sample(source, template, records, samples, how, prompts)
+    num_cut, num_empty = sum(not one.finished for one in responses), sum(one.is_empty for one in responses)
+    if num_cut or num_empty:
+        log.warning("Of %d responses %d were cut off and %d have no text.", len(responses), num_cut, num_empty)
+    lines.write(out, measure.sample_rows(responses))
+
+
+def own_sampling(source: str) -> Own:
+    """How the policy's run samples; the defaults for a model from elsewhere."""
+    return policy_sampling.own(artifacts.read(source, "policy") if is_run(source) else None)
+
+
+def settle(source: str, asked: Asked, own: Own | None = None) -> Sampling:
+    """How the policy is sampled: as its run does (or as ``own`` says), but for what is asked for. It is said."""
+    own = own or own_sampling(source)
+    log.info("%s", policy_sampling.sentence(source, own, asked.settings, asked.top_p))
+    how = measure.sampling_of(own.section.model_copy(update=asked.settings), asked.seed)
+    return replace(how, top_p=asked.top_p)
 
 
 def sample(
@@ -38,7 +63,12 @@ def sample(
     """
     base, roles = open_policy(source, template, runtime.set_up(RuntimeSection(), how.seed))
     opening.require_context(base.chat, 1, how.max_new_tokens, "--max-new-tokens")
-    rows, _ = tokenised.prompt_rows(records, base.chat, base.context_length - how.max_new_tokens, 0.0, where)
+    dropped = DroppedRows(where, 0.0, False, len(records))
+    limit = Limit(base.context_length - how.max_new_tokens, key="")
+    rows, _ = tokenised.prompt_rows(records, base.chat, limit, dropped)
+    if dropped.total:
+        what = f"{dropped.sentence()}: no room for {how.max_new_tokens} new ones in the model's context."
+        raise RlhfError(Problem("DAT020", where, what, "shorter prompts, or fewer --max-new-tokens"))
     repeated = [row for row in rows for _ in range(samples)]
     engine = HfEngine(roles, "policy", base.chat, SamplingSection().concurrency)
     return measure.respond(engine, base.chat, repeated, how)
@@ -58,10 +88,16 @@ def is_run(source: str) -> bool:
 
 
 def refuse_other_kinds(source: str, template: str | None) -> None:
-    """Raise CKP004 for a run that is no policy, CFG040 for a template beside a run, which has its own."""
+    """Raise CKP004 for a run that is not a policy, CFG040 for a template with a run, which has its own.
+
+    A policy that was optimised against a reward that failed its examination is named.
+    """
     if not is_run(source):
         return
-    artifacts.verify(Path(source), artifacts.read(source, "policy"))
+    manifest = artifacts.read(source, "policy")
+    artifacts.verify(Path(source), manifest)
+    for mark in examined.marks(manifest):
+        log.warning("%s.", mark)
     if template is not None:
         what = f"{source} is a run, which says how it was trained."
         raise RlhfError(Problem("CFG040", "--chat-template", what, "leave it out"))

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rlhf import artifacts, preflight, storage
+from rlhf import artifacts, connection, examined, names, preflight, progress, storage
 from rlhf.artifacts import Manifest
 from rlhf.config import load, migrate, reference, rubric, yaml_reader
 from rlhf.config.migration import Migration
-from rlhf.config.rubric import RubricConfig
-from rlhf.config.sections import Section
+from rlhf.config.sections import DataSection
 from rlhf.config.stages import PipelineConfig
+from rlhf.data import sources
+from rlhf.data.deep import FIXES
 from rlhf.demo import registry as demo
 from rlhf.errors import Problem, RlhfError
 from rlhf.preflight import Checked
-from rlhf.stages.registry import STAGES
+from rlhf.stages import reading, rows_as_text
+from rlhf.stages.registry import KINDS, STAGES, around, kinds_of, open_config, refuse_unknown
 
 SHOWN = 5
-OTHERS: dict[str, type[Section]] = {"pipeline": PipelineConfig, "rubric": RubricConfig}
 
 
 def check(
@@ -34,15 +34,14 @@ def check(
         show: that many rows of each data set come back as the model will see them, for which the tokenizer is loaded.
         deep: look for what is wrong between sound rows and data sets, also in tokens; see ``refuse_found``.
     """
-    paths = list(files) or [path for path in sorted(Path("configs").glob("*.yaml")) if _known(path.stem)]
-    if not paths:
-        raise RlhfError(Problem("CFG001", "configs/", "no stage config here.", "name a file"))
     results: list[dict[str, Any]] = []
     problems: list[Problem] = []
     checked: list[Checked | None] = []
-    for path in paths:
+    kinds = kinds_of(files, stage, problems)
+    for path, kind in kinds:
+        folders = tuple(dict.fromkeys([path.parent, *(other.parent for other, _ in kinds)]))
         try:
-            result, found = _check_file(path, stage or path.stem, overrides, show)
+            result, found = _check_file(path, kind, overrides, folders, show)
             results.append(result)
             checked.append(found)
         except RlhfError as error:
@@ -50,56 +49,78 @@ def check(
     if problems:
         raise RlhfError(*problems)
     if deep:
-        importlib.import_module("rlhf.stages.deep_check").add_findings(results, checked)
+        progress.load("rlhf.stages.deep_check").add_findings(results, checked)
     return results
 
 
 def refuse_found(results: Sequence[Mapping[str, Any]]) -> None:
     """Raise what a deep check found to be an error."""
     found = [entry for result in results for data in result.get("data", {}).values() for entry in data.get("found", [])]
-    if errors := [Problem(one["code"], one["where"], one["what"]) for one in found if one["code"]]:
+    if errors := [Problem(one["code"], one["where"], one["what"], FIXES[one["code"]]) for one in found if one["code"]]:
         raise RlhfError(*errors)
 
 
 def _check_file(
-    path: Path, stage_id: str, overrides: Sequence[str], show: int
+    path: Path, kind: str, overrides: Sequence[str], folders: tuple[Path, ...], show: int
 ) -> tuple[dict[str, Any], Checked | None]:  # fmt: skip
-    _refuse_unknown(stage_id, str(path), "--stage with one of")
-    if stage_id == "pipeline":
-        steps = load.load(PipelineConfig, path, overrides).stages
-        return {"config": str(path), "stage": stage_id, "steps": [step.model_dump() for step in steps]}, None
-    if stage_id == "rubric":
-        load.load(RubricConfig, path, overrides)
-        return {"config": str(path), "stage": stage_id}, None
-    stage = STAGES[stage_id]
-    config = load.load(stage.config_class, path, overrides)
-    needs = stage.needs(config)
-    plan = preflight.prepare(config, needs, parents_may_be_missing=True)
-    data = {
+    config = open_config(kind, path, overrides, "--stage {kind}")
+    result: dict[str, Any] = {"config": str(path), "stage": kind}
+    if isinstance(config, PipelineConfig):
+        return result | {"steps": [step.model_dump() for step in config.stages]}, None
+    if kind not in STAGES:
+        return result, None
+    needs = STAGES[kind].needs(config)
+    plan = preflight.prepare(config, needs, parents_may_be_missing=True, nearby=around(path))
+    checked = Checked(kind, config, needs, plan, folders)
+    result["data"] = {
         key: {"rows": len(loaded.records), "dropped": loaded.num_dropped, "notes": loaded.notes()}
         for key, loaded in plan.data.items()
     }
-    unchecked = list(plan.unchecked)
+    result["not_checked"] = list(plan.unchecked)
     if show:
-        showing = importlib.import_module("rlhf.stages.showing")
-        if waits := showing.waits_for(needs, plan):
-            unchecked.append(f"rows are shown with the tokenizer of {waits}, once that run is made")
-        else:
-            for key, found in showing.rows(config, needs, plan, show).items():
-                data[key]["shown"] = found
-    result = {"config": str(path), "stage": stage_id, "data": data, "not_checked": unchecked}
-    return result, Checked(stage_id, config, needs, plan)
+        _add_rows(result, checked, show)
+    return result, checked
+
+
+def _add_rows(result: dict[str, Any], checked: Checked, count: int) -> None:
+    """The first rows of each data set: as the model will see them, or as text where no tokenizer can be had."""
+    found = reading.of(checked)
+    if found.model is None:
+        result["rows_shown"] = f"as text, without tokens: {found.note}"
+        shown = rows_as_text.rows(checked, count)
+    else:
+        result["rows_shown"] = f"with {found.note}" if found.note else "as the model reads them"
+        shown = progress.load("rlhf.stages.showing").rows(checked, count, found.model)
+    for key, rows in shown.items():
+        result["data"][key]["shown"] = rows
 
 
 def reference_of(stage_id: str | None, schema: bool) -> str:
     """The reference of one stage's config or its JSON schema; of all as one document."""
-    classes: dict[str, type[Section]] = {name: stage.config_class for name, stage in STAGES.items()}
-    classes |= OTHERS
     if stage_id is None and not schema:
-        return reference.document(classes)
-    _refuse_unknown(stage_id or "", "rlhf config", "one of")
-    config_class = classes[stage_id or ""]
+        return reference.document(KINDS)
+    refuse_unknown(stage_id or "", "rlhf config", "one of")
+    config_class = KINDS[stage_id or ""]
     return json.dumps(reference.schema(config_class), indent=2) if schema else reference.table(config_class)
+
+
+def require_reachable(model: str | None, data: Sequence[str]) -> None:
+    """Raise for names of the hub that neither it nor its cache gives, before slow libraries are imported."""
+    problems: list[Problem] = []
+    if model is not None and _is_hub_name(model) and (away := connection.model_problem(model, model, None)):
+        problems.append(away)
+    for path in data:
+        if _is_hub_name(path) and not path.endswith(preflight.DATA_FILES) and connection.trouble():
+            try:
+                next(sources.raw_rows(DataSection(path=path)), None)
+            except RlhfError as error:
+                problems += error.problems
+    if problems:
+        raise RlhfError(*problems)
+
+
+def _is_hub_name(name: str) -> bool:
+    return not demo.is_demo(name) and not names.exists(name) and names.refused(name, "", "MOD001") is None
 
 
 def migrated(path: Path, stage_id: str | None) -> Migration:
@@ -111,30 +132,21 @@ def migrated(path: Path, stage_id: str | None) -> Migration:
     old, _ = yaml_reader.read_file(path)
     if not isinstance(old, dict):
         raise RlhfError(Problem("CFG030", str(path), "has no keys at the top level.", "name a config"))
-    classes: dict[str, type[Section]] = {name: stage.config_class for name, stage in STAGES.items()}
     listed = Path(str(old.get("dataset_dir") or "data")) / "dataset_info.json"
     try:
         data_sets = json.loads(listed.read_text("utf-8")) if storage.is_file(listed) else {}
     except ValueError as error:
         raise RlhfError(Problem("CFG030", str(listed), f"is no JSON: {error}.", "mend it")) from None
-    found = migrate.migrate(old, classes, stage_id, str(path), data_sets if isinstance(data_sets, dict) else {})
-    load.load_text(classes[found.stage], found.text(path.name), str(path))
+    found = migrate.migrate(old, KINDS, stage_id, str(path), data_sets if isinstance(data_sets, dict) else {})
+    load.load_text(KINDS[found.stage], found.text(path.name), str(path))
     return found
-
-
-def _refuse_unknown(stage_id: str, where: str, fix: str) -> None:
-    if not _known(stage_id):
-        known = ", ".join([*STAGES, *OTHERS])
-        raise RlhfError(Problem("CFG008", where, f"no stage is called '{stage_id}'.", f"{fix} {known}"))
-
-
-def _known(stage_id: str) -> bool:
-    return stage_id in STAGES or stage_id in OTHERS
 
 
 def check_lines(results: Sequence[dict[str, Any]], colour: bool = False) -> Iterator[str]:
     for result in results:
         yield f"{result['config']}: a sound {result['stage']} config."
+        if "rows_shown" in result:
+            yield f"  rows are shown {result['rows_shown']}."
         for key, entry in result.get("data", {}).items():
             yield f"  {key}: {entry['rows']} rows."
             yield from (f"  {key}: {note}." for note in entry["notes"])
@@ -190,12 +202,15 @@ def describe(run_dir: Path) -> str:
     lines += [
         f"  ancestor  {name}: rlhf {parent.stage}" for name, parent in _lineage(manifest)[len(manifest.parents) :]
     ]
+    lines += [f"  note      {mark}" for mark in examined.marks(manifest)]
+    lines += [f"  failed    {problem}" for problem in artifacts.failed_gates(manifest)]
     if path := artifacts.rubric_of(run_dir):
         found = rubric.read(path)
         lines.append(f"  rubric    {found.name} ({storage.sha256(path)[:16]})")
         lines += [f"  criterion {line}" for line in rubric.lines(found)]
     lines += [f"  metric    {key} = {_number(value)}" for key, value in manifest.metrics.items()]
-    lines += [f"  detail    {key} = {json.dumps(value)}" for key, value in manifest.details.items()]
+    said = (examined.ACCEPTED, artifacts.FAILED_GATES)
+    lines += [f"  detail    {key} = {json.dumps(value)}" for key, value in manifest.details.items() if key not in said]
     lines += [f"  file      {name} ({entry['size']:,} bytes)" for name, entry in manifest.files.items()]
     return "\n".join(lines)
 

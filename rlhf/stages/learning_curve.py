@@ -12,7 +12,6 @@ from typing import Any
 import numpy
 
 from rlhf import artifacts, preflight, storage
-from rlhf.config import load
 from rlhf.config.train_rm import RewardConfig
 from rlhf.data.records import first_share, prompt_key, split_by_prompt
 from rlhf.errors import Problem, RlhfError
@@ -22,7 +21,7 @@ from rlhf.metrics import learning_curve as curve
 from rlhf.metrics.learning_curve import Held
 from rlhf.progress import show, table
 from rlhf.stages import pipeline
-from rlhf.stages.registry import STAGES
+from rlhf.stages.registry import STAGES, open_config
 
 log = logging.getLogger("rlhf")
 REPORT, PLOT = "learning-curve.json", "learning-curve.png"
@@ -54,7 +53,7 @@ def run(
         RlhfError: CFG005 for shares that are no curve, DAT052 where the smallest one has fewer prompts than a batch;
             what the stage raises, by its exit code.
     """
-    config = load.load(RewardConfig, path, overrides)
+    config = open_config("train-rm", path, overrides)
     seeds = list(dict.fromkeys(seeds)) or [config.seed]
     _refuse(config, shares)
     points = [_point(share, seed, overrides, out) for share in shares for seed in seeds]
@@ -109,7 +108,7 @@ def _refuse_small(path: Path, smallest: Sequence[Point]) -> None:
     """The points of the smallest share: what they cannot be trained on is said before the first one is."""
     problems = []
     for point in smallest:
-        config = load.load(RewardConfig, path, point.overrides)
+        config = open_config("train-rm", path, point.overrides)
         plan = preflight.prepare(config, STAGES["train-rm"].needs(config))
         records, _ = split_by_prompt(plan.data["data"].records, config.holdout_fraction, config.seed)
         own = {prompt_key(record.prompt) for record in first_share(records, point.share, config.seed)}

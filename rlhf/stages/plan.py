@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
+import logging
 import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf import artifacts, resources
-from rlhf.config import load
+from rlhf import artifacts, progress, resources
 from rlhf.config.stages import SftConfig, StageConfig
 from rlhf.config.train_rm import RewardConfig
 from rlhf.errors import Problem, RlhfError
@@ -16,17 +17,58 @@ from rlhf.planning import advice, clock, phases, specs
 from rlhf.planning.clock import Speed
 from rlhf.planning.phases import PARTS, Spec
 from rlhf.resources import size
-from rlhf.stages.registry import STAGES
+from rlhf.stages.registry import STAGES, kinds_of, open_config
 
+log = logging.getLogger("rlhf")
 UNITS = {"k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "p": 1e15}
 BINARY = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 TOLERANCE = 0.1
 
 
-def plan(
-    path: Path, stage_id: str, overrides: list[str], gpu: str | None, flops: str | None, bandwidth: str | None,
-    measure: bool,
-) -> dict[str, Any]:  # fmt: skip
+@dataclass(frozen=True)
+class Device:
+    """What the command line says of it: memory to fit into, operations and bytes a second, whether to measure those."""
+
+    gpu: str | None = None
+    flops: str | None = None
+    bandwidth: str | None = None
+    measure: bool = False
+
+
+def plans(files: Sequence[Path], stage: str | None, overrides: Sequence[str], device: Device) -> list[dict[str, Any]]:
+    """A plan of each config of a stage; that of a pipeline stands for its stages. All problems are raised together.
+
+    Raises:
+        RlhfError: as ``kinds_of`` and ``plan``.
+    """
+    problems: list[Problem] = []
+    found: dict[tuple[Path, str], dict[str, Any]] = {}
+    for path, kind in _stages_of(kinds_of(files, stage, problems), problems):
+        try:
+            if (path, kind) not in found:
+                found[path, kind] = plan(path, kind, overrides, device)
+        except RlhfError as error:
+            problems += error.problems
+    if problems:
+        raise RlhfError(*dict.fromkeys(problems))
+    return list(found.values())
+
+
+def _stages_of(kinds: Sequence[tuple[Path, str]], problems: list[Problem]) -> Iterator[tuple[Path, str]]:
+    """Each stage's config; that of a pipeline gives those of its steps, and a rubric none."""
+    for path, kind in kinds:
+        if kind in STAGES:
+            yield path, kind
+        elif kind == "pipeline":
+            try:
+                yield from ((Path(step.config), step.stage) for step in open_config(kind, path).stages)
+            except RlhfError as error:
+                problems += error.problems
+        else:
+            log.warning("Left out: %s: a %s config has no memory to plan.", path, kind)
+
+
+def plan(path: Path, stage_id: str, overrides: Sequence[str], device: Device) -> dict[str, Any]:
     """Every phase's bytes by part, the budget, what would fit, and the seconds of a step, as JSON values.
 
     Raises:
@@ -34,13 +76,13 @@ def plan(
     """
     if stage_id not in STAGES:
         what = f"no stage is called '{stage_id}'."
-        raise RlhfError(Problem("CFG008", str(path), what, f"--stage with one of {', '.join(STAGES)}"))
-    config = load.load(STAGES[stage_id].config_class, path, overrides)
-    spec, said_by, assumed = _spec(config, stage_id, path, "cuda" if gpu else "cpu")
-    budget = round(number(gpu, "--gpu", BINARY)) if gpu else resources.available_memory()
+        raise RlhfError(Problem("CFG008", str(path), what, f"one of {', '.join(STAGES)}"))
+    config = open_config(stage_id, path, overrides, "--stage {kind}")
+    spec, said_by, assumed = _spec(config, stage_id, path, "cuda" if device.gpu else "cpu")
+    budget = round(number(device.gpu, "--gpu", BINARY)) if device.gpu else resources.available_memory()
     found = phases.phases(spec)
     worst = phases.peak(spec)
-    speed = _speed(spec, flops, bandwidth, measure)
+    speed = _speed(spec, device)
     outcome: dict[str, Any] = {
         "config": str(path), "stage": stage_id, "base_said_by": said_by, "parameters": spec.shape.parameters,
         "assumed": assumed, "device": spec.device, "budget": budget, "peak": worst.total, "peak_phase": worst.name,
@@ -50,10 +92,13 @@ def plan(
             {"set": change.text, "peak": phases.peak(change.spec).total} for change in advice.alternatives(spec)
         ],
         "together": _together(spec, budget), "steps": spec.steps, "work": None,
+        "measuring": None,
     }  # fmt: skip
     if speed:
         outcome |= {"flops": speed.flops, "bandwidth": speed.bandwidth}
         outcome["work"] = [vars(work) for work in clock.step(spec, speed)]
+        if work := clock.measuring(spec, speed):
+            outcome["measuring"] = {**vars(work), "times": spec.measurements}
     return outcome
 
 
@@ -91,14 +136,22 @@ def lines(outcome: dict[str, Any]) -> list[str]:
 def _time_lines(outcome: dict[str, Any]) -> list[str]:
     if outcome["work"] is None:
         return ["Time: --flops and --bandwidth name the device's speed as reached, --measure measures this machine's."]
-    shown = [f"At {outcome['flops']:.3g} operations and {outcome['bandwidth']:.3g} bytes a second, at least:"]
+    shown = [
+        f"At {outcome['flops']:.3g} operations and {outcome['bandwidth']:.3g} bytes a second, in rows as long as the "
+        "config allows, matrix products and reads alone:"
+    ]
     for work in outcome["work"]:
         rate = work["tokens"] / work["seconds"]
         shown.append(f"  {work['name']:17} {clock.duration(work['seconds']):>9} a step  ({rate:,.0f} tokens/s)")
     step = sum(work["seconds"] for work in outcome["work"])
     if outcome["steps"]:
+        total = clock.duration(outcome["steps"] * step)
+        shown.append(f"{outcome['steps']} steps of {clock.duration(step)}: {total}. Shorter rows take less.")
+    if held_out := outcome["measuring"]:
+        times, each = held_out["times"], held_out["seconds"]
         shown.append(
-            f"{outcome['steps']} steps of {clock.duration(step)}: at least {clock.duration(outcome['steps'] * step)}."
+            f"{times} measurements of the held-out loss, {clock.duration(each)} each, on top: "
+            f"{clock.duration(times * each)}."
         )
     return shown
 
@@ -156,9 +209,10 @@ def _together(spec: Spec, budget: int | None) -> dict[str, Any] | None:
     return {"set": [c.text for c in changes], "peak": phases.peak(changes[-1].spec).total} if changes else {}
 
 
-def _speed(spec: Spec, flops: str | None, bandwidth: str | None, measure: bool) -> Speed | None:
-    if measure:
-        shape, measured = spec.shape, importlib.import_module("rlhf.models.speed").measured
+def _speed(spec: Spec, device: Device) -> Speed | None:
+    flops, bandwidth = device.flops, device.bandwidth
+    if device.measure:
+        shape, measured = spec.shape, progress.load("rlhf.models.speed").measured
         return measured(shape.d, shape.f, spec.held.e, clock.sums(spec))  # type: ignore[no-any-return]
     if (flops is None) != (bandwidth is None):
         missing = "--bandwidth" if bandwidth is None else "--flops"

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from typing import Any
 
 from rlhf import artifacts, interrupts, runtime, storage
 from rlhf.artifacts import Manifest
 from rlhf.checkpoints import BEST
 from rlhf.config.stages import PpoConfig
-from rlhf.data import tokenised
+from rlhf.data import fitting, tokenised
+from rlhf.data.fitting import Limit
 from rlhf.data.records import split_by_prompt
 from rlhf.data.tokenised import PromptRow
 from rlhf.evaluation import policy as measure
@@ -25,7 +25,7 @@ from rlhf.ppo.least_squares import LeastSquares
 from rlhf.ppo.training import Training, save_roles
 from rlhf.ppo.value_role import ValueRole
 from rlhf.preflight import Plan
-from rlhf.progress import bar
+from rlhf.progress import bar, waiting
 from rlhf.rollouts.hf import HfEngine
 from rlhf.rollouts.opening import open_engine
 from rlhf.runs import Run
@@ -53,16 +53,23 @@ def run(config: PpoConfig, plan: Plan, run: Run) -> Manifest:
             training.standardise()
             progress.first = training.evaluate()
             saved.end_of_step(0, training.needed())
-        while progress.pretraining is None:
-            training.pretrain_value()
-            saved.end_of_step(0, training.needed())
-        shown.advance(shown.task_ids[0], progress.step)
+        with waiting("Teaching the critic before the policy moves"):
+            while progress.pretraining is None:
+                training.pretrain_value()
+                saved.end_of_step(0, training.needed())
+        shown.begin(progress.step)
         while progress.step < config.steps:
             first.say(training.step(), config.steps)
             saved.end_of_step(progress.step, training.needed(), last=progress.step == config.steps)
-            shown.advance(shown.task_ids[0])
+            shown.advance(_watched(training.newest))
     training.tracker.close()
     return _finish(config, plan, run, training)
+
+
+def _watched(figures: dict[str, float]) -> str:
+    """What the bar shows of the newest step; at ``kl.coef: 0`` there may be no KL."""
+    kl = f" KL {figures['rollout/exact_kl_nats']:.2f}" if "rollout/exact_kl_nats" in figures else ""
+    return f"score {figures['rollout/score']:.2f}{kl}"
 
 
 def dry_run(config: PpoConfig, plan: Plan) -> list[str]:
@@ -83,7 +90,8 @@ def _set_up(config: PpoConfig, plan: Plan, run: Run) -> Training:
     base = opening.reopen_base(plan.parents["policy"], device)
     runtime.set_threads(config.runtime, base.model, device)
     train, held_out, report = _prompts(config, plan, base.chat)
-    log.info(report.sentence("Prompts"))
+    for line in (report.sentence("Prompts"), *plan.dropped_lines()):
+        log.info(line)
     roles, scorer, standardised = _roles(config, plan, base)
     engine = open_engine(roles, "policy", base.chat, config.sampling)
     optimizer = _optimizer(config, roles, "policy", config.optim.learning_rate, config.steps)
@@ -93,15 +101,16 @@ def _set_up(config: PpoConfig, plan: Plan, run: Run) -> Training:
 
 def _prompts(config: PpoConfig, plan: Plan, chat: Any) -> tuple[list[PromptRow], list[PromptRow], Any]:
     section = config.prompts
-    records: Sequence[Any] = plan.data["prompts"].records
+    loaded = of_held_out = fitting.usable(plan.data["prompts"], chat)
     if config.evaluation.data:
-        held_out: Sequence[Any] = plan.data["evaluation.data"].records
-        dropped = config.evaluation.data.max_dropped_fraction
+        of_held_out = fitting.usable(plan.data["evaluation.data"], chat)
+        records, held_out = list(loaded.records), list(of_held_out.records)
     else:
-        records, held_out = split_by_prompt(records, config.evaluation.holdout_fraction, config.seed)
-        dropped = section.max_dropped_fraction
-    train, report = tokenised.prompt_rows(records, chat, section.max_tokens, section.max_dropped_fraction, "prompts")
-    kept, measured = tokenised.prompt_rows(held_out, chat, section.max_tokens, dropped, "evaluation")
+        records, held_out = split_by_prompt(loaded.records, config.evaluation.holdout_fraction, config.seed)
+    limit = Limit(section.max_tokens, "prompts.max_tokens")
+    train, report = tokenised.prompt_rows(records, chat, limit, loaded.dropped, loaded.left_out)
+    kept, measured = tokenised.prompt_rows(held_out, chat, limit, of_held_out.dropped, of_held_out.left_out)
+    plan.check_dropped()
     tokenised.require_batch(len(train), config.batch.batch_size // config.samples_per_prompt, "prompts")
     longest = max(report.longest, measured.longest)
     opening.require_context(chat, longest, config.sampling.max_new_tokens, "sampling.max_new_tokens")
@@ -214,12 +223,13 @@ def _finish(config: PpoConfig, plan: Plan, run: Run, training: Training) -> Mani
     """Write best and last, the chosen one as the run's adapter, and the manifest; the same files if done twice."""
     progress, saved = training.progress, training.saved
     best, last = saved.directory / BEST, saved.directory / "last"
-    storage.copy_directory(saved.directory / f"{BEST}-{progress.best_step}", best)
-    save_roles(training.roles, training.critic, last)
-    chosen = progress.best_step if config.use == BEST else progress.step
-    result = artifacts.ADAPTER if config.lora else artifacts.MODEL
-    storage.copy_directory((best if config.use == BEST else last) / "policy" / result, run.path / result)
-    training.base.tokenizer.save_pretrained(run.path / artifacts.TOKENIZER)
+    with waiting("Writing the best and the last step"):
+        storage.copy_directory(saved.directory / f"{BEST}-{progress.best_step}", best)
+        save_roles(training.roles, training.critic, last)
+        chosen = progress.best_step if config.use == BEST else progress.step
+        result = artifacts.ADAPTER if config.lora else artifacts.MODEL
+        storage.copy_directory((best if config.use == BEST else last) / "policy" / result, run.path / result)
+        training.base.tokenizer.save_pretrained(run.path / artifacts.TOKENIZER)
     log.info("The %s step, %d of %d, is what downstream commands use.", config.use, chosen, progress.step)
     start = {name.replace("eval/", "start/"): value for name, value in progress.first.items()}
     end = {name.replace("eval/", "last/"): value for name, value in progress.last.items()}
@@ -227,7 +237,7 @@ def _finish(config: PpoConfig, plan: Plan, run: Run, training: Training) -> Mani
     details = {
         "use": config.use, "used_step": chosen, "best_step": progress.best_step, "last_step": progress.step,
         "value_pretraining": progress.pretraining, "kl_coef_at_the_end": progress.kl_coef,
-        "standards": [scorer.state_dict() for scorer in training.standardised],
+        "standards": [scorer.state_dict() for scorer in training.standardised], "dropped": plan.dropped(),
     }  # fmt: skip
     return run.finish(
         Manifest(

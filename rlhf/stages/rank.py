@@ -6,15 +6,16 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlhf import runtime
+from rlhf import examined, runtime
 from rlhf.config.sections import RuntimeSection
 from rlhf.data import lines, sources
 from rlhf.data.records import prompt_key
+from rlhf.errors import Problem, RlhfError
 from rlhf.metrics import best_of_n, intervals
+from rlhf.policy_sampling import Asked
 from rlhf.progress import show, table
-from rlhf.rollouts.engine import Sampling
 from rlhf.scoring.scorer import Sample, Scores
-from rlhf.stages.generate import refuse_other_kinds, sample
+from rlhf.stages.generate import refuse_other_kinds, sample, settle
 from rlhf.stages.score import scored_rows
 from rlhf.stages.scorers import check_names, open_scorer
 
@@ -24,45 +25,70 @@ NUM_RESAMPLES = 1000
 
 def rank(
     policy: str, prompts: str, rewards: Sequence[str], judge: str | None, samples: int, top: int | None,
-    template: str | None, how: Sampling, micro_batch_size: int, out: str,
+    template: str | None, asked: Asked, micro_batch_size: int, out: str,
 ) -> dict[str, Any]:  # fmt: skip
     """Write the responses to each prompt best first, and return what the best of 1, 2, 4 ... ``samples`` is worth.
+
+    An empty response is not written. A prompt to which every response is empty is left out of both, and counted.
 
     Args:
         judge: another reward, which chooses nothing and measures what is chosen.
         top: responses of each prompt that are written; None: all.
     """
     refuse_other_kinds(policy, template)
+    how = settle(policy, asked)
     check_names([*rewards, *([judge] if judge else [])])
     records = lines.load(sources.load_prompts, prompts)
     responses = sample(policy, template, records, samples, how, prompts)
+    ranked = _with_text(policy, responses, samples)
     device = runtime.set_up(RuntimeSection(), how.seed)
-    found = open_scorer(rewards, device, micro_batch_size).score(responses)
-    judged = open_scorer([judge], device, micro_batch_size).score(responses).mean.tolist() if judge else None
-    num_cut = sum(not response.finished for response in responses)
-    if num_cut:
-        log.warning("%d of %d responses were cut off; they rank behind those that ended.", num_cut, len(responses))
-    keys = [prompt_key(response.prompt) for response in responses[::samples]]
-    lines.write(out, _rows(responses, found, judged, samples, top))
+    found = open_scorer(rewards, device, micro_batch_size).score(ranked)
+    judged = open_scorer([judge], device, micro_batch_size).score(ranked).mean.tolist() if judge else None
+    lines.write(out, _rows(ranked, found, judged, samples, top))
     return {
-        "policy": policy, "rewards": list(rewards), "judge": judge, "prompts": len(records), "samples": samples,
-        "cut_off": num_cut, "best_of": worth(responses, found, judged, samples, keys, how.seed),
+        "policy": policy, "accepted": examined.marks_of([policy]), "rewards": list(rewards), "judge": judge,
+        "prompts": len(records), "samples": samples,
+        "cut_off": sum(not response.finished for response in responses),
+        "empty": sum(response.is_empty for response in responses),
+        "prompts_without_text": len(records) - len(ranked) // samples,
+        "best_of": worth(ranked, found, judged, samples, how.seed),
     }  # fmt: skip
 
 
+def _with_text(policy: str, responses: Sequence[Sample], samples: int) -> list[Sample]:
+    """The responses to every prompt that has one with text; what is left out, and what ranks behind, is said.
+
+    Raises:
+        RlhfError: DAT013 where no response to any prompt has text.
+    """
+    groups = [responses[start : start + samples] for start in range(0, len(responses), samples)]
+    kept = [one for group in groups if not all(own.is_empty for own in group) for one in group]
+    num_cut, num_empty = sum(not one.finished for one in responses), sum(one.is_empty for one in responses)
+    if num_cut:
+        log.warning("%d of %d responses were cut off; they rank behind those that ended.", num_cut, len(responses))
+    if num_empty:
+        log.warning("%d of %d responses have no text; they rank last and are not written.", num_empty, len(responses))
+    if not kept:
+        what = f"none of {len(responses)} responses has text."
+        raise RlhfError(Problem("DAT013", policy, what, "a policy that writes something, or other prompts"))
+    if num_left := (len(responses) - len(kept)) // samples:
+        log.warning("%d of %d prompts are left out: no response to them has text.", num_left, len(groups))
+    return kept
+
+
 def worth(
-    responses: Sequence[Sample], scores: Scores, judged: Sequence[float] | None, samples: int, prompts: Sequence[str],
-    seed: int,
-) -> list[dict[str, Any]]:  # fmt: skip
+    responses: Sequence[Sample], scores: Scores, judged: Sequence[float] | None, samples: int, seed: int
+) -> list[dict[str, Any]]:
     """For n = 1, 2, 4 ... ``samples``: the bound on KL, and the reward (and the judge) of the best of n, each with
-    a 95 % interval over prompts."""
+    a 95 % interval over prompts. An empty response counts with its own score where it is all that was drawn."""
     chosen_by = order_keys(responses, scores)
     values = {"reward": scores.mean.tolist(), **({"judge": judged} if judged else {})}
+    groups = [slice(start, start + samples) for start in range(0, len(responses), samples)]
+    prompts = [prompt_key(response.prompt) for response in responses[::samples]]
     found = []
     for n in best_of_n.sizes(samples):
         entry: dict[str, Any] = {"n": n, "kl_bound": best_of_n.kl_bound(n)}
         for name, own in values.items():
-            groups = [slice(start, start + samples) for start in range(0, len(responses), samples)]
             means = [best_of_n.best_of_n(chosen_by[group], own[group], n) for group in groups]
             interval = intervals.grouped_bootstrap(means, prompts, NUM_RESAMPLES, seed=seed)
             entry[name] = {"estimate": interval.estimate, "ci95": [interval.low, interval.high]}
@@ -70,19 +96,23 @@ def worth(
     return found
 
 
-def order_keys(responses: Sequence[Sample], scores: Scores) -> list[tuple[bool, float]]:
-    """What responses are ranked by: one that was cut off is behind every one that ended, for its score means little."""
-    return [(response.finished, score) for response, score in zip(responses, scores.mean.tolist(), strict=True)]
+def order_keys(responses: Sequence[Sample], scores: Scores) -> list[tuple[bool, bool, float]]:
+    """What responses are ranked by: one that has no text is behind all others, and one that was cut off behind every
+    one that ended, whatever their scores, which mean little."""
+    return [
+        (not response.is_empty, response.finished, score)
+        for response, score in zip(responses, scores.mean.tolist(), strict=True)
+    ]
 
 
 def _rows(
     responses: Sequence[Sample], scores: Scores, judged: Sequence[float] | None, samples: int, top: int | None
 ) -> list[dict[str, Any]]:
-    """One row a response, those of one prompt best first; equal ones share a rank."""
+    """One row a response with text, those of one prompt best first; equal ones share a rank."""
     keys, rows = order_keys(responses, scores), scored_rows(responses, scores)
     found = []
     for start in range(0, len(rows), samples):
-        own = range(start, start + samples)
+        own = [row for row in range(start, start + samples) if not responses[row].is_empty]
         for index in sorted(own, key=lambda row: (keys[row], -row), reverse=True)[:top]:
             place = 1 + sum(keys[other] > keys[index] for other in own)
             measured = {"judge": judged[index]} if judged else {}
@@ -98,4 +128,6 @@ def print_report(found: Mapping[str, Any]) -> None:
         figures = [f"{entry[name]['estimate']:.3f} [{entry[name]['ci95'][0]:.3f}, {entry[name]['ci95'][1]:.3f}]"
                    for name in names]  # fmt: skip
         rows.append((f"best of {entry['n']}", f"{entry['kl_bound']:.2f}", *figures))
-    show(table(f"{found['policy']}, {found['prompts']} prompts", ("", "KL at most, nats", *names), rows))
+    num_prompts = found["prompts"] - found["prompts_without_text"]
+    title, note = f"{found['policy']}, {num_prompts} prompts", "\n".join(found["accepted"])
+    show(table(title, ("", "KL at most, nats", *names), rows, note))

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
-from rlhf import artifacts
-from rlhf.config import rubric, suite
+from rlhf import artifacts, policy_sampling
+from rlhf.artifacts import Manifest
+from rlhf.config import load, recognition, rubric, suite
 from rlhf.config import stages as configs
 from rlhf.config.rewards import ClassifierSection, RewardSource
+from rlhf.config.sections import PolicySamplingSection, Section
 from rlhf.config.stages import StageConfig
 from rlhf.config.train_rm import COMBINED, RewardConfig
 from rlhf.data import labels, sources
+from rlhf.errors import Problem, RlhfError
+from rlhf.neighbours import Nearby, Neighbour
 from rlhf.origins import START
 from rlhf.preflight import Input, Needs, Parent
+
+log = logging.getLogger("rlhf")
 
 
 @dataclass(frozen=True)
@@ -69,7 +78,14 @@ def _collect(config: configs.CollectConfig) -> Needs:
         inputs=(Input("prompts", config.prompts, sources.load_prompts),),
         scorers=_models("labeller.model", config.labeller),
         rewards={"labeller": config.labeller},
+        settled=partial(_settled_sampling, config.sampling),
     )  # fmt: skip
+
+
+def _settled_sampling(section: PolicySamplingSection, parents: Mapping[str, Manifest]) -> dict[str, Any]:
+    """Two policies with equal weights may sample differently, so what they say is named, and not only whose it is."""
+    own = policy_sampling.own(parents.get("policy"))
+    return {f"sampling.{key}": value for key, value in load.flatten(section.of(own.section)).items()}
 
 
 def _ppo(config: configs.PpoConfig) -> Needs:
@@ -108,6 +124,26 @@ def _eval_rm(config: configs.EvalRmConfig) -> Needs:
     )
 
 
+def neighbours(paths: Iterable[Path]) -> list[Neighbour]:
+    """What the configs among some files make; a file that is none of ours, or not sound, makes nothing."""
+    found = []
+    for path in dict.fromkeys(paths):
+        named = [stage for stage in STAGES.values() if path.stem == stage.id]
+        for stage in [*named, *(one for one in STAGES.values() if one not in named)]:
+            try:
+                config = load.load(stage.config_class, path)
+            except (RlhfError, OSError):
+                continue
+            found.append(Neighbour(stage.id, stage.makes, str(path), config.run_dir))
+            break
+    return found
+
+
+def around(path: Path, others: Iterable[Path] = ()) -> Nearby:
+    """The same for ``others`` and the config files next to ``path``, once somebody asks."""
+    return cache(lambda: neighbours([*others, *sorted(path.parent.glob("*.yaml"))]))
+
+
 def _reward_runs(key: str, source: RewardSource) -> tuple[Parent, ...]:
     several = [(f"{key}.runs.{index}", run) for index, run in enumerate(source.runs or ())]
     named = [(key, source.run)] if source.run else several
@@ -133,3 +169,52 @@ STAGES: dict[str, Stage] = {
         Stage("eval-rm", configs.EvalRmConfig, "examination", _eval_rm, "Examine a reward model."),
     )
 }
+
+KINDS: dict[str, type[Section]] = {
+    **{name: stage.config_class for name, stage in STAGES.items()},
+    "pipeline": configs.PipelineConfig,
+    "rubric": rubric.RubricConfig,
+}
+"""Every kind of config file."""
+
+DID_YOU_MEAN = "did you mean rlhf {kind} -c {path}?"
+
+
+def open_config(kind: str, path: Path, overrides: Sequence[str] = (), fix: str = DID_YOU_MEAN) -> Any:
+    """The config of a stage, or another kind, from its file. Raises as ``recognition.load_as``."""
+    return recognition.load_as(kind, path, overrides, KINDS, fix)
+
+
+def kinds_of(files: Sequence[Path], stage: str | None, problems: list[Problem]) -> list[tuple[Path, str]]:
+    """Each file with the kind of config that it is; without files, all of configs/.
+
+    Args:
+        stage: whose configs they are; None: what their names or else their keys say.
+        problems: gets what is wrong with a file's kind.
+
+    Raises:
+        RlhfError: CFG001 where no file is named and configs/ has none.
+    """
+    paths = list(files) or sorted(Path("configs").glob("*.yaml"))
+    if not paths:
+        raise RlhfError(Problem("CFG001", "configs/", "no config here.", "name a file"))
+    found: list[tuple[Path, str]] = []
+    for path in paths:
+        try:
+            if stage is not None:
+                refuse_unknown(stage, str(path), "--stage with one of")
+            found.append((path, stage or recognition.kind_of(path, KINDS, "--stage")))
+        except RlhfError as error:
+            if files:
+                problems += error.problems
+            else:
+                log.warning("Left out: %s: %s", path, error.problems[0].what)
+    if not found and not problems:
+        raise RlhfError(Problem("CFG001", "configs/", "no config here that is known.", "name a file"))
+    return found
+
+
+def refuse_unknown(stage_id: str, where: str, fix: str) -> None:
+    """Raise CFG008 for a kind of config that there is not; ``fix`` is followed by the known ones."""
+    if stage_id not in KINDS:
+        raise RlhfError(Problem("CFG008", where, f"no stage is called '{stage_id}'.", f"{fix} {', '.join(KINDS)}"))

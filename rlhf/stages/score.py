@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,14 +35,43 @@ def score(source: str, data: str, out: str, micro_batch_size: int, label: str | 
         raise RlhfError(
             Problem("CFG040", "--label", f"{source} is a reward run: all its heads are written.", "leave it out")
         )
-    records = lines.load(sources.load_demonstrations, data)
+    given = read(data)
     device = runtime.set_up(RuntimeSection(), 0)
     if is_run(source):
-        samples, scorer = _of_run(source, records, device, micro_batch_size)
+        samples, scorer = _of_run(source, given, device, micro_batch_size)
     else:
         section = ClassifierSection(path=source, label=int(label) if label and label.isdigit() else label)
-        samples, scorer = [_sample(record) for record in records], open_classifier(section, device, micro_batch_size)
-    lines.write(out, scored_rows(samples, scorer.score(samples)))
+        samples, scorer = [one.sample() for one in given], open_classifier(section, device, micro_batch_size)
+    rows = scored_rows(samples, scorer.score(samples))
+    lines.write(out, ({**row, **one.said} for row, one in zip(rows, given, strict=True)))
+
+
+@dataclass(frozen=True)
+class Given:
+    """A prompt with a response that was read, and whether it ``finished``; None where the row does not say."""
+
+    record: Demonstration
+    finished: bool | None
+
+    @property
+    def said(self) -> dict[str, bool]:
+        """What a row that is written says of it."""
+        return {} if self.finished is None else {"finished": self.finished}
+
+    def sample(self, prompt_ids: Sequence[int] = (), response_ids: Sequence[int] = ()) -> Sample:
+        """For a scorer; the ids, with an end token, for one that reads them. Without ``finished`` it has ended."""
+        ids, finished = list(response_ids), self.finished is not False
+        ids = ids if finished else ids[:-1]
+        if prompt_ids and not ids:  # cut off before any text: the head reads the end of the prompt
+            prompt_ids, ids = prompt_ids[:-1], list(prompt_ids[-1:])
+        return Sample(self.record.prompt, self.record.messages[-1].content, list(prompt_ids), ids, finished, ids)
+
+
+def read(data: str) -> list[Given]:
+    """Prompts with responses, also a policy's samples that were cut off."""
+    records, fields = lines.load_with(sources.load_samples, data, (), ("finished",))
+    known = {"true": True, "false": False}
+    return [Given(record, known.get(said)) for record, said in zip(records, fields["finished"], strict=True)]
 
 
 def scored_rows(samples: Sequence[Sample], scores: Scores) -> list[dict[str, Any]]:
@@ -73,7 +103,7 @@ def _of_members(samples: Sequence[Sample], scores: Scores) -> list[dict[str, Any
 
 
 def _of_run(
-    name: str, records: Sequence[Demonstration], device: torch.device, micro_batch_size: int
+    name: str, given: Sequence[Given], device: torch.device, micro_batch_size: int
 ) -> tuple[list[Sample], Scorer]:
     source = examined.source_of(name)
     assert source.run
@@ -84,13 +114,8 @@ def _of_run(
     roles = SharedBase(base)
     scorer = open_run(source.run, roles, micro_batch_size, head=source.head, calibration=known)
     samples = []
-    turns = tokenised.turns(records, base.chat, last_only=True, max_length=NO_LIMIT)
-    for record, turn in zip(records, turns, strict=True):
-        opening.require_context(base.chat, len(turn.prompt_ids), len(turn.response_ids), record.where)
-        samples.append(_sample(record, turn.prompt_ids, turn.response_ids))
+    turns = tokenised.turns([one.record for one in given], base.chat, last_only=True, max_length=NO_LIMIT)
+    for one, turn in zip(given, turns, strict=True):
+        opening.require_context(base.chat, len(turn.prompt_ids), len(turn.response_ids), one.record.where)
+        samples.append(one.sample(turn.prompt_ids, turn.response_ids))
     return samples, scorer
-
-
-def _sample(record: Demonstration, prompt_ids: Sequence[int] = (), response_ids: Sequence[int] = ()) -> Sample:
-    prompt, response, ids = record.messages[:-1], record.messages[-1].content, list(response_ids)
-    return Sample(prompt, response, list(prompt_ids), ids, True, ids)

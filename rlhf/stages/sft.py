@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import logging
 import math
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,119 +21,151 @@ from trl import SFTConfig
 
 from rlhf import artifacts, interrupts, runtime
 from rlhf.artifacts import Manifest
-from rlhf.checkpoints import Checkpoints
+from rlhf.bars import Bar, Recent
+from rlhf.checkpoints import BEST, Checkpoints
 from rlhf.config.stages import SftConfig
-from rlhf.data import tokenised
-from rlhf.data.records import Prompt, split_by_prompt
-from rlhf.data.tokenised import Dialogue, PromptRow
+from rlhf.data import fitting, tokenised
+from rlhf.data.fitting import Limit
+from rlhf.data.records import Demonstration, split_by_prompt
+from rlhf.data.tokenised import Dialogue, LengthReport, Turn
 from rlhf.errors import Problem, RlhfError
-from rlhf.evaluation import policy as measure
 from rlhf.evaluation import stopping
+from rlhf.held_out import HeldOut, curves_of, state_of
 from rlhf.models import adapters, fused_lora, opening, whole
 from rlhf.models.base import Base
 from rlhf.models.first_step import FirstStep
-from rlhf.models.roles import SharedBase
 from rlhf.preflight import Plan
-from rlhf.progress import bar
-from rlhf.rollouts.opening import open_engine
+from rlhf.progress import bar, waiting
 from rlhf.runs import Run
+from rlhf.stages import sft_outcome
 from rlhf.stages.registry import STAGES
-from rlhf.stages.sft_trainer import ResumableTrainer
+from rlhf.stages.sft_trainer import ResumableTrainer, Weights
 from rlhf.tracking import Tracker
 
 log = logging.getLogger("rlhf")
 
 
 def run(config: SftConfig, plan: Plan, run: Run) -> Manifest:
-    """Train the adapter, measure what was written, and refuse a model that does not learn to stop."""
+    """Train, measure what was written, finish, and judge: a run that fails a gate is finished all the same."""
     first = FirstStep(plan.spec)
     device = runtime.set_up(config.runtime, config.seed)
     base = opening.open_base(config.model, device)
     runtime.set_threads(config.runtime, base.model, device)
-    stopping.warn_of_untrained_end(base, _trained_tokens(config, base))
-    train, held_out = split_by_prompt(plan.data["data"].records, config.holdout_fraction, config.seed)
-    rows, report = _tokenise(config, train, base.chat)
-    sampled = _prompts_to_sample(config, held_out, base.chat)
-    log.info(report.sentence("Training data"))
+    stopping.warn_of_untrained_end(base, sft_outcome.trained_tokens(config, base))
+    held_out, rows, report = _rows(config, plan, base.chat)
+    answers = stopping.answers_of(rows, base.chat.end_id)
+    measured_on = sft_outcome.held_out_rows(config, held_out, base.chat)
+    for line in (report.sentence("Training data"), *plan.dropped_lines()):
+        log.info(line)
 
+    trained = _train(config, base, rows, measured_on.turns, run, first)
+    train_seconds = trained.saved.seconds()
+    del base
+    gc.collect()  # trainer and model refer to one another, and two bases would stand at once
+    outcome = sft_outcome.measure(config, device, measured_on, answers, run)
+    if label := trained.details.get("held_out_figures"):
+        log.info("These held-out figures are %s.", label)
+    metrics = {**outcome.metrics, "time/train_s": train_seconds, **runtime.peak_memory()}
+    run.write_metrics(trained.steps, metrics)
+    return run.finish(
+        Manifest(
+            kind="policy", stage="sft", seed=config.seed, identity=plan.identity, metrics=metrics,
+            seconds=trained.saved.seconds(), base=outcome.base,
+            parents=plan.parents_table(STAGES["sft"].needs(config)),
+            details={
+                "rows": vars(report), "prompts_held_out": len(held_out), "steps": trained.steps,
+                "dropped": plan.dropped(), **trained.details, "ending": outcome.ending,
+            },
+        )
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What is known once the artifact is written: the steps that were done, and what the curve's details say."""
+
+    steps: int
+    saved: Checkpoints
+    details: dict[str, Any]
+
+
+def _train(
+    config: SftConfig, base: Base, rows: list[Dialogue], turns: list[Turn], run: Run, first: FirstStep
+) -> Trained:  # fmt: skip
+    """From the start, or from where a resumed run goes on, to the artifact on the disk."""
     model = _model(config, base)
     steps = _num_steps(config, len(rows))
     trainer = _trainer(config, model, base, rows, run) if steps else None
-    saved = Checkpoints(run, trainer.parts() if trainer else {}, config.save_every, config.keep_checkpoints)
+    curves = curves_of(config.evaluation, [steps] if trainer else [])
+    state = {**(trainer.parts() if trainer else {}), **state_of(curves)}
+    saved = Checkpoints(run, state, config.save_every, config.keep_checkpoints)
     saved.resume(steps)
+    details: dict[str, Any] = {}
     if trainer:
-        _train(config, trainer, saved, run, first)
+        recorder = _Record(run, Tracker(run.path, config.report_to))
+        weights = [Weights(trainer)] if config.use == BEST else None
+        measure = partial(sft_outcome.loss_of, config, base, base.model, turns)
+        held_out = HeldOut(curves, lambda _: measure(), weights, saved, recorder.write)
+        _steps(trainer, held_out, saved, recorder, first)
+        recorder.tracker.close()
+        held_out.restore()
+        if curves:
+            with waiting("Drawing the held-out loss"):
+                importlib.import_module("rlhf.evaluation.plots").held_out(run.path, held_out.best_points())
+        details = held_out.details()
     else:
-        log.info(
-            "No steps: the model is taken as it is, with an adapter that adds nothing."
-            if config.lora
-            else "No steps: the model is taken as it is."
-        )
+        what = "an adapter that adds nothing" if config.lora else "its weights as they are"
+        log.info("No steps: the model is taken as it is, with %s.", what)
     if config.lora:
         adapters.save(model, "default", run.path / artifacts.ADAPTER)
     else:
         whole.save(model, base.tokenizer, run.path / artifacts.MODEL)
     base.tokenizer.save_pretrained(run.path / artifacts.TOKENIZER)
-    train_seconds = saved.seconds()
-    del trainer, model, saved.state, base
-    gc.collect()  # trainer and model refer to one another, and two bases would stand at once
-
-    # The rest measures the artifact as every later stage will load it, on a base that TRL has not touched.
-    base = opening.open_base(config.model, device)
-    before = _held_out_loss(config, SharedBase(base), "base", base, held_out)
-    trained_on = config.model
-    if not config.lora:
-        trained_on = config.model.model_copy(update={"path": str(run.path / artifacts.MODEL), "revision": None})
-        base = opening.open_base(trained_on, device)
-    metrics = _measure(config, base, before, held_out, sampled, report.num_truncated, run)
-    metrics |= {"time/train_s": train_seconds, **runtime.peak_memory()}
-    run.write_metrics(config.steps or 0, metrics)
-    return run.finish(
-        Manifest(
-            kind="policy", stage="sft", seed=config.seed, identity=plan.identity, metrics=metrics,
-            seconds=saved.seconds(), base=opening.identity_of(base, trained_on),
-            parents=plan.parents_table(STAGES["sft"].needs(config)),
-            details={"rows": vars(report), "prompts_held_out": len(held_out)},
-        )
-    )  # fmt: skip
+    saved.state = {}
+    return Trained(trainer.steps_done if trainer else 0, saved, details)
 
 
-def _train(config: SftConfig, trainer: ResumableTrainer, saved: Checkpoints, run: Run, first: FirstStep) -> None:
-    """To the end, from the step that a resumed run goes on with."""
-    trainer.save_step = saved.end_of_step
-    tracker = Tracker(run.path, config.report_to)
-    trainer.add_callback(_Record(run, tracker))
-    with interrupts.deferred(), bar("SFT", trainer.args.max_steps) as progress:
-        progress.advance(progress.task_ids[0], trainer.restored_step)
-        trainer.add_callback(_Advance(progress, first))
-        trainer.train_from_here()
-    tracker.close()
+def _steps(
+    trainer: ResumableTrainer, held_out: HeldOut, saved: Checkpoints, recorder: _Record, first: FirstStep
+) -> None:  # fmt: skip
+    """The steps that are left, each with what follows it: a measurement where one is due, and a checkpoint."""
+
+    def end_of_step(step: int) -> bool:
+        held_out.after(0, step)
+        is_over = held_out.stopped(0)
+        saved.end_of_step(step, held_out.needed(), last=is_over or step == trainer.args.max_steps)
+        return is_over
+
+    trainer.end_of_step = end_of_step
+    trainer.add_callback(recorder)
+    with interrupts.deferred(), bar("SFT", trainer.args.max_steps) as shown:
+        shown.begin(trainer.restored_step)
+        trainer.add_callback(_Advance(shown, first))
+        if not trainer.restored:
+            held_out.after(0, 0)
+        trainer.train_from_here(held_out.stopped(0))
 
 
 def dry_run(config: SftConfig, plan: Plan) -> list[str]:
     """Token counts and the number of steps, with the tokenizer but without weights."""
     chat = opening.open_chat(config.model)
-    train, held_out = split_by_prompt(plan.data["data"].records, config.holdout_fraction, config.seed)
-    rows, report = _tokenise(config, train, chat)
-    _prompts_to_sample(config, held_out, chat)
+    held_out, rows, report = _rows(config, plan, chat)
+    sft_outcome.held_out_rows(config, held_out, chat)
     steps = _num_steps(config, len(rows))
     return [report.sentence("data"), f"held out: {len(held_out)} rows.", f"{steps} steps of {config.batch.batch_size}."]
 
 
-def _tokenise(config: SftConfig, records: Any, chat: Any) -> tuple[list[Dialogue], tokenised.LengthReport]:
-    rows, report = tokenised.dialogues(
-        records, chat, config.loss_on == "last_turn", config.max_length, config.too_long,
-        config.data.max_dropped_fraction, "data",
-    )  # fmt: skip
+def _rows(config: SftConfig, plan: Plan, chat: Any) -> tuple[list[Demonstration], list[Dialogue], LengthReport]:
+    """Rows held out, and the others as ids."""
+    loaded = fitting.usable(plan.data["data"], chat)
+    train, held_out = split_by_prompt(loaded.records, config.holdout_fraction, config.seed)
+    limit = Limit(config.max_length, truncates=config.too_long == "truncate")
+    others = [*held_out, *loaded.left_out]
+    last_only = config.loss_on == "last_turn"
+    rows, report = tokenised.dialogues(train, chat, last_only, limit, loaded.dropped, others)
+    plan.check_dropped()
     tokenised.require_batch(len(rows), config.batch.batch_size, "data")
-    return rows, report
-
-
-def _prompts_to_sample(config: SftConfig, held_out: Any, chat: Any) -> list[PromptRow]:
-    prompts = [Prompt(record.messages[:-1], record.where) for record in held_out]
-    new_tokens = config.sampling.max_new_tokens
-    rows = tokenised.prompts_with_room(prompts, chat, config.max_length, new_tokens, "sampling.max_new_tokens")
-    return rows[: config.end_token_samples]
+    return held_out, rows, report
 
 
 def _num_steps(config: SftConfig, num_rows: int) -> int:
@@ -159,6 +195,7 @@ def _model(config: SftConfig, base: Base) -> Any:
     return model
 
 
+@waiting("Preparing the trainer")
 def _trainer(config: SftConfig, model: Any, base: Base, rows: list[Dialogue], run: Run) -> ResumableTrainer:
     """TRL's trainer with every argument set that this stage relies upon."""
     for module in model.modules():
@@ -197,7 +234,7 @@ def _trainer(config: SftConfig, model: Any, base: Base, rows: list[Dialogue], ru
 
 
 class _Record(TrainerCallback):
-    """Metrics, the guard against a loss that is not finite, and the end of each step."""
+    """Metrics, the guard against a gradient that is not finite, and the end of each step."""
 
     def __init__(self, run: Run, tracker: Tracker) -> None:
         self.run, self.tracker = run, tracker
@@ -207,8 +244,12 @@ class _Record(TrainerCallback):
         values = {ours: float(logs[theirs]) for theirs, ours in known.items() if logs and theirs in logs}
         if not values:
             return
-        self.run.write_metrics(state.global_step, values)
-        self.tracker.write(state.global_step, values)
+        self.write(state.global_step, values)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """One row of metrics.jsonl, and of the trackers."""
+        self.run.write_metrics(step, values)
+        self.tracker.write(step, values)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Before the step is applied."""
@@ -223,57 +264,19 @@ class _Record(TrainerCallback):
 
 
 class _Advance(TrainerCallback):
-    def __init__(self, progress: Any, first: FirstStep) -> None:
-        self.progress, self.first, self.started = progress, first, 0.0
+    """The bar with the loss, and what is said of the first steps."""
+
+    def __init__(self, shown: Bar, first: FirstStep) -> None:
+        self.shown, self.first, self.started, self.losses = shown, first, 0.0, Recent()
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         self.started = time.perf_counter()
 
     def on_step_end(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
-        self.progress.advance(self.progress.task_ids[0])
+        self.shown.advance()
         self.first.say(time.perf_counter() - self.started, state.max_steps)
 
-
-def _held_out_loss(config: SftConfig, roles: SharedBase, slot: str, base: Base, held_out: Any) -> float:
-    """In nats a response token, end token included."""
-    if slot not in roles.slots:
-        roles.add(slot)
-    turns = tokenised.turns(held_out, base.chat, config.loss_on == "last_turn", config.max_length)
-    return measure.response_loss(roles, slot, turns, base.chat.pad_id, config.batch.micro_batch_size)
-
-
-def _measure(
-    config: SftConfig, base: Base, before: float, held_out: Any, sampled: list[PromptRow], num_truncated: int, run: Run
-) -> dict[str, float]:
-    """Held-out loss and perplexity of the policy, beside the base's ``before``, and the policy's end-token rate."""
-    roles = SharedBase(base)
-    roles.add("policy", adapter=artifacts.adapter_of(run.path), trained=False)
-    after = _held_out_loss(config, roles, "policy", base, held_out)
-    engine = open_engine(roles, "policy", base.chat, config.sampling)
-    seed = runtime.derived_seed(config.seed, "sft", "end token")
-    samples = measure.respond(engine, base.chat, sampled, measure.sampling_of(config.sampling, seed))
-    run.write_samples("held_out", measure.sample_rows(samples))
-    rate = sum(sample.finished for sample in samples) / len(samples)
-    log.info(
-        "Held out: loss %.3f -> %.3f a token, perplexity %.2f -> %.2f; %.0f %% of %d samples end by themselves.",
-        before, after, math.exp(before), math.exp(after), 100 * rate, len(samples),
-    )  # fmt: skip
-    if rate < config.min_end_token_rate:
-        _refuse(config, base, rate, stopping.causes(base, _trained_tokens(config, base), samples, num_truncated))
-    return {
-        "eval/base_loss": before, "eval/loss": after, "eval/perplexity": math.exp(after), "eval/end_token_rate": rate,
-    }  # fmt: skip
-
-
-def _trained_tokens(config: SftConfig, base: Base) -> list[str]:
-    """Tokens whose rows are no longer the base's; an adapter that was made before had its own warning."""
-    return config.lora.train_tokens if config.lora and not config.adapter else [base.chat.end_token]
-
-
-def _refuse(config: SftConfig, base: Base, rate: float, causes: tuple[str, str]) -> None:
-    why, fix = causes
-    what = (
-        f"only {rate:.0%} of the sampled responses end with {base.chat.end_token!r} within "
-        f"{config.sampling.max_new_tokens} tokens, needed: {config.min_end_token_rate:.0%}{f'; {why}' if why else ''}."
-    )
-    raise RlhfError(Problem("GRD002", "sft", what, fix))
+    def on_log(self, *_: Any, logs: dict[str, float] | None = None, **__: Any) -> None:
+        """Comes after the end of each step."""
+        if logs and "loss" in logs:
+            self.shown.figures = f"mean loss {self.losses.mean(float(logs['loss'])):.3f}"

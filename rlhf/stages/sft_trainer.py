@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,19 @@ class Part:
         self.trainer.restored[self.name] = state
 
 
+class Weights:
+    """The weights that the trainer trains; what is given back is in them at once. Stateful."""
+
+    def __init__(self, trainer: ResumableTrainer) -> None:
+        self.trainer = trainer
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.trainer.part("weights")
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.trainer.load_weights(state)
+
+
 class LengthGrouped(Sampler[int]):
     """Rows in batches of like length, in an order made from (seed, epoch) alone; transformers' own is made of whatever
     the global generator holds, and a resumed run would see another."""
@@ -53,7 +66,7 @@ class LengthGrouped(Sampler[int]):
 
 
 class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
-    """The trainer calls ``save_step`` at the end of each step; see ``Checkpoints.end_of_step``.
+    """The trainer calls ``end_of_step`` with the number of each step that it has done, and stops where that says so.
 
     Everything below that begins with an underscore is a method of transformers' Trainer that reads or writes pickles
     there. An adapter is called "default", as PEFT does.
@@ -65,7 +78,7 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         self.generators = runtime.Generators()
         self.restored: dict[str, dict[str, Any]] = {}
-        self.save_step: Any = None
+        self.end_of_step: Callable[[int], bool] = lambda _: False
 
     def parts(self) -> dict[str, Stateful]:
         return {name: Part(self, name) for name in self.PARTS}
@@ -97,11 +110,15 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
         """Steps that were done before this process; 0 for a fresh start."""
         return int(json.loads(self.restored["progress"]["json"])["global_step"]) if self.restored else 0
 
-    def train_from_here(self) -> None:
-        """Train to the end from the restored step, or from the beginning."""
+    @property
+    def steps_done(self) -> int:
+        return max(self.restored_step, int(self.state.global_step))
+
+    def train_from_here(self, is_over: bool) -> None:
+        """Train to the end from the restored step, or from the beginning; not at all where that was an early stop."""
         if not self.restored:
             self.train()
-        elif self.restored_step >= self.args.max_steps:
+        elif is_over or self.restored_step >= self.args.max_steps:
             self._load_from_checkpoint("")  # nothing is left to train, and ``train`` would take one step more
         else:
             with tempfile.TemporaryDirectory(prefix="rlhf-") as directory:
@@ -115,14 +132,18 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
         return LengthGrouped([len(ids) for ids in self.train_dataset["input_ids"]], batch_size, self.args.data_seed)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        self.save_step(self.state.global_step, last=self.state.global_step == self.args.max_steps)
+        if self.end_of_step(self.state.global_step):
+            self.control.should_training_stop = True
+
+    def load_weights(self, state: dict[str, Any]) -> None:
+        """Give the model the weights that ``part`` told."""
+        if self.is_adapter:
+            adapters.load(self.model, "default", state["weights"])
+        else:
+            whole.load(self.model, state["weights"])
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        state = self.restored["weights"]["weights"]
-        if self.is_adapter:
-            adapters.load(self.model, "default", state)
-        else:
-            whole.load(self.model, state)
+        self.load_weights(self.restored["weights"])
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:

@@ -8,52 +8,49 @@ from itertools import groupby
 from typing import Any
 
 from rlhf.config.ppo import PromptsSection
-from rlhf.config.stages import EvalRmConfig, LongRows, SftConfig, StageConfig
+from rlhf.config.rewards import ClassifierSection
+from rlhf.config.sections import ModelSection
+from rlhf.config.stages import LongRows, SftConfig
 from rlhf.data.chat import ChatFormat
-from rlhf.data.records import Comparison, Demonstration, Prompt
+from rlhf.data.records import Demonstration, Prompt
 from rlhf.errors import Problem, RlhfError
 from rlhf.models import opening
 from rlhf.models.classifier import Reader, open_reader
-from rlhf.preflight import Needs, Plan
+from rlhf.preflight import Checked
+from rlhf.stages.rows_as_text import Row, standing
 
-Row = dict[str, Any]
 
-
-def rows(config: StageConfig, needs: Needs, plan: Plan, count: int) -> dict[str, list[Row]]:
+def rows(checked: Checked, count: int, model: ModelSection | ClassifierSection) -> dict[str, list[Row]]:
     """The first rows of each data set: {"where", "about", "parts": [[text, is marked]]}.
 
     Marked are the tokens that carry loss (demonstrations) and the end token, where the head reads (comparisons).
 
+    Args:
+        model: whose tokenizer and template are read with.
+
     Raises:
         RlhfError: what the chat format refuses, by row.
     """
-    chat = _chat(config, needs, plan)
+    chat = open_reader(model) if isinstance(model, ClassifierSection) else opening.open_chat(model)
     problems: list[Problem] = []
     found: dict[str, list[Row]] = {}
-    for item in needs.inputs:
-        found[item.key] = []
-        for record in plan.data[item.key].records[:count]:
+    sections = {item.key: item.section for item in checked.needs.inputs}
+    for key, loaded in checked.plan.data.items():
+        found[key] = []
+        for record in loaded.records[:count]:
             try:
-                found[item.key] += _shown(record, chat, config, item.section)
+                found[key] += _shown(record, chat, checked.config, sections[key])
             except RlhfError as error:
-                problems += [replace(problem, where=f"{record.where} ({problem.where})") for problem in error.problems]
+                if checked.plan.data[key].dropped.drops_bad_rows and all(p.code == "DAT060" for p in error.problems):
+                    said = f"{error.problems[0].what[:-1]}: the row is dropped"
+                    found[key].append({"where": record.where, "about": said, "parts": []})
+                else:
+                    problems += [
+                        replace(problem, where=f"{record.where} ({problem.where})") for problem in error.problems
+                    ]
     if problems:
         raise RlhfError(*problems)
     return found
-
-
-def waits_for(needs: Needs, plan: Plan) -> str | None:
-    """The run whose tokenizer is needed, where it does not stand yet."""
-    if needs.model or not needs.parents or needs.parents[0].key in plan.parents:
-        return None
-    return needs.parents[0].run_dir
-
-
-def _chat(config: StageConfig, needs: Needs, plan: Plan) -> ChatFormat | Reader:
-    if isinstance(config, EvalRmConfig) and config.model:
-        return open_reader(config.model)
-    model = needs.model or opening.model_of(plan.parents[needs.parents[0].key])
-    return opening.open_chat(model)
 
 
 def _shown(record: Any, chat: ChatFormat | Reader, config: Any, section: Any) -> Iterator[Row]:
@@ -62,7 +59,7 @@ def _shown(record: Any, chat: ChatFormat | Reader, config: Any, section: Any) ->
     if isinstance(chat, Reader):
         for index, response in enumerate(record.responses):
             ids = chat.read(record.prompt, response, True).ids
-            about = f"response {index + 1}{_standing(record, index)}, read as {chat.form}"
+            about = f"response {index + 1}{standing(record, index)}, read as {chat.form}"
             yield _row(record.where, chat, ids, [False] * len(ids), about, chat.context_length, False)
         return
     if isinstance(record, Demonstration):
@@ -76,14 +73,8 @@ def _shown(record: Any, chat: ChatFormat | Reader, config: Any, section: Any) ->
         for index, response in enumerate(record.responses):
             ids = [*chat.prompt_ids(record.prompt), *chat.response_ids(record.prompt, response), chat.end_id]
             marked = [False] * (len(ids) - 1) + [True]
-            about = f"response {index + 1}{_standing(record, index)}, the head reads the last"
+            about = f"response {index + 1}{standing(record, index)}, the head reads the last"
             yield _row(record.where, chat, ids, marked, about, limit, cut)
-
-
-def _standing(record: Comparison, index: int) -> str:
-    """Which other responses this one is preferred to."""
-    worse = [str(one.second + 1) for one in record.judgements if one.first == index and one.probability > 0.5]
-    return f" (preferred to {', '.join(worse)})" if worse else ""
 
 
 def _row(

@@ -2,37 +2,39 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from rlhf import artifacts, interrupts, runtime, storage
 from rlhf.artifacts import Manifest
-from rlhf.checkpoints import Checkpoints, Position
+from rlhf.bars import Recent
+from rlhf.checkpoints import BEST, Checkpoints
 from rlhf.config.train_rm import RewardConfig
-from rlhf.data import tokenised
-from rlhf.data.batches import collate
+from rlhf.data import fitting, tokenised
+from rlhf.data.fitting import Limit
 from rlhf.data.records import Prompt, first_share, prompt_key, split_by_prompt
 from rlhf.data.tokenised import Group, PromptRow
-from rlhf.models import forward, opening
+from rlhf.held_out import HeldOut, curves_of, state_of
+from rlhf.models import opening
 from rlhf.models.base import Base
 from rlhf.models.first_step import FirstStep
 from rlhf.models.roles import Roles
 from rlhf.preflight import Plan
-from rlhf.progress import bar
+from rlhf.progress import bar, waiting
 from rlhf.reward import annotators, combining, contradicted, objective, outcome, starts, teacher, training
+from rlhf.reward.learner import Learner
 from rlhf.reward.several import Heads
 from rlhf.reward.teacher import Teacher
+from rlhf.reward.training import Turns
 from rlhf.runs import Run
 from rlhf.scoring.sources import slot_names
-from rlhf.snapshots import Stateful
 from rlhf.stages.registry import STAGES
 from rlhf.tracking import Tracker
 
@@ -50,35 +52,37 @@ def run(config: RewardConfig, plan: Plan, run: Run) -> Manifest:
     runtime.set_threads(config.runtime, base.model, device)
     rows = _rows(config, plan, base.chat)
     train, held_out, heads = rows.train, rows.held_out, rows.heads
-    log.info(rows.report.sentence("Training data"))
+    for line in (rows.report.sentence("Training data"), *plan.dropped_lines()):
+        log.info(line)
 
     slots = slot_names("reward", config.members)
     roles = starts.roles(config, plan, base, slots, heads.names if heads else None)
+    learner = Learner(config, base, roles, taught, heads)
     turns = training.turns(config, roles, slots, train, partial(_num_steps, config))
-    steps, position = turns.steps, Position()
-    state: dict[str, Stateful] = {**turns.state(roles), "position": position}
-    saved = Checkpoints(run, state, config.save_every, config.keep_checkpoints)
-    saved.resume(steps)
+    curves = curves_of(config.evaluation, [member.steps for member in turns.members])
+    saved = Checkpoints(run, {**turns.state(roles), **state_of(curves)}, config.save_every, config.keep_checkpoints)
+    saved.resume(turns.steps)
     tracker = Tracker(run.path, config.report_to)
-    with interrupts.deferred(), bar("Reward model", steps) as progress:
-        progress.advance(progress.task_ids[0], position.step)
-        while position.step < steps:
-            position.step, started = position.step + 1, time.perf_counter()
-            index, member = turns.at(position.step)
-            figures = _step(config, roles, member, base, member.next(train), position.step, taught, heads)
-            figures |= member.length.end_of_step()
-            figures |= {"train/member": index} if config.members > 1 else {}
-            turns.end_of_step(position.step)
-            first.say(time.perf_counter() - started, steps)
-            run.write_metrics(position.step, figures)
-            tracker.write(position.step, figures)
-            saved.end_of_step(position.step, last=position.step == steps)
-            progress.advance(progress.task_ids[0])
+
+    def record(step: int, figures: Mapping[str, float]) -> None:
+        run.write_metrics(step, figures)
+        tracker.write(step, figures)
+
+    measured = learner.measured(held_out) if curves else []
+    weights = [roles.state(slot) for slot in slots] if config.use == BEST else None
+    watch = HeldOut(curves, lambda index: learner.loss(slots[index], measured), weights, saved, record)
+    _train(learner, turns, train, watch, saved, first)
     tracker.close()
+    watch.restore()
+    if curves:
+        with waiting("Drawing the held-out loss"):
+            importlib.import_module("rlhf.evaluation.plots").held_out(run.path, watch.best_points())
 
     combined = combining.combine(config, heads, roles, slots, base, rows.fitted) if heads else {}
     metrics, of_members = _measured(config, plan, base, roles, slots, rows, taught, run)
-    run.write_metrics(steps, metrics)
+    if label := watch.label():
+        log.info("These held-out figures are %s.", label)
+    run.write_metrics(watch.last_step(turns.steps), metrics)
     for index, slot in enumerate(slots):
         roles.save(slot, artifacts.member_directory(run.path, index, len(slots)))
     base.tokenizer.save_pretrained(run.path / artifacts.TOKENIZER)
@@ -89,11 +93,44 @@ def run(config: RewardConfig, plan: Plan, run: Run) -> Manifest:
             base=opening.identity_of_result(run.path, plan.parents["policy"]),
             parents=plan.parents_table(STAGES["train-rm"].needs(config)),
             details={
-                "rows": vars(rows.report), "heads": list(roles.head(slots[0]).names), "steps": steps,
-                "prompts_held_out": len(held_out), **combined, **of_members, **_trained_on(config, train),
+                "rows": vars(rows.report), "heads": list(roles.head(slots[0]).names),
+                "steps": sum(curve.last_step for curve in curves) or turns.steps,
+                "prompts_held_out": len(held_out), "dropped": plan.dropped(), **watch.details(), **combined,
+                **of_members,
+                **_trained_on(config, train),
             },
         )
     )  # fmt: skip
+
+
+def _train(
+    learner: Learner, turns: Turns, groups: Sequence[Group], watch: HeldOut, saved: Checkpoints, first: FirstStep
+) -> None:  # fmt: skip
+    """The steps that are left, member by member; those behind an early stop are passed over."""
+    position = turns.position
+    losses = Recent()
+    with interrupts.deferred(), bar("Reward", turns.steps) as shown:
+        shown.begin(position.step)
+        while position.step < turns.steps:
+            position.step += 1
+            index, member, step = turns.at(position.step)
+            if watch.stopped(index):
+                shown.begin(position.step)
+                continue
+            if step == 1:
+                watch.after(index, 0)
+            started = time.perf_counter()
+            figures = learner.step(member, member.next(groups), position.step)
+            figures |= member.length.end_of_step()
+            figures |= {"train/member": index} if len(turns.members) > 1 else {}
+            first.say(time.perf_counter() - started, turns.steps)
+            watch.record(position.step, figures)
+            watch.after(index, step)
+            is_over = watch.stopped(index) or step == member.steps
+            if is_over:
+                turns.end_of(member)
+            saved.end_of_step(position.step, watch.needed(), last=is_over and member is turns.members[-1])
+            shown.advance(f"mean loss {losses.mean(figures['train/loss']):.3f}")
 
 
 def _measured(
@@ -147,21 +184,20 @@ class Rows:
 
 
 def _rows(config: RewardConfig, plan: Plan, chat: Any) -> Rows:
-    records, rest = split_by_prompt(plan.data["data"].records, config.holdout_fraction, config.seed)
+    loaded = fitting.usable(plan.data["data"], chat)
+    records, rest = split_by_prompt(loaded.records, config.holdout_fraction, config.seed)
     used = first_share(records, config.train_fraction, config.seed)
     measured, fitted = combining.split(config, rest, used)
     heads = objective.heads_of(config, used)
-    train, report = _tokenise(config, objective.trained(heads, used), chat)
-    held_out, _ = _tokenise(config, measured, chat)
+    limit = Limit(config.max_length, truncates=config.too_long == "truncate")
+    held_out, _ = tokenised.groups(measured, chat, limit, loaded.dropped)
+    fitted_groups = tokenised.groups(fitted, chat, limit, loaded.dropped)[0] if fitted else []
+    others = [*loaded.records, *loaded.left_out]
+    train, report = tokenised.groups(objective.trained(heads, used), chat, limit, loaded.dropped, others)
+    plan.check_dropped()
     tokenised.require_batch(len(train), config.batch.batch_size, "data")
     sampled = _prompts_to_sample(config, records, chat)
-    return Rows(records, train, held_out, _tokenise(config, fitted, chat)[0] if fitted else [], sampled, heads, report)
-
-
-def _tokenise(config: RewardConfig, records: Any, chat: Any) -> tuple[list[Group], tokenised.LengthReport]:
-    return tokenised.groups(
-        records, chat, config.max_length, config.too_long, config.data.max_dropped_fraction, "data"
-    )  # fmt: skip
+    return Rows(records, train, held_out, fitted_groups, sampled, heads, report)
 
 
 def _prompts_to_sample(config: RewardConfig, records: Sequence[Any], chat: Any) -> list[PromptRow]:
@@ -181,45 +217,3 @@ def _trained_on(config: RewardConfig, groups: Sequence[Group]) -> dict[str, Any]
 
 def _num_steps(config: RewardConfig, num_groups: int) -> int:
     return config.steps or max(1, math.ceil(num_groups * (config.epochs or 0) / config.batch.batch_size))
-
-
-def _step(
-    config: RewardConfig,
-    roles: Roles,
-    member: training.Member,
-    base: Base,
-    groups: Sequence[Group],
-    step: int,
-    taught: Teacher | None,
-    heads: Heads | None,
-) -> dict[str, float]:
-    """One optimizer step; every prompt weighs the same, however many responses it has."""
-    totals = {"train/loss": 0.0, "train/accuracy": 0.0, "train/centering": 0.0}
-    num_judged = objective.num_judged(heads, groups)
-    for part in training.parts(config, groups):
-        with roles.acting_as(member.slot) as (model, head):
-            scores = _group_scores(model, head, part, base, heads)
-            preference = objective.preference(config, part, scores, taught, heads)
-            spread = objective.centering(heads, scores)
-            longer = member.length.penalty(part, objective.score(heads, scores))
-            loss = (preference.loss.sum() + config.centering_coef * spread.sum() + longer.sum()) / len(groups)
-            loss.backward()
-        totals["train/loss"] += float(preference.loss.detach().sum()) / len(groups)
-        totals["train/accuracy"] += float(preference.accuracy.sum()) / max(1, num_judged)
-        totals["train/centering"] += float(spread.detach().sum()) / len(groups)
-    if not num_judged:
-        del totals["train/accuracy"]
-    totals["train/learning_rate"] = member.optimizer.learning_rate
-    rows = ", ".join(group.record.where for group in groups)
-    totals["train/grad_norm"] = member.optimizer.step(f"train-rm step {step}, rows {rows}")
-    return totals
-
-
-def _group_scores(model: Any, head: Any, groups: Sequence[Group], base: Base, heads: Heads | None) -> list[Tensor]:
-    """One [K] tensor of scores a group, with ``heads`` [K, k], from a single forward pass over all their responses."""
-    prompts = [group.prompt_ids for group in groups for _ in group.responses]
-    responses = [response for group in groups for response in group.responses]
-    sequences = collate(prompts, responses, base.chat.pad_id, base.device)
-    scores = forward.end_scores(model, head, sequences)
-    scores = scores if heads else scores[:, 0]
-    return list(scores.split([len(group.responses) for group in groups]))

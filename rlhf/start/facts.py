@@ -1,12 +1,29 @@
-"""What ``init`` measured of a model and of the rows of a part; everything that is chosen follows from it."""
+"""What ``init`` was asked for and what it measured of a model and of rows; everything that it chooses follows."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
+from rlhf.config.sections import DataSection
 from rlhf.data.records import Comparison, Demonstration, Prompt
 
-FORMS = ("demonstrations", "preferences", "rankings", "ratings", "prompts")
+
+@dataclass(frozen=True)
+class Options:
+    """What a person set on the command line besides data and model.
+
+    Args:
+        columns: our field name -> the name in the files that have such a column.
+        limit: rows that are read of each file.
+        max_length: the longest row; a longer one is left out, however many there are.
+        max_dropped_fraction: the share of a file's rows that may be left out.
+    """
+
+    columns: Mapping[str, str] = field(default_factory=dict)
+    limit: int | None = None
+    max_length: int | None = None
+    max_dropped_fraction: float = DataSection.model_fields["max_dropped_fraction"].default
 
 
 @dataclass(frozen=True)
@@ -45,18 +62,44 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of all files, by what they are; ``counts`` has a line for each file."""
+    """The rows of all files, by what they are."""
 
     demonstrations: tuple[Demonstration, ...]
     comparisons: tuple[Comparison, ...]
     prompts: tuple[Prompt, ...]
-    counts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens of one row: its prompt, its best response and its longest one. A response includes its end token."""
+
+    prompt: int
+    best: int
+    longest: int
+
+    @property
+    def whole(self) -> int:
+        return self.prompt + self.longest
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of each row of one part, in order: the whole row (the longer response), its prompt, its best response."""
+    """Tokens of each row of one part, in order: the whole row as its stage reads it, its prompt, its best response."""
 
     whole: tuple[int, ...]
     prompt: tuple[int, ...]
     response: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The longest row that is used, in tokens.
+
+    Args:
+        note: why it is this one, where it is not just the longest row.
+        is_given: a person set it.
+    """
+
+    tokens: int
+    note: str = ""
+    is_given: bool = False

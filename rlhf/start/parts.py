@@ -44,11 +44,8 @@ def split(rows: Rows) -> Parts:
     preferences there is no part but ``sft``. Where ``sft`` gets preferences, the best answer is the demonstration.
 
     Raises:
-        RlhfError: DAT031 where a part would have fewer than four prompts, DAT032 for prompts alone.
+        RlhfError: DAT031 where a part would have fewer than four prompts.
     """
-    if not rows.demonstrations and not rows.comparisons:
-        fix = "add demonstrations or preferences; rlhf collect makes preferences with a finished policy"
-        raise RlhfError(Problem("DAT032", "--data", "prompts alone: there is nothing to learn from.", fix))
     kinds = {
         name: {prompt_key(row.prompt) for row in getattr(rows, name)}
         for name in ("demonstrations", "comparisons", "prompts")
@@ -58,7 +55,7 @@ def split(rows: Rows) -> Parts:
     else:
         part_of = {key: _part(key, kinds) for key in set().union(*kinds.values())}
         found = _gather(rows, part_of, kinds["demonstrations"])
-    _require(found, bool(rows.comparisons))
+    require(found, bool(rows.comparisons))
     return replace(found, demonstrated=bool(rows.demonstrations))
 
 
@@ -96,6 +93,16 @@ def as_json(record: Demonstration | Comparison | Prompt) -> dict[str, Any]:
     return {"prompt": _prompt(record.prompt), "chosen": chosen, "rejected": rejected, **margin, **share}
 
 
+def require(found: Parts, with_preferences: bool) -> None:
+    """Raise DAT031 where a part has fewer than four prompts."""
+    counts = {name: prompts for name, (_, prompts) in found.counts().items()}
+    needed = list(SHARES) if with_preferences else ["sft"]
+    if few := [name for name in needed if counts[name] < LEAST]:
+        shown = ", ".join(f"{name} {counts[name]}" for name in needed)
+        what = f"too few prompts: the parts have {shown}, and {', '.join(few)} needs {LEAST}."
+        raise RlhfError(Problem("DAT031", "--data", what, "more rows; 60 distinct prompts are enough as a rule"))
+
+
 def _part(key: str, kinds: dict[str, set[str]]) -> str:
     compared, shown, asked = (key in kinds[name] for name in ("comparisons", "demonstrations", "prompts"))
     open_to = {
@@ -130,15 +137,6 @@ def _gather(rows: Rows, part_of: dict[str, str], shown: set[str]) -> Parts:
             sft.append(Demonstration((*row.prompt, Message("assistant", best_answer(row))), row.where))
     num_rows = len(rows.demonstrations) + len(rows.comparisons) + len(rows.prompts)
     return Parts(tuple(sft), tuple(compared["reward"]), tuple(ppo.values()), tuple(compared["eval"]), num_rows - used)
-
-
-def _require(found: Parts, with_preferences: bool) -> None:
-    counts = {name: prompts for name, (_, prompts) in found.counts().items()}
-    needed = list(SHARES) if with_preferences else ["sft"]
-    if few := [name for name in needed if counts[name] < LEAST]:
-        shown = ", ".join(f"{name} {counts[name]}" for name in needed)
-        what = f"too few prompts: the parts have {shown}, and {', '.join(few)} needs {LEAST}."
-        raise RlhfError(Problem("DAT031", "--data", what, "more rows; 60 distinct prompts are enough as a rule"))
 
 
 def _prompt(messages: Messages) -> Any:

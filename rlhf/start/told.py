@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from rlhf.start import choose
-from rlhf.start.chain import Basis
+from rlhf.start.basis import Basis
 from rlhf.start.parts import Parts
+from rlhf.start.reading import File
 from rlhf.start.render import Choice, Tree
 
+OWN_LENGTH = (
+    "an instruct model answers at its own length until SFT has taught it that of the data: if GRD002 says that too few "
+    "answers end, more epochs, or a larger sampling.max_new_tokens"
+)
 TITLES = {
     "sft": "Supervised fine-tuning. Every later role starts from this run's adapter.",
     "train-rm": "Reward model: the SFT adapter goes on, with a scalar head, on pairs and rankings.",
@@ -16,17 +22,24 @@ TITLES = {
     "ppo": "PPO: policy, reference, value and reward are four adapters on one frozen base.",
     "pipeline": "The whole chain; each stage runs in its own process, finished and unchanged ones are skipped.",
 }
-PARTS = {"sft": "sft", "train-rm": "reward", "eval-rm": "eval", "ppo": "ppo"}
 
 
-def parts_figures(split: Parts, num_equal: int) -> list[tuple[str, str]]:
-    """How many rows and prompts each part has, and what was left out."""
-    counts = ", ".join(f"{name} {rows} ({prompts} prompts)" for name, (rows, prompts) in split.counts().items() if rows)
-    found = [("parts", f"{counts}; no prompt is in two parts")]
+def of_data(files: Sequence[File], split: Parts, basis: Basis) -> list[tuple[str, str]]:
+    """What each file held, what of it was left out and why, and how many rows and prompts each part has."""
+    found: list[tuple[str, str]] = []
+    for file in files:
+        rows = f"{file.dropped.num_rows:,} rows read, {len(file.records):,} {file.kind} used"
+        found.append(("data", "; ".join((f"{file.path}: {rows}", *file.notes))))
+        found += [("dropped", file.dropped.sentence())] if file.dropped.total else []
+    counts = [
+        f"{name} {rows:,} ({prompts:,} prompts)" for name, (rows, prompts) in basis.parts.counts().items() if rows
+    ]
+    found.append(("parts", f"{', '.join(counts)}; no prompt is in two parts"))
     if split.left_out:
-        found.append(("left out", f"{split.left_out} rows of prompts that serve another stage"))
-    if num_equal:
-        found.append(("left out", f"{num_equal} comparisons of responses that are the same tokens"))
+        found.append(("left out", f"rows of prompts that serve another stage: {split.left_out:,}"))
+    if num_long := len(split.ppo) - len(basis.parts.ppo):
+        what = f"prompts for PPO behind which the context does not hold an answer of {basis.new_tokens:,} tokens"
+        found.append(("left out", f"{what}: {num_long:,}"))
     if not split.reward:
         found.append(("stages", "SFT alone: without preferences there is no reward model; rlhf collect makes them"))
     return found
@@ -49,20 +62,15 @@ def figures(basis: Basis, configs: dict[str, Tree]) -> list[tuple[str, str]]:
         ("beginning", model.bos),
         ("end token", f"{model.end_token!r}"),
         ("trained tokens", f"{', '.join(tokens) or 'none'}: {why}"),
+        *([("own length", OWN_LENGTH)] if basis.has_length_to_learn else []),
         ("padding", pad),
+        ("limit", f"rows up to {basis.limit.tokens:,} tokens" + (f": {basis.limit.note}" if basis.limit.note else "")),
+        ("answers", f"{basis.share_that_fits:.1%} of those in the data fit max_new_tokens, {basis.new_tokens:,}"),
     ]  # fmt: skip
     for name, tree in configs.items():
         if name != "pipeline":
-            found.append((name, _summary(name, tree) + _longer(basis, name, tree)))
+            found.append((name, _summary(name, tree)))
     return found
-
-
-def _longer(basis: Basis, name: str, tree: Tree) -> str:
-    """How many rows the stage will drop, where there are any."""
-    limit = tree["prompts"]["max_tokens"] if name == "ppo" else tree["max_length"]
-    whole = basis.lengths[PARTS[name]].whole
-    longer = sum(length > limit.value for length in whole)
-    return f"; {longer} of {len(whole)} rows are longer and will be dropped" if longer else ""
 
 
 def _summary(name: str, tree: Tree) -> str:
@@ -82,5 +90,11 @@ def _summary(name: str, tree: Tree) -> str:
         )
         return f"{lengths}, {batch}, {rate}, {value('steps')} steps"
     if name == "sft" and "steps" in tree:
-        return f"max_length {value('max_length')}; no steps: the instruct model is taken as it is"
-    return f"max_length {value('max_length')}, {batch}, {rate}, {value('epochs')} epochs"
+        ends = f"{value('min_end_token_rate'):.0%} of its answers must end by themselves"
+        return f"max_length {value('max_length')}; no steps: the instruct model is taken as it is; {ends}"
+    epochs = f"{value('epochs')} epochs at most, the step with the lowest held-out loss is kept"
+    found = f"max_length {value('max_length')}, {batch}, {rate}, {epochs}"
+    if name != "sft":
+        return found
+    loss = "the last turn" if "loss_on" in tree else "every turn of the assistant"
+    return f"{found}; loss on {loss}; {value('min_end_token_rate'):.0%} of the sampled answers must end by themselves"

@@ -1,0 +1,49 @@
+"""Rows for ``check --show`` where no tokenizer can be had: their text by turns, without tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from rlhf.config.stages import SftConfig, StageConfig
+from rlhf.data.records import Comparison, Demonstration, Messages, Prompt
+from rlhf.preflight import Checked
+
+Row = dict[str, Any]
+
+
+def rows(checked: Checked, count: int) -> dict[str, list[Row]]:
+    """The first rows of each data set, as ``showing.rows`` gives them; marked are the turns that carry loss."""
+    return {
+        key: [row for record in loaded.records[:count] for row in _shown(record, checked.config)]
+        for key, loaded in checked.plan.data.items()
+    }
+
+
+def standing(record: Comparison, index: int) -> str:
+    """Which other responses this one is preferred to."""
+    worse = [str(one.second + 1) for one in record.judgements if one.first == index and one.probability > 0.5]
+    return f" (preferred to {', '.join(worse)})" if worse else ""
+
+
+def _shown(record: Any, config: StageConfig) -> Iterator[Row]:
+    if isinstance(record, Demonstration):
+        last_only = isinstance(config, SftConfig) and config.loss_on == "last_turn"
+        last = len(record.messages) - 1
+        marked = [one.role == "assistant" and (index == last or not last_only)
+                  for index, one in enumerate(record.messages)]  # fmt: skip
+        parts = [[text, loss] for text, loss in zip(_turns(record.messages), marked, strict=True)]
+        yield {"where": record.where, "about": f"text; {sum(marked)} turns carry loss", "parts": parts}
+    elif isinstance(record, Prompt):
+        parts = [[text, False] for text in _turns(record.messages)]
+        yield {"where": record.where, "about": "text; the response follows", "parts": parts}
+    else:
+        for index, response in enumerate(record.responses):
+            parts = [[text, False] for text in [*_turns(record.prompt), f"assistant: {response}"]]
+            about = f"text; response {index + 1}{standing(record, index)}"
+            yield {"where": record.where, "about": about, "parts": parts}
+
+
+def _turns(messages: Messages) -> list[str]:
+    """A line for each turn, the last one without its line break."""
+    return [f"{one.role}: {one.content}\n" for one in messages]
