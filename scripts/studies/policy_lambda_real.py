@@ -4,11 +4,11 @@
     OMP_NUM_THREADS=1 python scripts/studies/policy_lambda_real.py stories --model DIR --responses 2048 --tokens 384
 
 One fixed policy continues film reviews or stories. Its one parameter moves the last hidden state along v, the mean
-output row of good words less that of bad ones; so the gradient of every token's log-probability is exact, and no lambda
-needs a backward pass. The reward is one number at the end. "valence" is the sum of the tokens' products with v; its
-truth is known, because each token's share can be paid at once (rewards to go). "judged" is the log-odds of "positive"
-against "negative" by which the same model sums up a review. The critic is solved for on the other half of the
-responses: after one batch of 64, or after all of them.
+output row of the tokens of good words less that of bad ones; so the gradient of every token's log-probability is exact,
+and no lambda needs a backward pass. The reward is one number at the end. "valence" is the sum of the tokens' products
+with v; its truth is known, because each token's share can be paid at once (rewards to go). "judged" is the log-odds of
+"positive" against "negative" by which the same model sums up a review. The critic is solved for on the other half of
+the responses: after one batch of 64, or after all of them.
 
 A row says how much of the outcomes the critic explains (of all tokens, and of each third). A cell says, for one
 response: the expected gradient and its standard error; its part from the first third of the response; and signal to
@@ -55,15 +55,16 @@ OPENINGS = {
 }
 REWARDS = {"reviews": ("valence", "judged"), "stories": ("valence",)}
 VERDICT, POSITIVE, NEGATIVE = "\n\nOverall, the review is", " positive", " negative"
-GOOD = "good great excellent wonderful beautiful brilliant love loved enjoy enjoyed best amazing superb moving charming"
+GOOD = (
+    " good great excellent wonderful beautiful brilliant love loved enjoy enjoyed best amazing superb moving charming"
+)
 GOOD += " happy happily fun smiled laughed hugged friend friends proud kind nice"
-BAD = "bad poor terrible awful boring dull hate hated worst disappointing disappointed weak slow mess waste"
+BAD = " bad poor terrible awful boring dull hate hated worst disappointing disappointed weak slow mess waste"
 BAD += " sad cried cry scared angry hurt lost mean afraid sorry broke"
 
 
-def first_ids(base: Base, words: list[str]) -> list[int]:
-    """The first token of each word."""
-    return [base.chat.tokenizer(word, add_special_tokens=False).input_ids[0] for word in words]
+def ids_of(base: Base, text: str) -> list[int]:
+    return base.chat.tokenizer(text, add_special_tokens=False).input_ids  # type: ignore[no-any-return]
 
 
 def prompts(base: Base, world: str) -> list[PromptRow]:
@@ -90,8 +91,7 @@ def collect(base: Base, world: str, number: int, tokens: int) -> dict[str, Tenso
     size, how = len(rows), Sampling(tokens, TEMPERATURE, 5)
     numbers = range(number * size, (number + 1) * size)
     samples = measure.respond(HfEngine(roles, "policy", base.chat, size), base.chat, rows, how, numbers)
-    verdict = base.chat.tokenizer(VERDICT, add_special_tokens=False).input_ids
-    positive, negative = first_ids(base, [POSITIVE, NEGATIVE])
+    verdict, positive, negative = ids_of(base, VERDICT), ids_of(base, POSITIVE)[0], ids_of(base, NEGATIVE)[0]
     head, judged, hidden = base.model.get_output_embeddings().weight.detach(), [], []
     for start in range(0, size, size // 4):
         chosen = samples[start : start + size // 4]
@@ -103,8 +103,7 @@ def collect(base: Base, world: str, number: int, tokens: int) -> dict[str, Tenso
             judged.append(found[-1] @ (head[positive] - head[negative]))
             hidden.append(found[: len(sample.response_ids)])
     ids = torch.tensor([token for sample in samples for token in sample.response_ids])
-    along = [head[first_ids(base, [f" {word}" for word in words.split()])].float().mean(0) for words in (GOOD, BAD)]
-    direction = along[0] - along[1]
+    direction = head[ids_of(base, GOOD)].float().mean(0) - head[ids_of(base, BAD)].float().mean(0)
     products = head.float() @ (direction / direction.norm())
     return {
         "lengths": torch.tensor([len(sample.response_ids) for sample in samples]),
