@@ -49,6 +49,7 @@ def measure(size: str, rounds: int) -> dict[str, dict[str, float]]:
     config = LlamaConfig(max_position_embeddings=1024, tie_word_embeddings=True, **shape)
     base = random_base(config, "float32", torch.device("cpu"), None)
     base.chat.end_id = shape["vocab_size"]  # no token
+    base.chat.end_ids = (base.chat.end_id,)
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     roles = SharedBase(base)
     roles.add("policy", adapter=lora, trained=True)

@@ -95,6 +95,7 @@ def ours(size: str, changes: list[str]) -> dict[str, Any]:
     tokenizer = load_tokenizer("demo:base")
     chat = ChatFormat(tokenizer, None, 1024)
     chat.end_id = shape["vocab_size"]  # no token: every response has its full length
+    chat.end_ids = (chat.end_id,)
     base = Base(model, tokenizer, chat, "random", "", device)
     roles = SharedBase(base)
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")

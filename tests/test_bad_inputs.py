@@ -561,7 +561,7 @@ MODELS = [
     ("62 only pickle", only_pickle, {}, 8,
      ["SEC005", "m: has only pickle weights", "Fix: a revision with safetensors"]),
     ("63 remote code", remote_code, {}, 8,
-     ["SEC007", "m: the model needs Python code of its own", "model.trust_remote_code: true with model.revision"]),
+     ["SEC007", "needs Python code of its own", "model.trust_remote_code: true with model.revision"]),
     ("64 cut off", lambda: shorten("m/model.safetensors", 9_000), {}, 4,
      ["MOD006", "m: model.safetensors: 9,000 bytes, but its header says", "Fix"]),
     ("64 cut off in the header", lambda: shorten("m/model.safetensors", 100), {}, 4,

@@ -352,7 +352,7 @@ def data_problems():
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Problem":
                 code = node.args[0] if node.args else None
                 is_other = isinstance(code, ast.Constant) and not str(code.value).startswith("DAT")
-                if not is_other and not isinstance(code, ast.JoinedStr):
+                if code is not None and not is_other and not isinstance(code, ast.JoinedStr):
                     yield f"{path.relative_to(ROOT)}:{node.lineno}", node
 
 

@@ -151,6 +151,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_conversation(screens, home):
     assert "/quit or Ctrl-D leaves." in done.lines
 
 
+@pytest.mark.slow  # the key is typed while a bar is drawn, which a busy machine delays
 def test_ctrl_c_under_a_bar_stands_on_a_line_of_its_own_and_the_cursor_comes_back(screens, home):
     cut = screens.run("sft", "-c", "sft.yaml", "run_dir=runs/cut", "steps=3000", cwd=home,
                       typed=[("SFT 0/3000", "\x03")])  # fmt: skip
@@ -170,4 +171,4 @@ def test_a_plain_terminal_gets_no_colours_and_a_dumb_one_no_control_sequence(scr
     assert plain.code == 0 and plain.frames("Scoring 40/40") and not re.search(r"\x1b\[[0-9;]*3\d", plain.sent)
     assert re.search(r"\x1b\[[0-9;]*32m", screens.run(*score, cwd=home).sent)
     dumb = screens.run(*score, cwd=home, environment={"TERM": "dumb"})
-    assert dumb.code == 0 and "\x1b" not in dumb.sent and "Scoring" not in dumb.sent
+    assert dumb.code == 0 and "\x1b" not in dumb.sent and not re.search(r"Scoring \d", dumb.sent)

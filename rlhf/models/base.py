@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -22,7 +22,7 @@ from rlhf.data.chat import ChatFormat
 from rlhf.data.rendering import Rendering
 from rlhf.demo import registry as demo
 from rlhf.errors import Problem, RlhfError, of_the_machine
-from rlhf.models import ends, packing, quantised, self_checks
+from rlhf.models import ends, packing, quantised
 
 log = logging.getLogger("rlhf")
 NO_LIMIT = 1 << 30
@@ -116,7 +116,7 @@ def load_base(
         model.to(device)
         refuse_not_finite(source, model.named_parameters())
     _refuse_other_logits(source, model)
-    settle(model, self_checks.text_ids(tokenizer))
+    settle(model)
     chat = ChatFormat(tokenizer, template, context_length(model.config), rendering)
     return Base(model, tokenizer, chat, source, artifacts.model_digest(directory), device, quantize)
 
@@ -139,15 +139,14 @@ def _quantisation(quantize: str | None, dtype: str, device: torch.device) -> dic
     return {"quantization_config": quantised.settings(quantize, getattr(torch, dtype)), "device_map": {"": device}}
 
 
-def settle(model: Any, text_ids: Sequence[int] | None = None) -> None:
-    """Freeze, put in eval mode, drop what the model says of sampling and dropout, and let it take packed rows, which
-    is tried on ``text_ids``: ordinary text."""
+def settle(model: Any) -> None:
+    """Freeze, put in eval mode, drop what the model says of sampling and dropout, and let it take packed rows."""
     model.requires_grad_(False)
     model.eval()
     model.generation_config = GenerationConfig()
     without_dropout(model)
     contiguous_into_head(model)
-    packing.enable(model, text_ids)
+    packing.enable(model)
 
 
 def without_dropout(model: nn.Module) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from copy import copy
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from rlhf.models import fused_lora, logits, thin
+from rlhf.models import fused_lora, thin
 from rlhf.models.blocks import Layers, heads, rms_norm
 from rlhf.models.fused_lora import Adapted
 
@@ -40,12 +39,6 @@ class Decoder:
         self.sums = sum(weight.nbytes for weight in (self.head.weight, *weights)) <= SUMMED_BYTES
         self.prompts: list[list[Any]] = [[_cast(part) for part in block] for block in parts]
         self.tokens = [[_summed(part) for part in block] for block in parts] if self.sums else self.prompts
-
-    def of(self, chosen: Sequence[int]) -> Decoder:
-        """The same of some blocks alone, by their numbers."""
-        few = copy(self)
-        few.prompts, few.tokens = ([parts[number] for number in chosen] for parts in (self.prompts, self.tokens))
-        return few
 
     def __call__(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
@@ -96,27 +89,22 @@ class Rows:
 
 @contextmanager
 def in_place_of(model: Any, blocks: Sequence[Layers] | None) -> Iterator[None]:
-    """Sample through ``blocks`` (None: the model's own), with a head that gives float32 logits, and in float32 with a
-    small model's head in order, until the end of the block."""
-    head = model.get_output_embeddings()
-    changed: dict[Any, Any] = {}
-    if forward := logits.forward_of(head):
-        changed[head] = forward
-    if blocks is not None:
-        decoder = Decoder(model, blocks)
-        changed[decoder.inner] = decoder
-        if decoder.sums and type(head) is nn.Linear and head not in changed:
-            changed[head] = partial(thin.product, weight=thin.in_order(head.weight), bias=head.bias)
-    own = {module: module.__dict__.get("forward") for module in changed}
+    """Sample through ``blocks``, and with a small model's head in order, until the end of the block; None leaves the
+    model alone."""
+    if blocks is None:
+        yield
+        return
+    decoder = Decoder(model, blocks)
+    changed: dict[Any, Any] = {decoder.inner: decoder}
+    if decoder.sums and type(decoder.head) is nn.Linear:
+        changed[decoder.head] = partial(thin.product, weight=thin.in_order(decoder.head.weight), bias=decoder.head.bias)
     for module, forward in changed.items():
         module.forward = forward
     try:
         yield
     finally:
-        for module, forward in own.items():
+        for module in changed:
             del module.forward
-            if forward is not None:
-                module.forward = forward
 
 
 class Summed(NamedTuple):

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from rlhf.data.batches import Sequences
-from rlhf.models import logits as head_logits
 from rlhf.models import packing
 from rlhf.models.roles import Roles
 from rlhf.ppo import tensors
@@ -83,7 +82,7 @@ def policy_and_reference(roles: Roles, sequences: Sequences, temperature: float)
         logits = {}
         for role in ("policy", "reference"):
             with roles.acting_as(role) as (model, _):
-                logits[role] = head_logits.of(model.get_output_embeddings(), hidden[role][part]).div_(temperature)
+                logits[role] = _float(model.get_output_embeddings()(hidden[role][part])).div_(temperature)
         policy, reference = (logits.pop(role).log_softmax(-1) for role in ("policy", "reference"))
         ids = targets[part][:, None]
         chosen, ref_chosen = policy.gather(1, ids)[:, 0], reference.gather(1, ids)[:, 0]
@@ -149,14 +148,19 @@ def chunk_size(model: Any) -> int:
 
 
 def _chunk_logprobs(head: Any, hidden: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor]:
-    return (tensors.TemperedLogprobs.apply(head_logits.of(head, hidden), ids, temperature),)  # type: ignore[no-untyped-call]
+    return (tensors.TemperedLogprobs.apply(head(hidden), ids, temperature),)  # type: ignore[no-untyped-call]
 
 
 def _chunk_rescored(head: Any, hidden: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    policy = head_logits.of(head, hidden).div_(temperature).log_softmax(-1)
+    policy = _float(head(hidden)).div_(temperature).log_softmax(-1)
     return policy.gather(1, ids[:, None])[:, 0], -policy.exp().mul_(policy).sum(-1)
 
 
 def _chunk_logprobs_and_entropy(head: Any, hidden: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    logits = head_logits.of(head, hidden) / temperature
+    logits = _float(head(hidden)) / temperature
     return tensors.token_logprobs(logits, ids), tensors.entropy(logits)
+
+
+def _float(x: Tensor) -> Tensor:
+    """At least float32."""
+    return x if x.dtype == torch.float64 else x.float()

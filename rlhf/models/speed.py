@@ -1,4 +1,4 @@
-"""How fast the machine at hand multiplies matrices and reads memory, measured for two seconds."""
+"""How fast the machine at hand multiplies matrices and reads memory, measured for under two seconds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Callable
 import torch
 from torch.nn.functional import linear
 
-from rlhf.models import logits
 from rlhf.models.thin import in_order, product
 from rlhf.planning.clock import Speed
 
@@ -23,7 +22,7 @@ def measured(
 
     Args:
         sums: whether sampling puts base and adapter, summed up, in order for products of few rows.
-        seconds: spent on each figure. No random number is drawn from the global generators.
+        seconds: spent on each of four figures. No random number is drawn from the global generators.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float32 if width == 4 else torch.bfloat16
@@ -35,10 +34,7 @@ def measured(
     few, layers = x[:THIN].contiguous(), [in_order(weight) if sums else weight.clone() for _ in range(LAYERS)]
     thin = 2 * len(few) * d * f * LAYERS / _seconds(lambda: [product(few, layer) for layer in layers], device, seconds)
     launch = _seconds(lambda: [few[:1] + few[:1] for _ in range(LAYERS)], device, seconds) / LAYERS
-    wide = None
-    if dtype != torch.float32 and device.type == "cpu":
-        wide = 2 * tokens * d * f / _seconds(lambda: logits.product(x, weight), device, seconds)
-    return Speed(flops, bandwidth, thin, launch, wide)
+    return Speed(flops, bandwidth, thin, launch)
 
 
 def _seconds(work: Callable[[], object], device: torch.device, seconds: float) -> float:

@@ -35,14 +35,12 @@ class Speed:
     Args:
         thin: arithmetic in products of a few rows, as sampling makes them; None takes ``flops``.
         launch: seconds of an operation on next to nothing.
-        wide: arithmetic of the head's product where numbers in half precision are cast for it; None takes ``flops``.
     """
 
     flops: float
     bandwidth: float
     thin: float | None = None
     launch: float = 0.0
-    wide: float | None = None
 
 
 @dataclass(frozen=True)
@@ -72,12 +70,11 @@ def step(spec: Spec, speed: Speed) -> list[Work]:
     if spec.stage != "ppo":
         return []
     S = spec.prompt + spec.response
-    tokens, states = spec.batch * S, spec.batch * spec.response
-    body, head = operations(spec, S, False, 1), states * spec.shape.V * spec.shape.d
-    read = FORWARD * head / (speed.wide or speed.flops)
+    tokens, share = spec.batch * S, spec.response / S
+    body = operations(spec, S, False, 1)
+    head = spec.shape.V * spec.shape.d * share
     again = train * spec.epochs
-    passes, runs = spec.num_reward_runs + spec.trains_value, 1 + spec.reads_reference
-    learnt = spec.epochs * (_reads(spec) * read + BACKWARD * head / speed.flops)
+    passes, states = spec.num_reward_runs + spec.trains_value, spec.batch * spec.response
     critic = Work("value update", tokens * spec.epochs, tokens * again * body / speed.flops)
     if not spec.trains_value:
         d, k = spec.shape.d, memory.FEATURES
@@ -85,9 +82,9 @@ def step(spec: Spec, speed: Speed) -> list[Work]:
         critic = Work("value fit", states, states * each / speed.flops)
     return [
         _rollout(spec, speed),
-        Work("rescoring", tokens, runs * (tokens * FORWARD * body / speed.flops + read)),
+        Work("rescoring", tokens, tokens * FORWARD * (1 + spec.reads_reference) * (body + head) / speed.flops),
         Work("values and scores", tokens, tokens * FORWARD * passes * body / speed.flops),
-        Work("policy update", tokens * spec.epochs, tokens * again * body / speed.flops + learnt),
+        Work("policy update", tokens * spec.epochs, tokens * again * (body + 1.5 * head) / speed.flops),
         critic,
     ]
 
@@ -100,12 +97,6 @@ def measuring(spec: Spec, speed: Speed) -> Work | None:
     return Work("measuring", tokens, tokens * operations(spec, spec.length, spec.stage == "sft", FORWARD) / speed.flops)
 
 
-def _reads(spec: Spec) -> int:
-    """Head products of one token's forward pass: logits that do not fit into one chunk are computed again."""
-    targets = spec.micro * spec.response
-    return 1 + (memory.chunk_tokens(spec.shape, targets) < targets)
-
-
 def _rollout(spec: Spec, speed: Speed) -> Work:
     """Waves of ``concurrency`` rows: the prompts, then one token of every row at a time."""
     rows = min(spec.concurrency, spec.batch)
@@ -113,9 +104,7 @@ def _rollout(spec: Spec, speed: Speed) -> Work:
     S = spec.prompt + spec.response
     prompts = rows * spec.prompt * operations(spec, spec.prompt, False, FORWARD) / speed.flops
     read = memory.weights(spec.shape, spec.held) + memory.kv_cache(spec.shape, spec.held, rows, S) / 2
-    thin = speed.thin or speed.flops
-    products = rows * operations(spec, S, False, FORWARD) / thin
-    products += rows * FORWARD * spec.shape.V * spec.shape.d / (speed.wide or thin)
+    products = rows * operations(spec, S, True, FORWARD) / (speed.thin or speed.flops)
     token = max(products, read / speed.bandwidth) + spec.shape.L * launches(spec) * speed.launch
     return Work("rollout", spec.batch * spec.response, waves * (prompts + spec.response * token))
 
@@ -129,7 +118,7 @@ def launches(spec: Spec) -> int:
 
 def sums(spec: Spec) -> bool:
     """Whether sampling adds up base and adapter."""
-    return memory.sums(spec.shape, spec.held)
+    return memory.summed(spec.shape, spec.held) > 0
 
 
 def duration(seconds: float) -> str:

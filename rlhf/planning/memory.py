@@ -42,7 +42,6 @@ FLOAT32 = 4
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a code, a scale every 64, the scale of the scales every 256 of these
 DRAWN_VALUES = 1 << 19  # of which the choice of tokens holds float64 copies at once: rlhf.rollouts.engine
 CHUNK_VALUES = 1 << 25  # logits of ours that exist at once: rlhf.models.forward
-CAST_VALUES = 1 << 19  # of the head in half precision that exist in float32 at once: rlhf.models.logits
 SFT_TILE = (4096, 32768)  # tokens and vocabulary of TRL's fused head
 FEATURES, ROWS = 1024, 1024  # of the critic by least squares, and states whose features exist at once
 FUSED = ("llama", "mistral", "qwen2", "qwen3")  # rlhf.models.blocks
@@ -189,15 +188,9 @@ def passing(shape: Shape, held: Numbers, sequences: int, S: int, device: str = "
 
 
 def summed(shape: Shape, held: Numbers) -> int:
-    """The copies that sampling makes of a small model's weights: summed up with LoRA, and in float32 the head's."""
-    if not sums(shape, held):
-        return 0
-    return held.e * (shape.linear_parameters + (0 if held.mixed else shape.V * shape.d))
-
-
-def sums(shape: Shape, held: Numbers) -> bool:
-    """Whether sampling adds up base and adapter."""
-    return fuses(shape, held) and held.e * (shape.linear_parameters + shape.V * shape.d) <= SUMMED_BYTES
+    """The copies that sampling makes of a small model's weights: summed up with LoRA, and the head's."""
+    whole = held.e * (shape.linear_parameters + shape.V * shape.d)
+    return whole if fuses(shape, held) and whole <= SUMMED_BYTES else 0
 
 
 def dequantised(shape: Shape, held: Numbers) -> int:
@@ -210,39 +203,30 @@ def chunk_tokens(shape: Shape, num_tokens: int) -> int:
     return min(num_tokens, max(1, CHUNK_VALUES // shape.V))
 
 
-def logits_trained(shape: Shape, held: Numbers, num_tokens: int, entropy: bool, device: str = "cpu") -> int:
-    """Of a policy update: logits, which become their gradient, and one temporary, in float32; with an entropy bonus
-    eight float32 copies."""
-    chunk = chunk_tokens(shape, num_tokens)
-    return 8 * FLOAT32 * shape.V * chunk if entropy else _logits(shape, held, chunk, 2, device)
+def logits_trained(shape: Shape, held: Numbers, num_tokens: int, entropy: bool) -> int:
+    """Of a policy update: logits, which become their gradient, and one temporary, in float32, beside what the head gave
+    in another dtype; with an entropy bonus eight float32 copies."""
+    each = 8 * FLOAT32 if entropy else _tempered(held)
+    return each * shape.V * chunk_tokens(shape, num_tokens)
 
 
-def logits_rescored(shape: Shape, held: Numbers, num_tokens: int, device: str = "cpu") -> int:
+def logits_rescored(shape: Shape, num_tokens: int) -> int:
     """Of rescoring: log-probabilities of policy and reference, one term, the policy's probabilities; half a chunk."""
-    return _logits(shape, held, min(num_tokens, max(1, CHUNK_VALUES // shape.V // 2)), 4, device)
+    return 4 * FLOAT32 * shape.V * min(num_tokens, max(1, CHUNK_VALUES // shape.V // 2))
 
 
-def logits_measured(shape: Shape, held: Numbers, num_tokens: int, device: str = "cpu") -> int:
+def logits_measured(shape: Shape, held: Numbers, num_tokens: int) -> int:
     """Of logprobs without gradient: the same but for the gradient, which takes no memory of its own."""
-    return _logits(shape, held, chunk_tokens(shape, num_tokens), 2, device)
+    return _tempered(held) * shape.V * chunk_tokens(shape, num_tokens)
 
 
-def _logits(shape: Shape, held: Numbers, num_tokens: int, copies: int, device: str) -> int:
-    """Float32 copies of logits; or, where a CPU computes them from half precision, half of them beside what it casts:
-    the hidden states, and a part of the head."""
-    each = FLOAT32 * shape.V * num_tokens
-    cast = FLOAT32 * (min(shape.V * shape.d, CAST_VALUES) + shape.d * num_tokens) if casts(held, device) else 0
-    return each * copies // 2 + max(each * copies // 2, cast)
-
-
-def casts(held: Numbers, device: str) -> bool:
-    """Whether the head's product is computed in float32, from numbers in half precision."""
-    return held.mixed and device == "cpu"
+def _tempered(held: Numbers) -> int:
+    return 2 * FLOAT32 + (held.e if held.e < FLOAT32 else 0)
 
 
 def logits_sampled(shape: Shape, held: Numbers, rows: int) -> int:
-    """Of one sampled token a row: logits and a copy in float32, and for the choice three in float64 of a few rows."""
-    return rows * shape.V * 2 * FLOAT32 + 24 * min(rows * shape.V, DRAWN_VALUES)
+    """Of one sampled token a row: logits, a float32 copy, and for the choice three in float64 of a few rows."""
+    return rows * shape.V * (held.e + FLOAT32) + 24 * min(rows * shape.V, DRAWN_VALUES)
 
 
 def logits_sft(shape: Shape, held: Numbers, num_tokens: int, device: str = "cpu") -> int:

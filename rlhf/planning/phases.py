@@ -165,7 +165,7 @@ def _sampling(spec: Spec, name: str, rows: int, prompt: int) -> Phase:
 def _sft(spec: Spec) -> list[Phase]:
     n = spec.micro * spec.length
     logits = memory.logits_sft(spec.shape, spec.held, n, spec.device)
-    measured = memory.logits_measured(spec.shape, spec.held, n, spec.device)
+    measured = memory.logits_measured(spec.shape, spec.held, n)
     prompt = max(1, spec.length - spec.response)
     return [
         _training(spec, "training", "policy", spec.length, logits, spec.batch > spec.micro),
@@ -185,11 +185,10 @@ def _train_rm(spec: Spec) -> list[Phase]:
 def _ppo(spec: Spec) -> list[Phase]:
     S, targets = spec.prompt + spec.response, spec.micro * spec.response
     accumulates = spec.minibatch > spec.micro
-    trained = memory.logits_trained(spec.shape, spec.held, targets, spec.entropy, spec.device)
-    rescored = memory.logits_rescored(spec.shape, spec.held, targets, spec.device)
+    trained = memory.logits_trained(spec.shape, spec.held, targets, spec.entropy)
     found = [
         _sampling(spec, "rollout", min(spec.concurrency, spec.batch), spec.prompt),
-        _passing(spec, "rescoring", spec.micro, S, spec.response, rescored),
+        _passing(spec, "rescoring", spec.micro, S, spec.response, memory.logits_rescored(spec.shape, targets)),
         _training(spec, "policy update", "policy", S, trained, accumulates, spec.response),
     ]
     if spec.trains_value:

@@ -11,7 +11,7 @@ import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from rlhf.errors import Problem, RlhfError
-from rlhf.models import decoding, packing
+from rlhf.models import packing
 from rlhf.rollouts.engine import Rollout, Sampling
 from rlhf.rollouts.hf import HfEngine
 
@@ -49,8 +49,7 @@ class ContinuousEngine(HfEngine):
             max_batch_tokens=max(PREFILL_TOKENS, self.concurrency), seed=(sampling.seed * 1_000_003 + rows[0]) % 2**31,
             max_requests_per_batch=self.concurrency, auto_switch_to_flash=False,
         )  # fmt: skip
-        acting = self.roles.acting_as(self.slot)
-        with acting as (model, _), _plain_attention(model), decoding.in_place_of(model, None):
+        with self.roles.acting_as(self.slot) as (model, _), _plain_attention(model):
             found = model.generate_batch(
                 asked, generation_config=settings, continuous_batching_config=batching, warmup=False
             )
