@@ -178,6 +178,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128, help="of each response, at most")
     parser.add_argument("--out", type=Path, default=Path("runs/policy-lambda"))
     args = parser.parse_args()
+    if args.responses % PART[args.world] or args.responses < 2 * PART[args.world]:
+        parser.error(f"--responses takes a multiple of {PART[args.world]}, twice it at least")
     numbers = range(args.responses // PART[args.world])
     files = [args.out / f"{args.world}-{args.tokens}-{number}.pt" for number in numbers]
     if not all(file.is_file() for file in files):
