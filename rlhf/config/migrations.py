@@ -140,11 +140,11 @@ DEFAULTS: dict[tuple[str, str], dict[str, Any]] = {
     (TRL, "train-rm"): {"learning_rate": 1e-4, "num_train_epochs": 3.0, "per_device_train_batch_size": 8,
                         "max_length": 1024, "center_rewards_coefficient": 0.0},
     (TRL, "ppo"): {"learning_rate": 3e-6, "per_device_train_batch_size": 8, "num_ppo_epochs": 4, "response_length": 53,
-                   "temperature": 0.7, "lr_scheduler_type": "linear"},
+                   "temperature": 0.7, "lr_scheduler_type": "linear", "lam": 0.95},
     (LLAMAFACTORY, "sft"): {"learning_rate": 5e-5, "num_train_epochs": 3.0, "per_device_train_batch_size": 8,
                             "cutoff_len": 2048, "lora_rank": 8},
     (LLAMAFACTORY, "train-rm"): {"learning_rate": 5e-5, "num_train_epochs": 3.0, "per_device_train_batch_size": 8,
                                  "cutoff_len": 2048, "center_rewards_coefficient": 0.0},
     (LLAMAFACTORY, "ppo"): {"learning_rate": 5e-5, "per_device_train_batch_size": 8, "ppo_epochs": 4,
-                            "max_new_tokens": 1024, "temperature": 0.95, "lr_scheduler_type": "linear"},
+                            "max_new_tokens": 1024, "temperature": 0.95, "lr_scheduler_type": "linear", "lam": 0.95},
 }  # fmt: skip
