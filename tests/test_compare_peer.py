@@ -104,7 +104,7 @@ def training(tmp_path, monkeypatch):
     prompts = [PromptRow((Message("user", "p" * n),), [70 + n] * (n + 1)) for n in range(6)]
     end = opened.chat.end_id
     tokens = [[end], [80, 81, 82, end], [80, 81, 82, 83, 84, 85, end], [80, end], [90] * 7, [90, 91, end]]
-    written = Rollout(tokens, [row[-1] == end for row in tokens], 0)
+    written = Rollout(tokens, [row[-1] == end for row in tokens])
     engine = SimpleNamespace(generate=lambda *_: written)
     scorer = FunctionScorer(f"{__name__}:lengths_reward")
     optimizer = Optimizer(roles.trained_parameters("value"), 1e-3, 9)

@@ -121,7 +121,7 @@ def test_the_explained_variance_is_of_real_outcomes_by_thirds_and_does_not_depen
     opened, _, collect = world
     end = opened.chat.end_id
     tokens = [[end], [80, 81, 82, end], [80, 81, 82, 83, 84, 85, end], [80, end], [90] * 7, [90, 91, end]]
-    engine = SimpleNamespace(generate=lambda *_: Rollout(tokens, [row[-1] == end for row in tokens], 0))
+    engine = SimpleNamespace(generate=lambda *_: Rollout(tokens, [row[-1] == end for row in tokens]))
     update = {"gamma": 0.9, "lam": 0.3, "normalise_advantages": place == "reward"}
     name, found = "rollout/explained_variance", []
     for value_lam in (0.2, 1.0):
