@@ -20,7 +20,7 @@ from rlhf.identity import Identity
 ROOT = Path(__file__).parents[1]
 LAYERS = [
     ["errors", "masking", "bars"],
-    ["progress"],
+    ["progress", "findings"],
     ["storage", "names", "installed", "neighbours", "connection"],
     ["artifacts", "data.thinking"],
     ["config", "data.records"],
