@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -39,6 +39,7 @@ class Experience:
         outcomes: [B, T] the rewards from each token to the end, which ``old_values`` are judged by.
         states: what the critic read: rows of a micro-batch, and the hidden states [n, d] before their response tokens.
         disagreement: [B] of an ensemble's members that are compared in differences.
+        terms: name -> [B] of each term of the score as it enters the sum, before the missing-EOS rule.
     """
 
     samples: list[Sample]
@@ -55,6 +56,7 @@ class Experience:
     exact_kl: Tensor | None = None
     states: Sequence[tuple[list[int], Tensor]] = ()
     disagreement: Tensor | None = None
+    terms: Mapping[str, Tensor] = field(default_factory=dict)
 
     def sequences(self, rows: Sequence[int], pad_id: int, device: torch.device) -> Sequences:
         """The token ids of some rows, padded only as far as these need."""
@@ -78,6 +80,7 @@ class Experience:
         return {
             "rollout/score": float(self.scores.double().mean()),
             "rollout/score_std": float(self.scores.double().std(correction=0)),
+            **{f"rollout/score/{name}": float(term.double().mean()) for name, term in self.terms.items()},
             "rollout/entropy_nats": float(tensors.masked_mean(self.entropy, self.mask)),
             "rollout/response_tokens": float(lengths.mean()),
             "rollout/end_token_rate": sum(finished) / len(finished),
@@ -148,7 +151,7 @@ def collect(
     return Experience(
         samples, scores, mask, rewards=rewards, advantages=advantages, returns=returns,
         outcomes=objective.outcomes(rewards, mask, config.update.gamma), states=states,
-        disagreement=found.disagreement, **whole,
+        disagreement=found.disagreement, terms=found.terms, **whole,
     )  # fmt: skip
 
 

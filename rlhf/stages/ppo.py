@@ -8,6 +8,7 @@ from typing import Any
 from rlhf import artifacts, interrupts, runtime, storage
 from rlhf.artifacts import Manifest
 from rlhf.checkpoints import BEST
+from rlhf.config.rewards import term_names
 from rlhf.config.stages import PpoConfig
 from rlhf.data import fitting, tokenised
 from rlhf.data.fitting import Limit
@@ -144,7 +145,7 @@ def _roles(config: PpoConfig, plan: Plan, base: Base) -> tuple[Roles, Scorer, li
     roles = _with_value(config, plan, base, shared) if config.lora else _whole(config, plan, base, shared)
     if config.runtime.gradient_checkpointing:
         roles.enable_gradient_checkpointing()
-    return roles, WeightedScorer(terms), standardised
+    return roles, WeightedScorer(terms, term_names(config.rewards)), standardised
 
 
 def _with_value(config: PpoConfig, plan: Plan, base: Base, shared: SharedBase) -> Roles:
