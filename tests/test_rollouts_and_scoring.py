@@ -9,6 +9,7 @@ import torch
 from test_decoding import Recorded
 from tiny import base, exact, lora, shake
 
+from rlhf.config.rewards import RewardSource, term_names
 from rlhf.config.sections import SamplingSection
 from rlhf.data.batches import collate
 from rlhf.data.records import Message
@@ -221,8 +222,22 @@ def not_numbers(prompts, responses):
 def test_functions_are_scorers_and_sums_are_weighted():
     scorer = FunctionScorer(f"{__name__}:lengths")
     assert scorer.score(samples()).mean.tolist() == [1.0, 2.0]
-    both = WeightedScorer([(scorer, 2.0), (scorer, -0.5)]).score(samples())
+    both = WeightedScorer([(scorer, 2.0), (scorer, -0.5)], ["a", "b"]).score(samples())
     assert both.mean.tolist() == [1.5, 3.0] and both.members.tolist() == [[1, 1], [2, 2]]
+    assert {name: term.tolist() for name, term in both.terms.items()} == {"a": [2.0, 4.0], "b": [-0.5, -1.0]}
+
+
+@pytest.mark.parametrize(
+    ("sources", "names"),
+    [([{"run": "runs/rm/"}, {"function": "my.rules:brevity"}, {"url": "http://[::1]:8300/v1/"},
+       {"model": {"path": "org/a model"}}, {"runs": ["a/x", "b/y"], "head": "safe"}],
+      ["rm", "my.rules.brevity", "_1_8300_v1", "a_model", "x.y.safe"]),
+     ([{"run": "a/rm"}, {"run": "b/rm"}, {"run": "c"}], ["rm.0", "rm.1", "c"]),
+     ([{"run": "rm"}, {"run": "rm"}, {"run": "rm.0"}], ["rm.0", "rm.1", "rm.0.2"]),
+     ([{"run": "rm", "head": "safe"}, {"run": "rm", "head": "helpful"}], ["rm.safe", "rm.helpful"])],
+)  # fmt: skip
+def test_no_two_terms_of_a_reward_share_a_name_in_the_metrics(sources, names):
+    assert term_names([RewardSource.model_validate(source) for source in sources]) == names
 
 
 @pytest.mark.parametrize(
