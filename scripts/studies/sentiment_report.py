@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -59,21 +58,21 @@ def chosen(rows: Iterable[Row], key: str, n: int) -> dict[str, float]:
     return found
 
 
-def policies(at: Path) -> dict[str, tuple[list[float], float, float]]:
-    """Of each policy: gold for each test prompt, KL to SFT in nats, and the share of answers that ended."""
+def policies(at: Path) -> dict[str, tuple[list[float], float | None, float]]:
+    """Of each policy: gold for each test prompt, KL to SFT in nats where it was measured, and the share that ended."""
     prompts = [row["prompt"] for row in world.read(at / "data" / "test.jsonl")]
     found = {}
-    kl = {"SFT": 0.0, "PPO": manifest(at, "ppo")["metrics"]["eval/exact_kl_nats"]}
+    kl: dict[str, float] = {"SFT": 0.0, "PPO": manifest(at, "ppo")["metrics"]["eval/exact_kl_nats"]}
     for name, file in POLICIES.items():
         rows = world.read(at / "data" / f"{file}.jsonl")
         ended = float(numpy.mean([row["finished"] for row in rows]))
-        found[name] = gold_of(rows), kl.get(name, float("nan")), ended
+        found[name] = gold_of(rows), kl.get(name), ended
     ranked = world.read(at / "data" / "ranked.jsonl")
     ended = float(numpy.mean([row["finished"] for row in ranked]))
-    for key, by in (("score", "reward model"), ("judge", "gold")):
+    for key, by in (("score", "the reward model"), ("judge", "gold")):
         for n in BEST_OF if key == "score" else BEST_OF[1:]:
             values = chosen(ranked, key, n)
-            name = f"best of {n} by the {by}" if n > 1 else "SFT, mean of 16 samples"
+            name = f"best of {n} by {by}" if n > 1 else "SFT, mean of 16 samples"
             found[name] = [values[prompt] for prompt in prompts], best_of_n.kl_bound(n), ended
     return found
 
@@ -92,7 +91,7 @@ def together(chains: Sequence[Path]) -> dict[str, Row]:
         found[name] = {
             "gold": asdict(grouped_bootstrap(values, groups)), "by_seed": means,
             "over_sft": asdict(paired_bootstrap(values, sft, groups)),
-            "kl": float(numpy.mean([one[name][1] for one in measured])),
+            "kl": _mean(one[name][1] for one in measured),
             "ended": float(numpy.mean([one[name][2] for one in measured])),
         }  # fmt: skip
     return found
@@ -124,9 +123,10 @@ def reward_model(at: Path) -> Row:
     ranked = world.read(at / "data" / "ranked.jsonl")
     share, pairs = world.agreement(rows)
     gains = [policies(at)[name][0] for name in ("PPO", "SFT, mean of 16 samples")]
+    correlation = numpy.corrcoef([row["score"] for row in ranked], [row["judge"] for row in ranked])[0, 1]
     return {
-        "labels_agree": share, "pairs": pairs, "accuracy": examined["accuracy"], "verdict": examined["verdict"],
-        "correlation": float(numpy.corrcoef([row["score"] for row in ranked], [row["judge"] for row in ranked])[0, 1]),
+        "labels_agree": runs.plain(share), "pairs": pairs, "accuracy": examined["accuracy"], "verdict": examined["verdict"],
+        "correlation": runs.plain(float(correlation)),
         "gain": float(numpy.mean(gains[0]) - numpy.mean(gains[1])),
         "beyond": [one for one in examined["verdicts"] if one["verdict"] != "pass"],
     }  # fmt: skip
@@ -167,7 +167,7 @@ def shown(interval: Row) -> str:
 
 
 def number(value: float | None, digits: int = 2) -> str:
-    return "-" if value is None or math.isnan(value) else f"{value:,.{digits}f}"
+    return "-" if value is None else f"{value:,.{digits}f}"
 
 
 def tables(dtype: str, found: Row) -> Iterator[tuple[str, Sequence[str], list[Sequence[str]]]]:
@@ -186,7 +186,7 @@ def tables(dtype: str, found: Row) -> Iterator[tuple[str, Sequence[str], list[Se
     yield f"{title}: the reward model", (
         "seed", "labels agree with gold", "accuracy on labels", "correlation with gold", "verdict", "PPO over SFT"
     ), [
-        (seed, f"{row['labels_agree']:.2f} of {row['pairs']}", number(row["accuracy"]["estimate"]),
+        (seed, f"{number(row['labels_agree'])} of {row['pairs']}", number(row["accuracy"]["estimate"]),
          number(row["correlation"]), row["verdict"], f"{row['gain']:+.2f}")
         for seed, row in found["reward_models"].items()
     ]  # fmt: skip
