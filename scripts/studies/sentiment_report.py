@@ -125,7 +125,8 @@ def reward_model(at: Path) -> Row:
     gains = [policies(at)[name][0] for name in ("PPO", "SFT, mean of 16 samples")]
     correlation = numpy.corrcoef([row["score"] for row in ranked], [row["judge"] for row in ranked])[0, 1]
     return {
-        "labels_agree": runs.plain(share), "pairs": pairs, "accuracy": examined["accuracy"], "verdict": examined["verdict"],
+        "labels_agree": runs.plain(share), "pairs": pairs,
+        "accuracy": examined["accuracy"], "verdict": examined["verdict"],
         "correlation": runs.plain(float(correlation)),
         "gain": float(numpy.mean(gains[0]) - numpy.mean(gains[1])),
         "beyond": [one for one in examined["verdicts"] if one["verdict"] != "pass"],
@@ -152,8 +153,8 @@ def step_seconds(run: Path, made: Row) -> float | None:
     """Of an optimizer step (SFT: the mean) or a rollout with its update (PPO: the median); None where no file says."""
     if "time/train_s" in made["metrics"]:
         return float(made["metrics"]["time/train_s"] / made["details"]["steps"])
-    rows = runs.read_metrics(run) if (run / artifacts.METRICS).is_file() else []
-    timed = [row["time/rollout_s"] + row["time/update_s"] for row in rows if "time/update_s" in row]
+    rows = [row for row in runs.read_metrics(run) if "time/update_s" in row]
+    timed = [row["time/rollout_s"] + row["time/update_s"] for row in rows]
     return float(numpy.median(timed)) if timed else None
 
 
@@ -166,8 +167,9 @@ def shown(interval: Row) -> str:
     return f"{interval['estimate']:+.2f} [{interval['low']:+.2f}, {interval['high']:+.2f}]"
 
 
-def number(value: float | None, digits: int = 2) -> str:
-    return "-" if value is None else f"{value:,.{digits}f}"
+def number(value: float | str | None, digits: int = 2) -> str:
+    """A figure of the report, where one that is no number stands as text."""
+    return "-" if value is None else value if isinstance(value, str) else f"{value:,.{digits}f}"
 
 
 def tables(dtype: str, found: Row) -> Iterator[tuple[str, Sequence[str], list[Sequence[str]]]]:
