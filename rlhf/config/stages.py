@@ -118,8 +118,11 @@ class SftConfig(StageConfig, TrainedForAWhile, LongRows):
         default_factory=SamplingSection, description="how responses are sampled to measure the end-token rate"
     )
     end_token_samples: Count = Field(128, description="held-out prompts sampled to measure the end-token rate")
-    min_end_token_rate: Fraction = Field(
-        0.9, json_schema_extra=GATE, description="fewer responses that end by themselves is an error"
+    min_end_token_rate: Fraction | None = Field(
+        0.9,
+        json_schema_extra=GATE,
+        description="fewer responses that end by themselves is an error; null: 0.9 of the share of the training "
+        "answers that fit sampling.max_new_tokens, less two standard deviations of the samples; 0.5 with steps: 0",
     )
     evaluation: HeldOutSection = Field(default_factory=HeldOutSection)
     use: Literal["best", "last"] = Field(

@@ -19,7 +19,7 @@ from peft.utils.other import TrainableTokensWrapper
 from transformers import TrainerCallback
 from trl import SFTConfig
 
-from rlhf import artifacts, interrupts, runtime
+from rlhf import artifacts, interrupts, missing_ends, runtime
 from rlhf.artifacts import Manifest
 from rlhf.bars import Bar, Recent
 from rlhf.checkpoints import BEST, Checkpoints
@@ -30,6 +30,7 @@ from rlhf.data.records import Demonstration, split_by_prompt
 from rlhf.data.tokenised import Dialogue, LengthReport, Turn
 from rlhf.errors import Problem, RlhfError
 from rlhf.evaluation import stopping
+from rlhf.evaluation.stopping import Answers
 from rlhf.held_out import HeldOut, curves_of, state_of
 from rlhf.models import adapters, fused_lora, opening, whole
 from rlhf.models.base import Base
@@ -39,6 +40,7 @@ from rlhf.progress import bar, waiting
 from rlhf.runs import Run
 from rlhf.stages import sft_outcome
 from rlhf.stages.registry import STAGES
+from rlhf.stages.sft_outcome import HeldOutRows
 from rlhf.stages.sft_trainer import ResumableTrainer, Weights
 from rlhf.tracking import Tracker
 
@@ -55,7 +57,8 @@ def run(config: SftConfig, plan: Plan, run: Run) -> Manifest:
     held_out, rows, report = _rows(config, plan, base.chat)
     answers = stopping.answers_of(rows, base.chat.end_id)
     measured_on = sft_outcome.held_out_rows(config, held_out, base.chat)
-    for line in (report.sentence("Training data"), *plan.dropped_lines()):
+    fits = _what_fits(config, answers, measured_on)
+    for line in (report.sentence("Training data"), *plan.dropped_lines(), fits):
         log.info(line)
 
     trained = _train(config, base, rows, measured_on.turns, run, first)
@@ -150,9 +153,17 @@ def dry_run(config: SftConfig, plan: Plan) -> list[str]:
     """Token counts and the number of steps, with the tokenizer but without weights."""
     chat = opening.open_chat(config.model)
     held_out, rows, report = _rows(config, plan, chat)
-    sft_outcome.held_out_rows(config, held_out, chat)
+    measured_on = sft_outcome.held_out_rows(config, held_out, chat)
     steps = _num_steps(config, len(rows))
-    return [report.sentence("data"), f"held out: {len(held_out)} rows.", f"{steps} steps of {config.batch.batch_size}."]
+    return [
+        report.sentence("data"), f"held out: {len(held_out)} rows.", f"{steps} steps of {config.batch.batch_size}.",
+        _what_fits(config, stopping.answers_of(rows, chat.end_id), measured_on),
+    ]  # fmt: skip
+
+
+def _what_fits(config: SftConfig, answers: Answers, measured_on: HeldOutRows) -> str:
+    figures = answers.figures(config.sampling.max_new_tokens)
+    return missing_ends.what_fits(config, figures, len(measured_on.prompts))
 
 
 def _rows(config: SftConfig, plan: Plan, chat: Any) -> tuple[list[Demonstration], list[Dialogue], LengthReport]:
