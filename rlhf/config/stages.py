@@ -104,7 +104,11 @@ class SftConfig(StageConfig, TrainedForAWhile, LongRows):
     model: ModelSection = Field(default_factory=ModelSection)
     data: DataSection = Field(description="demonstrations")
     loss_on: Literal["all_turns", "last_turn"] = Field("all_turns", description="assistant turns that carry loss")
-    packing: bool = Field(False, description="several rows in one sequence, without padding between them")
+    packing: bool = Field(
+        False,
+        description="several rows in one sequence, without padding between them; a model that needs a mask to keep "
+        "them apart takes one such sequence a forward pass",
+    )
     group_by_length: bool = Field(False, description="batches of rows of like length: less padding, less mixing")
     lora: LoraSection | None = Field(
         default_factory=LoraSection, description="adapter that is trained; null: every weight of the model is"

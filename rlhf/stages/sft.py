@@ -41,7 +41,7 @@ from rlhf.runs import Run
 from rlhf.stages import sft_outcome
 from rlhf.stages.registry import STAGES
 from rlhf.stages.sft_outcome import HeldOutRows
-from rlhf.stages.sft_trainer import ResumableTrainer, Weights
+from rlhf.stages.sft_trainer import ResumableTrainer, Weights, micro_batch_size
 from rlhf.tracking import Tracker
 
 log = logging.getLogger("rlhf")
@@ -96,9 +96,10 @@ def _train(
     config: SftConfig, base: Base, rows: list[Dialogue], turns: list[Turn], run: Run, first: FirstStep
 ) -> Trained:  # fmt: skip
     """From the start, or from where a resumed run goes on, to the artifact on the disk."""
+    micro = micro_batch_size(config, base)
     model = _model(config, base)
     steps = _num_steps(config, len(rows))
-    trainer = _trainer(config, model, base, rows, run) if steps else None
+    trainer = _trainer(config, model, base, rows, run, micro) if steps else None
     curves = curves_of(config.evaluation, [steps] if trainer else [])
     state = {**(trainer.parts() if trainer else {}), **state_of(curves)}
     saved = Checkpoints(run, state, config.save_every, config.keep_checkpoints)
@@ -207,7 +208,9 @@ def _model(config: SftConfig, base: Base) -> Any:
 
 
 @waiting("Preparing the trainer")
-def _trainer(config: SftConfig, model: Any, base: Base, rows: list[Dialogue], run: Run) -> ResumableTrainer:
+def _trainer(
+    config: SftConfig, model: Any, base: Base, rows: list[Dialogue], run: Run, micro: int
+) -> ResumableTrainer:  # fmt: skip
     """TRL's trainer with every argument set that this stage relies upon."""
     for module in model.modules():
         if isinstance(module, TrainableTokensWrapper):
@@ -220,7 +223,6 @@ def _trainer(config: SftConfig, model: Any, base: Base, rows: list[Dialogue], ru
             "labels": [[i if keep else -100 for i, keep in zip(row.ids, row.trained, strict=True)] for row in rows],
         }
     )
-    micro = min(config.batch.micro_batch_size, config.batch.batch_size)
     arguments = SFTConfig(
         output_dir=str(run.path / artifacts.CHECKPOINTS), max_length=config.max_length, packing=config.packing,
         per_device_train_batch_size=micro, gradient_accumulation_steps=config.batch.batch_size // micro,
