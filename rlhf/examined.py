@@ -90,8 +90,8 @@ def check(
     findings.note(*_unexamined({key: one for key, one in rewards.items() if key not in unnamed}))
     findings.note(
         *(
-            f"{key} ({rewards[key].name}) was examined in {run_dir} ({_verdict(manifest)}), and this config does not name "
-            + (f"that: {key}.examination: {run_dir} makes it count" if key.startswith("rewards.") else "it")
+            f"{key} ({rewards[key].name}) was examined in {run_dir} ({_verdict(manifest)}), and this config does not "
+            + (f"name that: {key}.examination: {run_dir} makes it count" if key.startswith("rewards.") else "name it")
             for key, found in unnamed.items()
             for run_dir, manifest in found.items()
         )
