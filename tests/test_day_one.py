@@ -157,7 +157,7 @@ def test_padding_that_is_the_end_token_takes_no_loss_from_it(tmp_path, pad):
     records = [Demonstration((*USER, Message("assistant", text)), "x:1") for text in ("a", "a long answer")]
     rows, _ = tokenised.dialogues(records, base.chat, False, Limit(64), DroppedRows("data", 0.0, True))
     model = get_peft_model(base.model, tiny.lora(base))
-    trainer = sft._trainer(config, model, base, rows, SimpleNamespace(path=tmp_path))
+    trainer = sft._trainer(config, model, base, rows, SimpleNamespace(path=tmp_path), 2)
     batch = next(iter(trainer.get_train_dataloader()))
     assert base.chat.pad_id == base.chat.end_id == 2
     for ids, labels in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True):

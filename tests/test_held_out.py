@@ -238,7 +238,8 @@ def test_no_step_that_is_better_than_the_start_is_exit_7_of_a_finished_run(home,
     assert "fewer epochs" in text and "evaluation.patience" in text and "Finished runs/worse" in text
     kept, text = trained(here, "sft", "start", {**settings, "evaluation": {"every": 4}}, code=7)
     assert artifacts.read(kept).details["held_out"][0]["used_step"] == 0
-    assert artifacts.read(kept).metrics["eval/loss"] == metrics["eval/start_loss"]
+    same = pytest.approx(metrics["eval/start_loss"], rel=1e-6)  # logits of the rows that it trains are a product apart
+    assert artifacts.read(kept).metrics["eval/loss"] == same
 
 
 def manifest_of(rate=1.0, start=2.0, end=1.0, **details):
