@@ -62,8 +62,12 @@ bench: $(READY) ## CPU seconds and memory of a PPO step (beside a peer: scripts/
 torture: $(READY) ## Kill, starve and damage runs; each must end with the same bits (half an hour)
 	$(BIN)/python scripts/torture.py
 
-gpu-check: $(READY) ## On a CUDA machine: its tests, and PPO steps at real sizes with speed and memory (8 minutes)
+gpu-check: $(READY) ## On a CUDA machine: its tests, single claims, and PPO steps at real sizes (8 minutes)
 	PYTHONPATH=. $(BIN)/python scripts/gpu_check.py --out $(RUNS)/gpu-check
+
+reproduce-gpu: $(READY) ## On one GPU of 24 GB: the sentiment study on Qwen2.5-0.5B, and a block to paste (resumable)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[studies]'
+	$(BIN)/python scripts/reproduce_gpu.py --out $(RUNS)/reproduce-gpu
 
 test: $(READY) ## The tests that take minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
