@@ -10,10 +10,10 @@ export OMP_WAIT_POLICY := PASSIVE
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup sft train-rm ppo eval-rm pipeline quickstart seeds defects bench torture gpu-check test test-all lint types check clean
+.PHONY: help setup sft train-rm ppo eval-rm pipeline quickstart seeds defects bench torture gpu-check reproduce-gpu test test-all lint types check clean
 
 help: ## Show the verbs
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
 
 setup: $(READY) ## Create .venv and install the package with its dev extras
 
