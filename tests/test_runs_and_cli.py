@@ -20,7 +20,7 @@ from rlhf.identity import Identity
 ROOT = Path(__file__).parents[1]
 LAYERS = [
     ["errors", "masking", "bars"],
-    ["progress"],
+    ["progress", "findings"],
     ["storage", "names", "installed", "neighbours", "connection"],
     ["artifacts", "data.thinking"],
     ["config", "data.records"],
@@ -44,13 +44,15 @@ LAYERS = [
         "data.chat", "data.batches", "data.fitting", "data.tokenised", "snapshots", "guards", "runtime", "optimizer",
         "tracking",
     ],
+    ["algorithms"],
     ["checkpoints"],
     ["held_out"],
     ["models"],
     ["rollouts", "scoring"],
     ["evaluation", "serving"],
     [
-        "ppo.experience", "ppo.least_squares", "ppo.update", "ppo.value_role", "ppo.training", "reward.training",
+        "ppo.experience", "ppo.critics", "ppo.collector", "ppo.least_squares", "ppo.update", "ppo.value_role",
+        "ppo.training", "reward.training",
         "reward.outcome", "reward.objective", "reward.combining", "reward.contradicted", "reward.annotators",
         "reward.starts", "reward.length", "reward.teacher", "reward.learner",
     ],

@@ -15,8 +15,8 @@ from rlhf.config.ppo import (
     MissingEosSection,
     PpoBatchSection,
     PpoOptimSection,
+    PpoUpdateSection,
     PromptsSection,
-    UpdateSection,
     ValueSection,
 )
 from rlhf.config.rewards import ClassifierSection, RewardSource
@@ -210,7 +210,7 @@ class PpoConfig(StageConfig):
     missing_eos: MissingEosSection = Field(default_factory=MissingEosSection)
     batch: PpoBatchSection = Field(default_factory=PpoBatchSection)
     kl: KlSection = Field(default_factory=KlSection)
-    update: UpdateSection = Field(default_factory=UpdateSection)
+    update: PpoUpdateSection = Field(default_factory=PpoUpdateSection)
     optim: PpoOptimSection = Field(default_factory=PpoOptimSection)
     value: ValueSection = Field(default_factory=ValueSection)
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
@@ -229,6 +229,11 @@ class PpoConfig(StageConfig):
             raise ValueError(
                 f"samples_per_prompt {self.samples_per_prompt} does not divide batch.batch_size {self.batch.batch_size}"
             )
+        if self.samples_per_prompt < self.update.smallest_group:
+            raise ValueError(
+                f"{self.update.algorithm} compares the responses to one prompt: samples_per_prompt must be "
+                f"{self.update.smallest_group} or more, got {self.samples_per_prompt}"
+            )
         if self.kl.place == "loss" and self.update.normalise_advantages:
             raise ValueError("kl.place: loss needs update.normalise_advantages: false, or it misses its optimum")
         return self
@@ -236,7 +241,12 @@ class PpoConfig(StageConfig):
     def reads_reference(self) -> bool:
         """Whether something in a step reads the reference: the penalty, a guard that stops, or the critic."""
         penalised = self.kl.coef > 0 or self.kl.target is not None
-        return penalised or self.guards.kl_nats.stop is not None or self.value.fit == "least_squares"
+        return penalised or self.guards.kl_nats.stop is not None or self.critic == "least_squares"
+
+    @property
+    def critic(self) -> Literal["none", "least_squares", "gradient"]:
+        """The kind of critic: ``value.fit`` where the algorithm needs one."""
+        return self.value.fit if self.update.needs_critic else "none"
 
     def set_for_gradients(self) -> list[str]:
         """Keys away from their defaults that only a critic trained by gradients has a use for."""

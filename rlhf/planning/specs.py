@@ -205,7 +205,7 @@ def _stage(config: StageConfig) -> str:
     names = {
         SftConfig: "sft", RewardConfig: "train-rm", PpoConfig: "ppo", CollectConfig: "collect", EvalRmConfig: "eval-rm",
     }  # fmt: skip
-    return names[type(config)]
+    return next(name for kind, name in names.items() if isinstance(config, kind))
 
 
 def _num_steps(config: SftConfig | RewardConfig, rows: Sequence[Any] | None) -> int | None:

@@ -65,7 +65,7 @@ class ContinuousEngine(HfEngine):
             raise RlhfError(Problem("RES007", "sampling.engine", what, "sampling.engine: hf, or a lower concurrency"))
         tokens = [self._cut(row.generated_tokens, ends) for row in found.values()]
         logprobs = [row.logprobs[: len(ids)] for row, ids in zip(found.values(), tokens, strict=True)]
-        return Rollout(tokens, [ids[-1] in ends for ids in tokens], self.version, logprobs)
+        return Rollout(tokens, [ids[-1] in ends for ids in tokens], logprobs)
 
     @contextmanager
     def _attention(self, model: Any) -> Iterator[None]:

@@ -14,6 +14,7 @@ from rlhf import artifacts, missing_ends, runtime
 from rlhf.artifacts import BaseIdentity
 from rlhf.config.stages import SftConfig
 from rlhf.data import tokenised
+from rlhf.data.batches import PassSize
 from rlhf.data.chat import ChatFormat
 from rlhf.data.records import Demonstration, Prompt
 from rlhf.data.tokenised import PromptRow, Turn
@@ -66,7 +67,7 @@ def held_out_rows(config: SftConfig, records: Sequence[Demonstration], chat: Cha
 
 def loss_of(config: SftConfig, base: Base, model: Any, turns: Sequence[Turn]) -> float:
     """Of ``model``, which lives on ``base``: nats a response token, end token included."""
-    return policy.response_loss(model, turns, base.chat.pad_id, base.device, config.batch.micro_batch_size)
+    return policy.response_loss(model, turns, base.chat.pad_id, base.device, PassSize(config.batch.micro_batch_size))
 
 
 def trained_tokens(config: SftConfig, base: Base) -> list[str]:
