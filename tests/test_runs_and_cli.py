@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     ["errors", "masking", "bars"],
     ["progress", "findings"],
-    ["storage", "names", "installed", "neighbours", "connection"],
+    ["storage", "names", "installed", "neighbours", "connection", "config.recorded"],
     ["artifacts", "data.thinking"],
     ["config", "data.records"],
     ["demo", "identity"],

@@ -31,7 +31,7 @@ from rlhf.data.tokenised import Dialogue, LengthReport, Turn
 from rlhf.errors import Problem, RlhfError
 from rlhf.evaluation import stopping
 from rlhf.evaluation.stopping import Answers
-from rlhf.held_out import HeldOut, curves_of, state_of
+from rlhf.held_out import METRIC, HeldOut, curves_of, state_of
 from rlhf.models import adapters, fused_lora, opening, whole
 from rlhf.models.base import Base
 from rlhf.models.first_step import FirstStep
@@ -115,7 +115,7 @@ def _train(
         held_out.restore()
         if curves:
             with waiting("Drawing the held-out loss"):
-                importlib.import_module("rlhf.evaluation.plots").held_out(run.path, held_out.best_points())
+                importlib.import_module("rlhf.evaluation.plots").held_out(run.path, METRIC, held_out.best_points())
         details = held_out.details()
     else:
         what = "an adapter that adds nothing" if config.lora else "its weights as they are"
