@@ -36,7 +36,7 @@ LAYERS = [
     ["model_files", "policy_sampling"],
     ["planning.shape"],
     ["planning"],
-    ["resources"],
+    ["resources", "missing_ends"],
     ["room", "origins", "examined", "gates"],
     ["preflight"],
     ["ppo.tensors", "ppo.objective", "metrics", "reward"],
