@@ -133,7 +133,7 @@ def chain(tmp_path):
         (at / "data").mkdir(parents=True, exist_ok=True)
         world.write(at / "data" / f"{name}.jsonl", rows)
     for stage in sentiment_report.STAGES:
-        metrics = {"eval/exact_kl_nats": 3.0, "memory/peak_rss_mb": 100.0}
+        metrics = {"eval/exact_kl_nats": 3.0, "memory/peak_rss_mb": 900.0, "memory/peak_cuda_mb": 100.0}
         (at / stage).mkdir()
         storage.write_json(at / stage / "manifest.json", {"seconds": 10.0, "metrics": metrics, "details": {}})
     verdicts = [
@@ -170,6 +170,7 @@ def test_the_report_says_what_the_files_of_a_finished_chain_say(chain, tmp_path,
     judged = said["reward_models"]["4"]
     assert (judged["labels_agree"], judged["verdict"]) == (1, "fail") and judged["gain"] == pytest.approx(1 - 0.5625)
     assert [one["key"] for one in judged["beyond"]] == ["probes.padding"]
+    assert sentiment_report.peak_mb({"memory/peak_rss_mb": 7.0}) == 7, "without a GPU it is the process's"
     ppo = said["costs"][-1]
     assert [ppo[key] for key in ("seconds", "peak_mb", "planned_mb", "step_s", "planned_step_s")] == [
         10,

@@ -141,12 +141,17 @@ def costs(chains: Sequence[Path]) -> list[Row]:
         own, plan = [manifest(at, stage) for at in chains], plans.get(stage, {})
         found.append({
             "stage": stage, "seconds": _mean(one["seconds"] for one in own),
-            "peak_mb": _mean(one["metrics"].get("memory/peak_rss_mb") for one in own),
+            "peak_mb": _mean(peak_mb(one["metrics"]) for one in own),
             "planned_mb": plan["peak"] / (1 << 20) if plan else None,
             "step_s": _mean(step_seconds(at / stage, one) for at, one in zip(chains, own, strict=True)),
             "planned_step_s": sum(work["seconds"] for work in plan.get("work") or []) or None,
         })  # fmt: skip
     return found
+
+
+def peak_mb(metrics: Row) -> float | None:
+    """On the GPU where there was one, else of the process."""
+    return metrics.get("memory/peak_cuda_mb", metrics.get("memory/peak_rss_mb"))
 
 
 def step_seconds(run: Path, made: Row) -> float | None:
