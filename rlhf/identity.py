@@ -79,8 +79,8 @@ def gates(config: Section) -> dict[str, Any]:
 
 def _defaults(prefix: str, section: Section, given: Section | None, owner: str) -> Iterator[tuple[str, str]]:
     """Keys of a section that have their default: the field's own, or that of ``given``, the default of the section."""
-    for name, info in type(section).model_fields.items():
-        candidates = [info.get_default(call_default_factory=True)] + ([getattr(given, name)] if given else [])
+    for name in type(section).model_fields:
+        candidates = [fields.default_of(type(section), name)] + ([getattr(given, name)] if given else [])
         yield from _defaults_below(prefix + name, getattr(section, name), candidates, owner)
 
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from rlhf import artifacts, masking
 from rlhf.config import fields, foreign, yaml_reader
-from rlhf.config.sections import Section
+from rlhf.config.sections import KIND, Section
 from rlhf.errors import Problem, RlhfError
 
 Config = TypeVar("Config", bound=Section)
@@ -182,6 +182,8 @@ def _existing(loc: Sequence[str | int], value: Any) -> Path_:
     path: list[str | int] = []
     here = value
     for index, part in enumerate(loc):
+        if str(part).startswith(KIND):
+            continue
         known = (isinstance(here, dict) and part in here) or (isinstance(here, list) and isinstance(part, int))
         if not known and index < len(loc) - 1:
             continue

@@ -30,7 +30,7 @@ from rlhf.rollouts.hf import HfEngine
 from rlhf.rollouts.opening import open_engine
 from rlhf.runs import Run
 from rlhf.scoring.scorer import Scorer, StandardisedScorer, WeightedScorer
-from rlhf.scoring.sources import is_on, open_source
+from rlhf.scoring.sources import Host, is_on, open_source
 from rlhf.stages.registry import STAGES
 from rlhf.tracking import Tracker
 
@@ -134,9 +134,8 @@ def _roles(config: PpoConfig, plan: Plan, base: Base) -> tuple[Roles, Scorer, li
     standardised: list[StandardisedScorer] = []
     for index, source in enumerate(config.rewards):
         parent, batch = plan.parents.get(f"rewards.{index}"), config.batch
-        scorer = open_source(
-            source, f"reward/{index}", parent, base, shared, batch.micro_batch_size, answer, batch.micro_batch_tokens
-        )
+        host = Host(base, shared, batch.micro_batch_size, batch.micro_batch_tokens, answer)
+        scorer = open_source(source, f"reward/{index}", parent, host)
         if source.standardise_samples:
             scorer = StandardisedScorer(scorer)
             standardised.append(scorer)
