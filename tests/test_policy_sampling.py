@@ -190,7 +190,7 @@ def test_what_is_planned_for_collect_is_as_long_as_the_policy_is_sampled(world, 
     def planned(policy, sampling=""):
         config = load.load_text(CollectConfig, f"policy: {policy}\nprompts: {{path: d}}\n{sampling}", "c.yaml")
         ground = Ground(ancestry.find(policy, tmp_path), {}, "cpu", "base")
-        return STAGES["collect"].memory(config, ground).response
+        return STAGES["collect"].needs(config).memory(ground).response
 
     assert (planned("runs/a"), planned("runs/b"), planned(str(world / "runs/short"))) == (24, 48, 4)
     assert planned("runs/b", "sampling: {max_new_tokens: 7}\n") == 7

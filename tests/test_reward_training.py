@@ -382,7 +382,7 @@ def test_members_cost_memory_by_their_adapters_alone(ensemble):
         Path("sized.yaml").write_text(yaml.safe_dump({**REWARD, "run_dir": "r", "members": count}))
         config = load.load(RewardConfig, Path("sized.yaml"))
         ground = Ground(ancestry.find("runs/sft", Path()), {}, "cpu", "here")
-        found[count] = phases.peak(STAGES["train-rm"].memory(config, ground))
+        found[count] = phases.peak(STAGES["train-rm"].needs(config).memory(ground))
     own = sum(tensor.numel() for tensor in load_file("runs/sft/adapter/adapter_model.safetensors").values()) + 33
     assert found[5].total - found[1].total == 4 * 4 * own
     assert specs.of_run(str(ensemble), artifacts.read(ensemble)).rank == 4

@@ -88,25 +88,6 @@ def dump(config: Section) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
 
 
-def flatten(config: Section) -> dict[str, Any]:
-    """Dotted key -> value, for comparing two configs key by key."""
-    return dict(flattened("", config))
-
-
-def flattened(key: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """The same for a value of a config, whose keys stand below ``key``."""
-    if isinstance(value, BaseModel):
-        value = value.model_dump(mode="json")
-    if isinstance(value, dict) and value:
-        for name, item in value.items():
-            yield from flattened(f"{key}.{name}" if key else name, item)
-    elif isinstance(value, list) and any(isinstance(item, dict | BaseModel) for item in value):
-        for index, item in enumerate(value):
-            yield from flattened(f"{key}.{index}", item)
-    else:
-        yield key, value
-
-
 def _override(config: dict[str, Any], item: str, origins: dict[Path_, str]) -> None:
     key, equals, text = item.partition("=")
     where = f"--set {yaml_reader.shown(key if masking.is_secret_name(key) else masking.mask(item))}"

@@ -11,7 +11,7 @@ from rlhf.config.stages import StageConfig
 from rlhf.errors import Problem
 from rlhf.needs import Needs
 from rlhf.planning.phases import Spec
-from rlhf.planning.specs import Ground, Origin
+from rlhf.planning.specs import Origin
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,7 @@ class Stage:
     Args:
         id: its command, its config file's name and its default run directory's name.
         makes: the kind of its run.
-        needs: what it needs from outside its config, disk and how rows are read included.
-        memory: what its memory and time are predicted from.
+        needs: what it needs from outside its config: runs, data and how rows are read, models, disk and memory.
         origin: what it makes of a model that its config names; None: a run gives the base.
         parent: the run that gives the base; None: the config names a model.
         assumed: what a prediction takes for granted, as sentences, by the config, the prediction and the keys of the
@@ -38,7 +37,6 @@ class Stage:
     makes: str
     needs: Callable[[Any], Needs]
     summary: str
-    memory: Callable[[Any, Ground], Spec]
     origin: Callable[[Any], Origin | None] = lambda _: None
     parent: Callable[[Any], str | None] = lambda _: None
     assumed: Callable[[Any, Spec, Sequence[str]], list[str]] = lambda *_: []

@@ -8,7 +8,7 @@ from typing import Any
 
 from rlhf import policy_sampling
 from rlhf.artifacts import Manifest
-from rlhf.config import load
+from rlhf.config import keys
 from rlhf.config.sections import PolicySamplingSection
 from rlhf.config.stages import CollectConfig
 from rlhf.data import sources
@@ -37,7 +37,7 @@ def needs(config: CollectConfig) -> Needs:
 def _settled_sampling(section: PolicySamplingSection, parents: Mapping[str, Manifest]) -> dict[str, Any]:
     """Two policies with equal weights may sample differently, so what they say is named, and not only whose it is."""
     own = policy_sampling.own(parents.get("policy"))
-    return {f"sampling.{key}": value for key, value in load.flatten(section.of(own.section)).items()}
+    return {f"sampling.{key}": value for key, value in keys.flatten(section.of(own.section)).items()}
 
 
 def parent(config: CollectConfig) -> str:
@@ -60,5 +60,5 @@ def assumed(config: CollectConfig, spec: Spec, read: Sequence[str]) -> list[str]
 
 STAGE = Stage(
     "collect", CollectConfig, "preferences", needs, "Rank a policy's own samples.",
-    memory=memory, parent=parent, assumed=assumed,
+    parent=parent, assumed=assumed,
 )  # fmt: skip

@@ -78,5 +78,5 @@ def judged_again(config: EvalRmConfig, manifest: Manifest) -> Manifest:
 
 STAGE = Stage(
     "eval-rm", EvalRmConfig, "examination", needs, "Examine a reward model.",
-    memory=memory, parent=parent, judged_again=judged_again,
+    parent=parent, judged_again=judged_again,
 )  # fmt: skip

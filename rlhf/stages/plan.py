@@ -180,12 +180,14 @@ def _spec(config: StageConfig, stage_id: str, path: Path, device: str) -> tuple[
         raise RlhfError(Problem("MOD051", "model", what, "count its weights and one micro-batch"))
     data: dict[str, Any] = {}
     assumed = []
-    for item in stage.needs(config).inputs:
+    needs = stage.needs(config)
+    for item in needs.inputs:
         try:
             data[item.key] = item.read(item.section, config.seed).records
         except RlhfError as error:
             assumed.append(f"{item.key} is not readable ({error.problems[0].code}): steps and rankings unknown")
-    found = stage.memory(config, Ground(origin, data, device, where))
+    assert needs.memory, "every stage's memory is predicted"
+    found = needs.memory(Ground(origin, data, device, where))
     return found, origin.said_by, [*assumed, *stage.assumed(config, found, list(data))]
 
 

@@ -121,5 +121,5 @@ def _only_stops(section: GuardSection) -> GuardSection:
 
 STAGE = Stage(
     "ppo", PpoConfig, "policy", needs, "PPO with a KL penalty against the SFT reference.",
-    memory=memory, parent=parent, assumed=assumed, gates=gates,
+    parent=parent, assumed=assumed, gates=gates,
 )  # fmt: skip

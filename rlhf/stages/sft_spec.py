@@ -77,5 +77,5 @@ def disk(
 
 STAGE = Stage(
     "sft", SftConfig, "policy", needs, "Supervised fine-tuning on demonstrations.",
-    memory=memory, origin=origin, gates=sft_gates.judge,
+    origin=origin, gates=sft_gates.judge,
 )  # fmt: skip

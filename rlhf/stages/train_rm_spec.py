@@ -25,17 +25,23 @@ def needs(config: RewardConfig) -> Needs:
     start = (Parent(START, config.init_from, ("reward",)),) if config.init_from else ()
     teachers = [Parent(f"teachers.{index}", run, ("reward",)) for index, run in enumerate(config.teachers)]
     rows = Rows(config.max_length, config.too_long == "truncate")
+    heads = rubric.heads_of(config)
     return Needs(
         parents=(Parent("policy", config.policy, ("policy",)), *start, *teachers),
-        inputs=(Input("data", config.data, labels.ForReward(config), rows),),
+        inputs=(Input("data", config.data, _reader(config, heads), rows),),
         members=config.members,
         directories=(("rubric", config.rubric),) if config.rubric else (),
         trains_whole=config.lora is None,
-        heads=tuple(rubric.heads_of(config)) or (COMBINED,),
+        heads=tuple(heads) or (COMBINED,),
         report_to=config.report_to,
         disk=partial(disk, config),
         memory=partial(memory, config),
     )
+
+
+def _reader(config: RewardConfig, heads: Mapping[str, float]) -> labels.ForReward:
+    annotators = config.hold_out_annotators or ()
+    return labels.ForReward(config.objective, config.combination, heads, config.consensus, annotators)
 
 
 def parent(config: RewardConfig) -> str:
@@ -90,5 +96,5 @@ def disk(
 
 STAGE = Stage(
     "train-rm", RewardConfig, "reward", needs, "Train a reward model on comparisons.",
-    memory=memory, parent=parent, assumed=assumed,
+    parent=parent, assumed=assumed,
 )  # fmt: skip
