@@ -64,15 +64,19 @@ class Optimizer:
         """
         norm = float(nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm))
         if not math.isfinite(norm):
-            self.adamw.zero_grad(set_to_none=True)
+            self.clear()
             what = f"gradient norm is {norm}; the step was not applied."
             raise RlhfError(Problem("GRD001", where, what, "a lower learning rate, or look at the rows of this step"))
         for group in self.adamw.param_groups:
             group["lr"] = self.learning_rate
         self.adamw.step()
-        self.adamw.zero_grad(set_to_none=True)
+        self.clear()
         self.step_count += 1
         return norm
+
+    def clear(self) -> None:
+        """Drop the gradients that have been accumulated; nothing is applied."""
+        self.adamw.zero_grad(set_to_none=True)
 
     def release(self) -> None:
         """Forget the moments: nothing more is learnt with them, and they take twice the memory of the weights."""

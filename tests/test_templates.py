@@ -233,7 +233,7 @@ class Says:
         self.ids, self.finished = ids, finished
 
     def generate(self, prompts, sampling, rows):
-        return Rollout([self.ids for _ in prompts], [self.finished for _ in prompts], 0)
+        return Rollout([self.ids for _ in prompts], [self.finished for _ in prompts])
 
 
 @pytest.mark.parametrize("name", sorted(THINKERS))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
@@ -117,6 +119,15 @@ class RewardSource(Section):
         """What it is called in logs and in the provenance of labels."""
         raise NotImplementedError
 
+    @property
+    def short_name(self) -> str:
+        """The end of its name, in characters that every tracker takes in the name of a metric."""
+        parts = [*self._short_parts(), *([self.head] if self.head else [])]
+        return re.sub(r"[^A-Za-z0-9_.-]+", "_", ".".join(parts))
+
+    def _short_parts(self) -> list[str]:
+        raise NotImplementedError
+
     def runs_below(self, key: str) -> dict[str, str]:
         """The reward runs that it names, by their places where the source stands at ``key``."""
         return {}
@@ -130,6 +141,10 @@ class RewardSource(Section):
     def compares(self) -> bool:
         """Whether members are compared with each other, and in differences to a reference."""
         return self.aggregate != "mean" and self.reference_samples > 0
+
+
+def _last_part(path: str) -> str:
+    return Path(path).name or Path(path).resolve().name
 
 
 CHECKED = (
@@ -154,6 +169,9 @@ class RunReward(RewardSource):
     def name(self) -> str:
         return self.run
 
+    def _short_parts(self) -> list[str]:
+        return [_last_part(self.run)]
+
     def runs_below(self, key: str) -> dict[str, str]:
         return {key: self.run}
 
@@ -167,6 +185,9 @@ class EnsembleReward(RewardSource):
     @property
     def name(self) -> str:
         return " + ".join(self.runs)
+
+    def _short_parts(self) -> list[str]:
+        return [_last_part(run) for run in self.runs]
 
     def runs_below(self, key: str) -> dict[str, str]:
         return {f"{key}.runs.{index}": run for index, run in enumerate(self.runs)}
@@ -182,6 +203,9 @@ class ModelReward(RewardSource):
     def name(self) -> str:
         return self.model.path
 
+    def _short_parts(self) -> list[str]:
+        return [_last_part(self.model.path)]
+
 
 class FunctionReward(RewardSource):
     """A Python function."""
@@ -194,6 +218,9 @@ class FunctionReward(RewardSource):
     def name(self) -> str:
         return self.function
 
+    def _short_parts(self) -> list[str]:
+        return [self.function.replace(":", ".")]
+
 
 class ServiceReward(RewardSource):
     """A reward over HTTP."""
@@ -205,6 +232,9 @@ class ServiceReward(RewardSource):
     @property
     def name(self) -> str:
         return self.url
+
+    def _short_parts(self) -> list[str]:
+        return [urlsplit(self.url).netloc + urlsplit(self.url).path.rstrip("/")]
 
     def _mistake(self) -> str | None:
         wrong = wrong_url(self.url)
@@ -248,6 +278,15 @@ AnyReward = Annotated[
     _WithSchemaOfBase(),
 ]
 """A source as a config names it: by one of its five keys."""
+
+
+def term_names(sources: Sequence[RewardSource]) -> list[str]:
+    """Short names of the terms of a reward, no two alike: where two would be, each ends with its place in the list."""
+    names = [source.short_name for source in sources]
+    numbered = [f"{name}.{index}" if names.count(name) > 1 else name for index, name in enumerate(names)]
+    if len(set(numbered)) == len(numbered):
+        return numbered
+    return [f"{name}.{index}" for index, name in enumerate(names)]
 
 
 def wrong_url(url: str) -> str | None:

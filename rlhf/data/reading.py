@@ -16,7 +16,7 @@ from rlhf.data.rows import UNCOMPARED, BadLine, CutOff, EndOfReading, MissingFie
 from rlhf.errors import Problem, RlhfError
 from rlhf.findings import Findings
 
-OF_ATTRIBUTES = ("ratings", "attributes")
+NO_TURNS = ("ratings", "attributes", "provenance")
 TURN_KEYS = {"role", "content", "from", "value"}
 FIX, OR_DROP = "fix the row, or remove it", "; on_bad_row: drop leaves it out"
 OTHER_NAMES = "columns maps other names: {ours: theirs}; form says which form the rows have"
@@ -88,7 +88,7 @@ class Reading:
     def _ignored(self, row: Mapping[str, Any], form: Form) -> None:
         self.ignored.update(row.keys() - set(form.fields))
         for name in form.fields:
-            if not isinstance(value := row.get(name), str) and name not in OF_ATTRIBUTES:
+            if not isinstance(value := row.get(name), str) and name not in NO_TURNS:
                 self.ignored.update(f"{name}[].{key}" for key in _extra_keys(value))
 
 

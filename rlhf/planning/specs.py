@@ -63,7 +63,7 @@ class Ground:
         """
         origin = self.origin
         shape = shapes.read(origin.source, self.where)
-        held = Numbers(WIDTH[origin.dtype], origin.quantize)
+        held = Numbers(WIDTH[origin.dtype], origin.quantize, self.device == "cuda")
         return Spec(
             stage, shape, held, origin.rank, origin.targets, origin.num_tokens, device=self.device,
             checkpointing=runtime.gradient_checkpointing,

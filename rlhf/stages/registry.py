@@ -57,7 +57,7 @@ _BY_CLASS = {stage.config_class: stage for stage in STAGES.values()}
 
 def stage_of(config: StageConfig) -> Stage:
     """The stage that a config is of."""
-    return _BY_CLASS[type(config)]
+    return next(_BY_CLASS[kind] for kind in type(config).__mro__ if kind in _BY_CLASS)
 
 
 DID_YOU_MEAN = "did you mean rlhf {kind} -c {path}?"
