@@ -84,7 +84,7 @@ def heads(sources: Mapping[str, RewardSource], parents: Mapping[str, Manifest]) 
         problem
         for key, source in sources.items()
         if source.head is not None
-        for place in (key, *(f"{key}.runs.{index}" for index in range(len(source.runs or ()))))
+        for place in source.runs_below(key)
         if place in parents
         for problem in missing_heads(f"{place}.head", parents[place], (source.head,))
     ]
@@ -101,7 +101,7 @@ def aggregates(sources: Mapping[str, RewardSource], parents: Mapping[str, Manife
     """CFG031 where the members of a reward run are to be aggregated, and it has one."""
     return [
         Problem(
-            "CFG031", f"{key}.aggregate", f"{source.aggregate} needs several members, and {source.run} has one.",
+            "CFG031", f"{key}.aggregate", f"{source.aggregate} needs several members, and {source.name} has one.",
             "a reward run with members: 3 or more, or runs: several of them",
         )
         for key, source in sources.items()

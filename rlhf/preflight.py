@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from rlhf import artifacts, examined, identity, installed, names, origins, resources, room, runs
 from rlhf.artifacts import Manifest
-from rlhf.config.rewards import ClassifierSection, RewardSource
-from rlhf.config.sections import DataSection, ModelSection
+from rlhf.config.sections import ModelSection
 from rlhf.config.stages import StageConfig
 from rlhf.data.records import count_shared_prompts
 from rlhf.data.settings import NOT_REACHED
@@ -19,6 +18,7 @@ from rlhf.demo import registry as demo
 from rlhf.errors import Problem, RlhfError
 from rlhf.findings import Findings
 from rlhf.identity import Identity
+from rlhf.needs import Input, Needs
 from rlhf.neighbours import Nearby, command
 from rlhf.planning.phases import Spec
 from rlhf.progress import waiting
@@ -26,44 +26,6 @@ from rlhf.progress import waiting
 MISSING = ("CKP001", "CKP002")
 TOO_MANY_DROPPED = "DAT020"
 DATA_FILES = (".jsonl", ".ndjson", ".json", ".gz", ".parquet", ".csv", ".tsv", ".txt", ".arrow", ".zst", ".zip")
-
-
-@dataclass(frozen=True)
-class Parent:
-    """A run that a stage is made from."""
-
-    key: str
-    run_dir: str
-    kinds: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Input:
-    """A data set that a stage reads, and the reader of its form."""
-
-    key: str
-    section: DataSection
-    read: Callable[[DataSection, int], Loaded]
-
-
-@dataclass(frozen=True)
-class Needs:
-    """All that a stage reads from outside its config.
-
-    Args:
-        settled: from the parents to the config keys, with their values, that the config leaves to them.
-    """
-
-    parents: tuple[Parent, ...] = ()
-    inputs: tuple[Input, ...] = ()
-    model: ModelSection | None = None
-    scorers: tuple[tuple[str, ClassifierSection], ...] = ()
-    directories: tuple[tuple[str, str], ...] = ()
-    rewards: Mapping[str, RewardSource] = field(default_factory=dict)
-    members: int = 1
-    trains_whole: bool = False
-    heads: tuple[str, ...] = ()
-    settled: Callable[[Mapping[str, Manifest]], Mapping[str, Any]] = lambda _: {}
 
 
 @dataclass(frozen=True)
@@ -138,14 +100,14 @@ def prepare(config: StageConfig, needs: Needs, parents_may_be_missing: bool = Fa
         nearby: configs around this one, by which a message can name the command that makes what is missing.
     """
     findings = Findings()
-    findings.extend(installed.missing_trackers(getattr(config, "report_to", None)))
+    findings.extend(installed.missing_trackers(needs.report_to))
     # Whether too many rows are dropped is judged by the manifest of a finished run, if that run is current.
     beyond = Findings() if artifacts.is_finished(Path(config.run_dir)) else findings
     data = _read_data(needs, config.seed, parents_may_be_missing, nearby, findings, beyond)
     parents = _read_parents(needs, parents_may_be_missing, nearby, findings)
     data |= _overlaps(data, parents)
     digests = _check_models(needs, parents, findings)
-    unnamed = examined.check(needs.rewards, parents, digests, findings, nearby)
+    unnamed = examined.check(examined.Rewards(needs.rewards, parents, digests), findings, nearby)
     findings.note(*dict.fromkeys(mark for manifest in parents.values() for mark in examined.marks(manifest)))
     more = {**_digests(data, parents, digests), **needs.settled(parents)}
     inputs = Identity({}) if findings.problems else identity.of(config, more)
@@ -153,7 +115,7 @@ def prepare(config: StageConfig, needs: Needs, parents_may_be_missing: bool = Fa
     too_many_dropped = () if beyond is findings else tuple(beyond.problems)
     if findings.problems or not _is_current(config.run_dir, inputs):
         findings.extend(too_many_dropped)
-        spec = _resources(config, needs, data, parents, findings)
+        spec = _resources(config.run_dir, needs, data, parents, findings)
         if not parents_may_be_missing:
             findings.extend(origins.not_reached([*needs.scorers, *_own_model(needs)], parents))
     findings.refuse()
@@ -267,14 +229,14 @@ def _overlaps(data: Mapping[str, Loaded], parents: Mapping[str, Manifest]) -> di
 
 
 def _resources(
-    config: StageConfig,
+    run_dir: str,
     needs: Needs,
     data: Mapping[str, Loaded],
     parents: Mapping[str, Manifest],
     findings: Findings,
 ) -> Spec | None:
     """Rights, disk and memory; what memory and time are predicted from."""
-    unwritable = resources.run_dir_problem(config.run_dir)
+    unwritable = resources.run_dir_problem(run_dir)
     findings.add(unwritable)
     base = _base_of(needs, parents)
     if base is None or len(parents) < len(needs.parents):
@@ -282,16 +244,14 @@ def _resources(
         why = "not predicted for a model from elsewhere" if needs.scorers and not needs.parents else why
         findings.not_checked(f"disk and memory: {why}")
         return None
-    source, where = base
-    return room.check(config, source, where, not needs.model, data, parents, unwritable is None, findings)
+    return room.check(needs, base, None if unwritable else run_dir, data, parents, findings)
 
 
-def _base_of(needs: Needs, parents: Mapping[str, Manifest]) -> tuple[str, str] | None:
-    """Source of the base, and the key that names it."""
+def _base_of(needs: Needs, parents: Mapping[str, Manifest]) -> room.NamedBase | None:
     if needs.model:
-        return needs.model.path, "model.path"
-    found = ((manifest.base.source, f"{key}: base") for key, manifest in parents.items() if manifest.base)
-    return next(found, None)
+        return room.NamedBase(needs.model.path, "model.path", is_checked=True)
+    bases = [(key, manifest.base.source) for key, manifest in parents.items() if manifest.base]
+    return room.NamedBase(bases[0][1], f"{bases[0][0]}: base", is_checked=False) if bases else None
 
 
 def _is_current(run_dir: str, inputs: Identity) -> bool:

@@ -7,13 +7,13 @@ import random
 
 import numpy
 import pytest
+import tiny
 import torch
 
 from rlhf import artifacts, examined
 from rlhf.artifacts import Manifest
 from rlhf.commands import verdict as verdict_command
 from rlhf.config.examination import Bound, ProbesSection, ThresholdSection
-from rlhf.config.rewards import RewardSource
 from rlhf.config.sections import DataSection
 from rlhf.data import benchmarks as data_benchmarks
 from rlhf.data import sources
@@ -378,8 +378,8 @@ def made(kind, **changes):
 def looked_at(source, examination=None, run=None, digests=None):
     parents = {"rewards.0": run or made("reward"), **({"rewards.0.examination": examination} if examination else {})}
     findings = Findings()
-    rewards = {"rewards.0": RewardSource.model_validate(source)}
-    examined.check(rewards, parents, digests or {}, findings, tuple)
+    rewards = examined.Rewards({"rewards.0": tiny.reward(source)}, parents, digests or {})
+    examined.check(rewards, findings, tuple)
     return findings.notes, findings.problems, findings.unchecked
 
 
@@ -418,7 +418,7 @@ def test_a_model_from_elsewhere_is_known_by_its_files_and_its_label():
 def test_an_examination_belongs_to_a_run_or_a_model():
     for wrong in ({"function": "a:b", "examination": "runs/e"}, {"run": "r", "accept": "failed"}):
         with pytest.raises(ValueError, match="examin"):
-            RewardSource.model_validate(wrong)
+            tiny.reward(wrong)
     assert looked_at({"function": "a:b"}) == ([], [], [])
 
 

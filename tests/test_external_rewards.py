@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from rlhf import artifacts
-from rlhf.config.rewards import ClassifierSection, RewardSource
+from rlhf.config.rewards import ClassifierSection, RunReward
 from rlhf.config.sections import ModelSection
 from rlhf.data.records import Message
 from rlhf.errors import RlhfError
@@ -30,7 +30,7 @@ from rlhf.models.roles import SharedBase
 from rlhf.scoring.rerendered import Rerendered
 from rlhf.scoring.scorer import Sample, Scores, StandardisedScorer
 from rlhf.scoring.shared import SharedScorer
-from rlhf.scoring.sources import add_reward, open_classifier, open_source
+from rlhf.scoring.sources import Host, add_reward, open_classifier, open_source
 from rlhf.stages.export import export
 
 CPU = torch.device("cpu")
@@ -204,8 +204,8 @@ def test_a_reward_run_on_another_base_reads_the_text_in_tokens_of_its_own(tmp_pa
     run, inner, chat = reward_run(tmp_path)
     policy = base(tmp_path / "policy", "llama")
     shared = SharedBase(policy)
-    source = RewardSource(run=str(run))
-    scorer = open_source(source, "reward/0", artifacts.read(run), policy, shared, 2)
+    source = RunReward(run=str(run))
+    scorer = open_source(source, "reward/0", artifacts.read(run), Host(policy, shared, 2))
     assert isinstance(scorer, Rerendered) and "reward/0" not in shared.slots
     own = []
     for one in SAMPLES:
@@ -224,7 +224,7 @@ def test_a_reward_run_on_the_policys_base_becomes_one_of_its_roles(tmp_path):
     run, _, _ = reward_run(tmp_path)
     policy = base(tmp_path / "other", "qwen2")
     shared = SharedBase(policy)
-    scorer = open_source(RewardSource(run=str(run)), "reward/0", artifacts.read(run), policy, shared, 2)
+    scorer = open_source(RunReward(run=str(run)), "reward/0", artifacts.read(run), Host(policy, shared, 2))
     assert isinstance(scorer, SharedScorer) and "reward/0" in shared.slots
 
 

@@ -15,7 +15,7 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from rlhf import artifacts, gates, held_out, missing_ends, resources
+from rlhf import artifacts, held_out, missing_ends, resources
 from rlhf.artifacts import Manifest
 from rlhf.config.ppo import MissingEosSection
 from rlhf.config.stages import HeldOutSection, SftConfig
@@ -34,7 +34,7 @@ from rlhf.reward.learner import Learner
 from rlhf.reward.several import Heads
 from rlhf.reward.teacher import Teacher
 from rlhf.stages import plan as planning
-from rlhf.stages import sft_outcome
+from rlhf.stages import sft_outcome, sft_spec
 
 SFT = {
     "model": {"path": "m"}, "data": {"path": "rows.jsonl"}, "max_length": 64, "steps": 8, "holdout_fraction": 0.2,
@@ -249,7 +249,7 @@ def manifest_of(rate=1.0, start=2.0, end=1.0, **details):
 
 def judged(manifest, **settings):
     config = SftConfig.model_validate({"data": {"path": "x"}, "steps": 3, **settings})
-    return gates.judge(config, manifest)
+    return sft_spec.STAGE.gates(config, manifest)
 
 
 def test_an_improvement_is_judged_from_the_manifest_against_what_training_started_from():
@@ -359,7 +359,7 @@ def test_the_best_weights_and_the_measurements_are_planned_for(home):
     wanted = {"last": adapter + 2 * 3 * adapter, "best": adapter + 2 * (3 + 1) * adapter}
     for use, kept in wanted.items():
         config = SftConfig.model_validate({**common, **every, "use": use})
-        assert resources.written(config, tensors, {}, 0) == resources.Written(3 * adapter, kept)
+        assert sft_spec.STAGE.needs(config).disk(tensors, {}, 0) == resources.Written(3 * adapter, kept)
     Path("sft.yaml").write_text(yaml.safe_dump({**SFT, "evaluation": {"every": 3}, "run_dir": "r"}))
     found = planning.plan(Path("sft.yaml"), "sft", [], planning.Device(flops="1e9", bandwidth="1e9"))
     spec, _, _ = planning._spec(

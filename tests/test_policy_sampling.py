@@ -19,7 +19,8 @@ from rlhf.config import load
 from rlhf.config.sections import PolicySamplingSection, SamplingSection
 from rlhf.config.stages import CollectConfig
 from rlhf.errors import RlhfError
-from rlhf.planning import specs
+from rlhf.planning.specs import Ground
+from rlhf.stages import ancestry
 from rlhf.stages.registry import STAGES
 
 PROMPTS = [f"where is chair {n} ?" for n in range(12)]
@@ -213,7 +214,8 @@ def test_what_is_planned_for_collect_is_as_long_as_the_policy_is_sampled(world, 
 
     def planned(policy, sampling=""):
         config = load.load_text(CollectConfig, f"policy: {policy}\nprompts: {{path: d}}\n{sampling}", "c.yaml")
-        return specs.spec(config, specs.find(policy, tmp_path), {}, "cpu", "base").response
+        ground = Ground(ancestry.find(policy, tmp_path), {}, "cpu", "base")
+        return STAGES["collect"].needs(config).memory(ground).response
 
     assert (planned("runs/a"), planned("runs/b"), planned(str(world / "runs/short"))) == (24, 48, 4)
     assert planned("runs/b", "sampling: {max_new_tokens: 7}\n") == 7

@@ -37,7 +37,8 @@ LAYERS = [
     ["planning.shape"],
     ["planning"],
     ["resources", "missing_ends"],
-    ["room", "origins", "examined", "gates"],
+    ["needs"],
+    ["room", "origins", "examined"],
     ["preflight"],
     ["ppo.tensors", "ppo.objective", "metrics", "reward"],
     [
@@ -56,7 +57,7 @@ LAYERS = [
         "reward.outcome", "reward.objective", "reward.combining", "reward.contradicted", "reward.annotators",
         "reward.starts", "reward.length", "reward.teacher", "reward.learner",
     ],
-    ["start", "settling"],
+    ["start"],
     ["stages"],
     ["commands"],
     ["cli"],

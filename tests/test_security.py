@@ -572,8 +572,9 @@ def test_the_estimate_covers_what_a_chain_wrote_and_is_not_far_above(chain, monk
     monkeypatch.chdir(chain)
     for stage in ("sft", "train-rm", "ppo"):
         config = load.load(STAGES[stage].config_class, Path(f"{stage}.yaml"))
-        parents = {parent.key: artifacts.read(parent.run_dir) for parent in STAGES[stage].needs(config).parents}
-        need = resources.written(config, model_files.read(Path("model"), ""), parents, 40)
+        needs = STAGES[stage].needs(config)
+        parents = {parent.key: artifacts.read(parent.run_dir) for parent in needs.parents}
+        need = needs.disk(model_files.read(Path("model"), ""), parents, 40)
         tensors = [
             size for path, size in files_of(Path("runs") / stage).items()
             if path.suffix == ".safetensors" and "tokenizer" not in path.parts
@@ -622,7 +623,8 @@ def test_exactly_enough_is_enough(tmp_path, monkeypatch):
     config = SftConfig.model_validate({"data": {"path": "x"}, "steps": 10, "save_every": 2})
     tensors = {"model.layers.0.q.weight": model_files.StoredTensor("F32", (10, 20), 800)}
     adapter = 4 * 16 * 30
-    assert resources.written(config, tensors, {}, 0) == resources.Written(3 * adapter, adapter + 2 * 3 * adapter)
+    written = STAGES["sft"].needs(config).disk(tensors, {}, 0)
+    assert written == resources.Written(3 * adapter, adapter + 2 * 3 * adapter)
 
 
 def test_what_is_not_known_is_said_and_not_guessed(tmp_path, monkeypatch):

@@ -28,7 +28,8 @@ from rlhf.data.tokenised import PromptRow
 from rlhf.errors import RlhfError
 from rlhf.evaluation.policy import respond
 from rlhf.models import opening
-from rlhf.preflight import Needs, Plan
+from rlhf.needs import Needs
+from rlhf.preflight import Plan
 from rlhf.rollouts.engine import Rollout, Sampling
 from rlhf.stages.registry import STAGES
 from rlhf.stages.starting import Ready, Start

@@ -166,6 +166,11 @@ class GuardSection(Section):
         default_factory=lambda: Limit(warn=0.5, stop=None), description="above: share of clipped tokens in an update"
     )
 
+    @property
+    def limits(self) -> dict[str, Limit]:
+        """Figure -> its limit."""
+        return {name: value for name, value in self if isinstance(value, Limit)}
+
 
 class EvaluationSection(Section):
     """Measuring on held-out prompts during PPO."""

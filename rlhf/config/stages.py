@@ -19,7 +19,7 @@ from rlhf.config.ppo import (
     PromptsSection,
     ValueSection,
 )
-from rlhf.config.rewards import ClassifierSection, RewardSource
+from rlhf.config.rewards import AnyReward, ClassifierSection, FunctionReward, RunReward
 from rlhf.config.sections import (
     GATE,
     BatchSection,
@@ -178,8 +178,8 @@ class CollectConfig(StageConfig):
     prompts: DataSection = Field(description="prompts to answer")
     samples_per_prompt: Annotated[int, Field(ge=2)] = Field(4, description="responses a prompt")
     sampling: PolicySamplingSection = Field(default_factory=PolicySamplingSection)
-    labeller: RewardSource = Field(
-        default_factory=lambda: RewardSource(function="rlhf.demo.gold:noisy_reward"),
+    labeller: AnyReward = Field(
+        default_factory=lambda: FunctionReward(function="rlhf.demo.gold:noisy_reward"),
         description="what ranks the responses: the higher its number, the better; equal numbers are ties",
     )
 
@@ -192,13 +192,17 @@ class CollectConfig(StageConfig):
         return self
 
 
+def _default_rewards() -> list[AnyReward]:
+    return [RunReward(run="runs/train-rm")]
+
+
 class PpoConfig(StageConfig):
     """PPO with a per-token KL penalty against the SFT reference."""
 
     run_dir: Text = "runs/ppo"
     policy: Text = Field("runs/sft", description="SFT run: the policy's start and the KL reference")
-    rewards: Annotated[list[RewardSource], Field(min_length=1)] = Field(
-        default_factory=lambda: [RewardSource(run="runs/train-rm")], description="weighted sum of reward terms"
+    rewards: Annotated[list[AnyReward], Field(min_length=1)] = Field(
+        default_factory=_default_rewards, description="weighted sum of reward terms"
     )
     lora: RoleLoraSection | None = Field(
         default_factory=RoleLoraSection,

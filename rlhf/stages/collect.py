@@ -21,7 +21,7 @@ from rlhf.preflight import Plan
 from rlhf.rollouts.opening import open_engine
 from rlhf.runs import Run
 from rlhf.scoring.scorer import Sample
-from rlhf.scoring.sources import open_source
+from rlhf.scoring.sources import Host, open_source
 from rlhf.stages.registry import STAGES
 
 log = logging.getLogger("rlhf")
@@ -44,7 +44,8 @@ def run(config: CollectConfig, plan: Plan, run: Run) -> Manifest:
     engine = open_engine(roles, "policy", base.chat, sampling)
     compared = measure.sampling_of(sampling, runtime.derived_seed(config.seed, "collect", "references"))
     answer = measure.answering(engine, base.chat, compared)
-    labeller = open_source(config.labeller, "labeller", parent, base, roles, sampling.concurrency, answer)
+    host = Host(base, roles, sampling.concurrency, answer=answer)
+    labeller = open_source(config.labeller, "labeller", parent, host)
     repeated = [prompt for prompt in prompts for _ in range(config.samples_per_prompt)]
     seed = runtime.derived_seed(config.seed, "collect")
     samples = measure.respond(engine, base.chat, repeated, measure.sampling_of(sampling, seed))

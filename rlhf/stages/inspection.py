@@ -13,7 +13,6 @@ from rlhf.artifacts import Manifest
 from rlhf.config import load, migrate, reference, rubric, yaml_reader
 from rlhf.config.migration import Migration
 from rlhf.config.sections import DataSection
-from rlhf.config.stages import PipelineConfig
 from rlhf.data import sources
 from rlhf.data.deep import FIXES
 from rlhf.demo import registry as demo
@@ -63,7 +62,7 @@ def _check_file(
 ) -> tuple[dict[str, Any], Checked | None]:  # fmt: skip
     config = open_config(kind, path, overrides, "--stage {kind}")
     result: dict[str, Any] = {"config": str(path), "stage": kind}
-    if isinstance(config, PipelineConfig):
+    if kind == "pipeline":
         return result | {"steps": [step.model_dump() for step in config.stages]}, None
     if kind not in STAGES:
         return result, None
@@ -83,12 +82,12 @@ def _check_file(
 def _add_rows(result: dict[str, Any], checked: Checked, count: int) -> None:
     """The first rows of each data set: as the model will see them, or as text where no tokenizer can be had."""
     found = reading.of(checked)
-    if found.model is None:
+    if not found.is_known:
         result["rows_shown"] = f"as text, without tokens: {found.note}"
         shown = rows_as_text.rows(checked, count)
     else:
         result["rows_shown"] = f"with {found.note}" if found.note else "as the model reads them"
-        shown = progress.load("rlhf.stages.showing").rows(checked, count, found.model)
+        shown = progress.load("rlhf.stages.showing").rows(checked, count, found)
     for key, rows in shown.items():
         result["data"][key]["shown"] = rows
 

@@ -14,10 +14,11 @@ from rlhf import artifacts, examined, interrupts, masking, progress
 from rlhf.config import yaml_reader
 from rlhf.errors import Problem, RlhfError
 from rlhf.findings import Findings
+from rlhf.needs import Needs
 from rlhf.neighbours import Nearby, command
-from rlhf.preflight import Needs
 from rlhf.stages import starting
-from rlhf.stages.registry import STAGES, Stage, around, open_config
+from rlhf.stages.base import Stage
+from rlhf.stages.registry import STAGES, around, open_config
 from rlhf.stages.starting import Ready
 
 log = logging.getLogger("rlhf")

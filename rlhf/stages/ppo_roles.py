@@ -25,7 +25,7 @@ from rlhf.ppo.value_role import ValueRole, ValueSettings
 from rlhf.preflight import Plan
 from rlhf.rollouts.hf import HfEngine
 from rlhf.scoring.scorer import Scorer, StandardisedScorer, WeightedScorer
-from rlhf.scoring.sources import is_on, open_source
+from rlhf.scoring.sources import Host, is_on, open_source
 from rlhf.stages.registry import STAGES
 
 log = logging.getLogger("rlhf")
@@ -65,11 +65,9 @@ def _open_rewards(config: PpoConfig, plan: Plan, shared: SharedBase) -> Rewards:
     answer = measure.answering(HfEngine(shared, "reference", base.chat, config.sampling.concurrency), base.chat, how)
     terms: list[tuple[Scorer, float]] = []
     standards: list[Standard] = []
+    host = Host(base, shared, batch.micro_batch_size, batch.micro_batch_tokens, answer)
     for index, source in enumerate(config.rewards):
-        parent = plan.parents.get(f"rewards.{index}")
-        scorer = open_source(
-            source, f"reward/{index}", parent, base, shared, batch.micro_batch_size, answer, batch.micro_batch_tokens
-        )
+        scorer = open_source(source, f"reward/{index}", plan.parents.get(f"rewards.{index}"), host)
         if source.standardise_samples:
             scorer = StandardisedScorer(scorer)
             standards.append(Standard(source.name, source.standardise_samples, scorer))

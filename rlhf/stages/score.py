@@ -106,7 +106,6 @@ def _of_run(
     name: str, given: Sequence[Given], device: torch.device, micro_batch_size: int
 ) -> tuple[list[Sample], Scorer]:
     source = examined.source_of(name)
-    assert source.run
     manifest = artifacts.read(source.run, "reward")
     known = examined.length_calibration(name) if source.length_calibration else None
     base = opening.reopen_base(manifest, device)

@@ -1,4 +1,4 @@
-"""Gates: whether what a finished run measured is within the bounds of its config. From the manifest alone, no model."""
+"""Whether what a finished SFT run measured is within the bounds of its config. From the manifest alone, no model."""
 
 from __future__ import annotations
 
@@ -8,16 +8,12 @@ from typing import Any
 
 from rlhf import missing_ends
 from rlhf.artifacts import Manifest
-from rlhf.config.stages import SftConfig, StageConfig
+from rlhf.config.stages import SftConfig
 from rlhf.errors import Problem
 
 
-def judge(config: StageConfig, manifest: Manifest) -> list[Problem]:
-    """Every gate of the run's stage that its figures do not pass. A failed gate leaves the run standing."""
-    return _sft(config, manifest) if isinstance(config, SftConfig) else []
-
-
-def _sft(config: SftConfig, manifest: Manifest) -> list[Problem]:
+def judge(config: SftConfig, manifest: Manifest) -> list[Problem]:
+    """Every gate that the run's figures do not pass. A failed gate leaves the run standing."""
     problems = []
     rate = float(manifest.metrics["eval/end_token_rate"])
     if not rate >= missing_ends.least_end_rate(config, manifest.details.get("ending", {})):
