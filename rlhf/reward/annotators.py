@@ -11,6 +11,7 @@ import numpy
 from rlhf import artifacts, storage
 from rlhf.config.train_rm import RewardConfig
 from rlhf.data import fitting, tokenised
+from rlhf.data.batches import PassSize
 from rlhf.data.consensus import Annotated
 from rlhf.data.dropped import DroppedRows
 from rlhf.data.fitting import Limit
@@ -72,7 +73,8 @@ def _accuracies(
     groups, _ = tokenised.groups(fitting.without_special(records, chat, dropped), chat, limit, dropped)
     if dropped.total:
         log.info("Annotators' accuracy: %s.", dropped.sentence())
-    scorer = outcome.scorer(roles, slots, config.batch.micro_batch_size, config.batch.micro_batch_tokens)
+    size = PassSize(config.batch.micro_batch_size, config.batch.micro_batch_tokens)
+    scorer = outcome.scorer(roles, slots, size)
     pairs = examine.compare(scorer, groups)
     right, held_out = examine.right(pairs), [name for name, row in report["annotators"].items() if row["held_out"]]
     found: dict[str | None, dict[str, Any]] = {}

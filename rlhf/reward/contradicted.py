@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rlhf import artifacts, storage
 from rlhf.config.train_rm import RewardConfig
+from rlhf.data.batches import PassSize
 from rlhf.data.tokenised import Group
 from rlhf.models.roles import Roles
 from rlhf.reward.training import rows_of
@@ -89,5 +90,5 @@ def _scores(config: RewardConfig, roles: Roles, slot: str, groups: Sequence[Grou
         for group in groups
         for text, ids in zip(group.record.responses, group.responses, strict=True)
     ]
-    limits = config.batch.micro_batch_size, True, config.batch.micro_batch_tokens
-    return SharedScorer(roles, slot, *limits).score(samples)
+    size = PassSize(config.batch.micro_batch_size, config.batch.micro_batch_tokens)
+    return SharedScorer(roles, slot, size, raw=True).score(samples)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rlhf import runtime
 from rlhf.config.train_rm import RewardConfig
+from rlhf.data.batches import PassSize
 from rlhf.data.tokenised import Group, PromptRow
 from rlhf.errors import Problem, RlhfError
 from rlhf.evaluation import heads
@@ -36,9 +37,9 @@ log = logging.getLogger("rlhf")
 SMALL_SCALE = 0.1
 
 
-def scorer(roles: Roles, slots: Sequence[str], micro_batch_size: int, max_tokens: int | None) -> Scorer:
+def scorer(roles: Roles, slots: Sequence[str], size: PassSize) -> Scorer:
     """Raw scores of the reward role, or the mean of several."""
-    found = [SharedScorer(roles, slot, micro_batch_size, True, max_tokens) for slot in slots]
+    found = [SharedScorer(roles, slot, size, raw=True) for slot in slots]
     return found[0] if len(found) == 1 else EnsembleScorer(found)
 
 
@@ -47,7 +48,7 @@ def held_out(
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Figures on held-out prompts; of an ensemble those of its mean, and what is to be told of its members. Where a
     share of the data is trained on, each comparison's outcome is written too."""
-    kept = together.Kept(scorer(roles, slots, config.batch.micro_batch_size, config.batch.micro_batch_tokens))
+    kept = together.Kept(scorer(roles, slots, PassSize(config.batch.micro_batch_size, config.batch.micro_batch_tokens)))
     pairs, members = together.compare(kept, groups)
     labelled = _of_labels(kept, groups)
     if config.train_fraction is not None:
@@ -154,8 +155,8 @@ def standardise(
 
 def _raw(config: RewardConfig, roles: Roles, slot: str, samples: Sequence[Sample]) -> Scores:
     """The head's shift is 0 and its scale 1 so far."""
-    limits = config.batch.micro_batch_size, False, config.batch.micro_batch_tokens
-    return SharedScorer(roles, slot, *limits).score(samples)
+    size = PassSize(config.batch.micro_batch_size, config.batch.micro_batch_tokens)
+    return SharedScorer(roles, slot, size).score(samples)
 
 
 def _rows_of_heads(found: Sequence[Scores]) -> list[dict[str, list[float]]]:

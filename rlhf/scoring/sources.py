@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from rlhf import artifacts
 from rlhf.artifacts import Manifest
 from rlhf.config.rewards import ClassifierSection, RewardSource
+from rlhf.data.batches import PassSize
 from rlhf.examined import LengthCalibration, length_calibration
 from rlhf.models import classifier, opening
 from rlhf.models.base import Base
@@ -29,19 +31,60 @@ from rlhf.scoring.shared import SharedScorer
 log = logging.getLogger("rlhf")
 
 
+@dataclass(frozen=True)
+class _RunReader:
+    """How the members of reward runs are read.
+
+    Args:
+        base: the policy's; shared: its roles, where a run may be one more of them.
+        raw, head: as ``SharedScorer``.
+        calibration: what is taken off for length, from scores that are not raw.
+    """
+
+    base: Base
+    shared: SharedBase | None
+    size: PassSize
+    raw: bool = False
+    head: str | None = None
+    calibration: LengthCalibration | None = None
+
+    def members(self, run: str, slot: str, manifest: Manifest) -> list[Scorer]:
+        """The members of a run, on the policy's base where they were made on it. The same for length is taken off each,
+        in tokens of the run's base: what an aggregate of them gives changes by just that."""
+        if self.shared is not None and is_on(manifest, self.base):
+            return self.on(self.shared, run, slot)
+        own = opening.reopen_base(manifest, self.base.device)
+        log.info("%s is on a base of its own (%s), which is loaded as well.", run, own.source)
+        return [Rerendered(member, own.chat, run) for member in self.on(SharedBase(own), run, slot)]
+
+    def on(self, roles: SharedBase, run: str, slot: str) -> list[Scorer]:
+        """The members of a run as roles on the base that they were made on."""
+        members = artifacts.members_of(run)
+        names = slot_names(slot, len(members))
+        for name, member in zip(names, members, strict=True):
+            add_reward(roles, name, member)
+        scorers = [SharedScorer(roles, name, self.size, self.raw, self.head) for name in names]
+        return [LengthCorrected(scorer, self.calibration) if self.calibration else scorer for scorer in scorers]
+
+
 def open_source(
-    source: RewardSource, slot: str, manifest: Manifest | None, base: Base, shared: SharedBase | None,
-    micro_batch_size: int, answer: Answer | None = None, max_tokens: int | None = None,
-) -> Scorer:  # fmt: skip
+    source: RewardSource,
+    slot: str,
+    manifest: Manifest | None,
+    base: Base,
+    shared: SharedBase | None,
+    size: PassSize,
+    answer: Answer | None = None,
+) -> Scorer:
     """What scores for one term of a reward.
 
     Args:
         slot: name of the role that a reward run becomes; of an ensemble's members its beginning.
         manifest: of the reward run, where the source is one.
         base: the policy's; shared: its roles, where the run may be one more of them. A run on another base, a model
-            from elsewhere and a run beside roles that share nothing are loaded as models of their own.
+            from elsewhere and a run next to roles that share nothing are loaded as models of their own.
+        size: of the forward passes; a model from elsewhere has no limit on tokens.
         answer: samples the reference policy, for an ensemble whose members are compared in differences.
-        max_tokens: of a forward pass of a reward run; None: no limit beside ``micro_batch_size``.
     """
     if source.function:
         return FunctionScorer(source.function)
@@ -49,27 +92,17 @@ def open_source(
         return ServiceScorer(source.url)
     known = length_calibration(source.length_calibration) if source.length_calibration else None
     if source.model:
-        scorer = open_classifier(source.model, base.device, micro_batch_size)
+        scorer = open_classifier(source.model, base.device, size.rows)
         return LengthCorrected(scorer, known, scorer.tokens_read) if known else scorer
+    reader = _RunReader(base, shared, size, head=source.head, calibration=known)
     if source.run:
         assert manifest
-        members = _members(
-            source.run, slot, manifest, base, shared, micro_batch_size, max_tokens, False, source.head, known
-        )
+        members = reader.members(source.run, slot, manifest)
     else:
         members = [
             member
             for index, run in enumerate(source.runs or ())
-            for member in _members(
-                run,
-                f"{slot}/{index}",
-                artifacts.read(run, "reward"),
-                base,
-                shared,
-                micro_batch_size,
-                max_tokens,
-                head=source.head,
-            )
+            for member in reader.members(run, f"{slot}/{index}", artifacts.read(run, "reward"))
         ]
     if len(members) == 1:
         assert source.aggregate == "mean", "checked before any weight is loaded"
@@ -79,9 +112,13 @@ def open_source(
 
 
 def open_run(
-    run_dir: str, roles: SharedBase, micro_batch_size: int, raw: bool = False, head: str | None = None,
+    run_dir: str,
+    roles: SharedBase,
+    size: PassSize,
+    raw: bool = False,
+    head: str | None = None,
     calibration: LengthCalibration | None = None,
-) -> Scorer:  # fmt: skip
+) -> Scorer:
     """What scores for a finished reward run, on the base of ``roles``; of an ensemble the mean of its members.
 
     Args:
@@ -89,23 +126,21 @@ def open_run(
         calibration: what is taken off for length, from scores that are not raw.
     """
     assert not (raw and calibration)
-    members = _corrected(_add_members(roles, "reward", run_dir, micro_batch_size, raw, head=head), calibration)
+    members = _RunReader(roles.base, roles, size, raw, head, calibration).on(roles, run_dir, "reward")
     return members[0] if len(members) == 1 else EnsembleScorer(members)
 
 
-def open_runs(
-    runs: Sequence[str], manifests: Sequence[Manifest], roles: SharedBase, micro_batch_size: int
-) -> EnsembleScorer:
+def open_runs(runs: Sequence[str], manifests: Sequence[Manifest], roles: SharedBase, size: PassSize) -> EnsembleScorer:
     """The raw scores of several reward runs' members, and their mean.
 
     Args:
         roles: on the first run's base; a run on another one has a model of its own.
     """
-    return EnsembleScorer([
-        member
-        for index, (run, manifest) in enumerate(zip(runs, manifests, strict=True))
-        for member in _members(run, f"runs/{index}", manifest, roles.base, roles, micro_batch_size, None, raw=True)
-    ])  # fmt: skip
+    reader = _RunReader(roles.base, roles, size, raw=True)
+    named = enumerate(zip(runs, manifests, strict=True))
+    return EnsembleScorer(
+        [member for index, (run, manifest) in named for member in reader.members(run, f"runs/{index}", manifest)]
+    )
 
 
 def heads(runs: Sequence[str]) -> list[Path]:
@@ -122,36 +157,6 @@ def member_names(runs: Sequence[str]) -> list[str]:
 def slot_names(slot: str, count: int) -> list[str]:
     """What the roles of a reward run's members are called."""
     return [slot] if count == 1 else [f"{slot}/{index}" for index in range(count)]
-
-
-def _members(
-    run: str, slot: str, manifest: Manifest, base: Base, shared: SharedBase | None, micro_batch_size: int,
-    max_tokens: int | None, raw: bool = False, head: str | None = None, calibration: LengthCalibration | None = None,
-) -> list[Scorer]:  # fmt: skip
-    """The members of a run, on the policy's base where they were made on it. The same for length is taken off each, in
-    tokens of the run's base: what an aggregate of them gives changes by just that."""
-    if shared is not None and is_on(manifest, base):
-        members = _add_members(shared, slot, run, micro_batch_size, raw, max_tokens, head)
-        return _corrected(members, calibration)
-    own = opening.reopen_base(manifest, base.device)
-    log.info("%s is on a base of its own (%s), which is loaded as well.", run, own.source)
-    found = _corrected(_add_members(SharedBase(own), slot, run, micro_batch_size, raw, max_tokens, head), calibration)
-    return [Rerendered(member, own.chat, run) for member in found]
-
-
-def _corrected(members: Sequence[Scorer], calibration: LengthCalibration | None) -> list[Scorer]:
-    return [LengthCorrected(member, calibration) for member in members] if calibration else list(members)
-
-
-def _add_members(
-    roles: SharedBase, slot: str, run_dir: str, micro_batch_size: int, raw: bool = False,
-    max_tokens: int | None = None, head: str | None = None,
-) -> list[SharedScorer]:  # fmt: skip
-    members = artifacts.members_of(run_dir)
-    names = slot_names(slot, len(members))
-    for name, member in zip(names, members, strict=True):
-        add_reward(roles, name, member)
-    return [SharedScorer(roles, name, micro_batch_size, raw, max_tokens, head) for name in names]
 
 
 def open_classifier(section: ClassifierSection, device: torch.device, micro_batch_size: int) -> ClassifierScorer:

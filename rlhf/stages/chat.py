@@ -13,6 +13,7 @@ import typer
 from rlhf import artifacts, examined, interrupts, runtime
 from rlhf.config.rewards import RewardSource
 from rlhf.config.sections import RuntimeSection
+from rlhf.data.batches import PassSize
 from rlhf.data.records import Message, Messages
 from rlhf.data.tokenised import PromptRow
 from rlhf.errors import RlhfError
@@ -95,10 +96,10 @@ def _answer(base: Base, roles: SharedBase, asked: Messages, how: Sampling) -> Sa
 def _scorer(reward: str, base: Base, roles: SharedBase) -> Scorer:
     if not is_run(reward):
         source = RewardSource.model_validate({"model": {"path": reward}})
-        return open_source(source, "reward", None, base, roles, 1)
+        return open_source(source, "reward", None, base, roles, PassSize(1))
     source = examined.source_of(reward)
     assert source.run
-    return open_source(source, "reward", artifacts.read(source.run), base, roles, 1)
+    return open_source(source, "reward", artifacts.read(source.run), base, roles, PassSize(1))
 
 
 def _remarks(sample: Sample, scorer: Scorer | None) -> str:
