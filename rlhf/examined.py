@@ -12,6 +12,7 @@ from rlhf import artifacts
 from rlhf.artifacts import Manifest
 from rlhf.config.rewards import RewardSource
 from rlhf.errors import Problem, RlhfError
+from rlhf.findings import Findings
 from rlhf.neighbours import Nearby
 
 FAIL = "fail"
@@ -65,46 +66,48 @@ def source_of(run_dir: str) -> RewardSource:
     assert source.run
     reward = artifacts.read(source.run, "reward", where=run_dir)
     artifacts.verify(Path(source.run), reward)
-    if other := _of_another("reward", source, manifest, {"reward": reward}, {}, [], run_dir):
+    if other := _of_another("reward", source, manifest, {"reward": reward}, {}, Findings(), run_dir):
         raise RlhfError(other)
     length_calibration(run_dir)
     return source
 
 
 def check(
-    rewards: Mapping[str, RewardSource], parents: Mapping[str, Manifest], digests: Mapping[str, str | None],
-    problems: list[Problem], unchecked: list[str], nearby: Nearby,
-) -> tuple[list[str], dict[str, dict[str, Manifest]]]:  # fmt: skip
-    """Warnings, and the examinations that no config names. An examination of something else, and one that failed, goes
-    to ``problems``.
+    rewards: Mapping[str, RewardSource],
+    parents: Mapping[str, Manifest],
+    digests: Mapping[str, str | None],
+    findings: Findings,
+    nearby: Nearby,
+) -> dict[str, dict[str, Manifest]]:
+    """The examinations that no config names. An examination of something else, and one that failed, is a problem; a
+    reward that was not examined, or not with success, a note.
 
     Args:
         rewards: by their key; ``parents`` has runs and examinations (KEY.examination), ``digests`` models (KEY.model).
         nearby: configs of which some may make an examination.
     """
     unnamed = _unnamed(rewards, parents, digests, nearby)
-    warnings = _unexamined({key: one for key, one in rewards.items() if key not in unnamed})
-    warnings += [
-        f"{key} ({rewards[key].name}) was examined in {run_dir} ({_verdict(manifest)}), and this config does not name "
-        + (f"that: {key}.examination: {run_dir} makes it count" if key.startswith("rewards.") else "it")
-        for key, found in unnamed.items()
-        for run_dir, manifest in found.items()
-    ]
+    findings.note(*_unexamined({key: one for key, one in rewards.items() if key not in unnamed}))
+    findings.note(
+        *(
+            f"{key} ({rewards[key].name}) was examined in {run_dir} ({_verdict(manifest)}), and this config does not "
+            + (f"name that: {key}.examination: {run_dir} makes it count" if key.startswith("rewards.") else "name it")
+            for key, found in unnamed.items()
+            for run_dir, manifest in found.items()
+        )
+    )
     for key, source in rewards.items():
         if manifest := parents.get(f"{key}.examination"):
             place = f"{key}.examination: {source.examination}"
-            other = _of_another(key, source, manifest, parents, digests, unchecked, place)
-            problems += [other] if other else _failed(key, source, manifest, warnings)
+            other = _of_another(key, source, manifest, parents, digests, findings, place)
+            findings.add(other or _failed(key, source, manifest, findings))
         if manifest := parents.get(f"{key}.length_calibration"):
             assert source.length_calibration
             place = f"{key}.length_calibration: {source.length_calibration}"
-            other = _of_another(key, source, manifest, parents, digests, unchecked, place)
-            problems += [other] if other else []
-            try:
+            findings.add(_of_another(key, source, manifest, parents, digests, findings, place))
+            with findings.gathering():
                 length_calibration(source.length_calibration)
-            except RlhfError as error:
-                problems += error.problems
-    return warnings, unnamed
+    return unnamed
 
 
 def accepted(rewards: Mapping[str, RewardSource], parents: Mapping[str, Manifest], run_dir: str) -> list[Mark]:
@@ -193,7 +196,7 @@ def _is_of(
 
 def _of_another(
     key: str, source: RewardSource, manifest: Manifest, parents: Mapping[str, Manifest],
-    digests: Mapping[str, str | None], unchecked: list[str], place: str,
+    digests: Mapping[str, str | None], findings: Findings, place: str,
 ) -> Problem | None:  # fmt: skip
     fix = "examine this one with rlhf eval-rm, and name that run"
     if _is_of(key, source, manifest, parents, digests) or (source.run and key not in parents):
@@ -206,7 +209,7 @@ def _of_another(
         return Problem("CKP011", place, f"is of another reward model ({found}) than {source.run} as it is now.", fix)
     assert source.model
     if digests.get(f"{key}.model") is None:
-        unchecked.append(f"{place}: whether it is of {source.model.path}, which is not a local directory")
+        findings.not_checked(f"{place}: whether it is of {source.model.path}, which is not a local directory")
         return None
     return Problem("CKP011", place, f"is of another model than {source.model.path} as it is now.", fix)
 
@@ -221,20 +224,20 @@ def failure(key: str, reward: str, run_dir: str, manifest: Manifest) -> Problem:
     return Problem("GRD030", f"{key}.examination: {run_dir}", what, fix)
 
 
-def _failed(key: str, source: RewardSource, manifest: Manifest, warnings: list[str]) -> list[Problem]:
+def _failed(key: str, source: RewardSource, manifest: Manifest, findings: Findings) -> Problem | None:
     assert source.examination
     place = f"{key}.examination: {source.examination}"
     verdict = manifest.details.get("verdict")
     if verdict is None:
         what = "has no verdict: it is of a benchmark, or was made before there were verdicts."
-        return [Problem("CKP003", place, what, "an examination on comparisons")]
+        return Problem("CKP003", place, what, "an examination on comparisons")
     if verdict == FAIL and not source.accept:
-        return [failure(key, source.name, source.examination, manifest)]
+        return failure(key, source.name, source.examination, manifest)
     if verdict == FAIL:
-        warnings.append(f"{place}: accepted though it failed, {', '.join(manifest.details.get('failed', []))}")
+        findings.note(f"{place}: accepted though it failed, {', '.join(manifest.details.get('failed', []))}")
     elif verdict != "pass":
-        warnings.append(f"{place}: {verdict}")
-    return []
+        findings.note(f"{place}: {verdict}")
+    return None
 
 
 def _verdict(manifest: Manifest) -> str:

@@ -22,6 +22,7 @@ from rlhf.data.rows import RowError
 from rlhf.data.tokenised import Group
 from rlhf.errors import RlhfError
 from rlhf.evaluation import benchmarking, figures, probes, probing, reward, verdicts
+from rlhf.findings import Findings
 from rlhf.metrics import benchmarks, calibration, correlation, curve, intervals, pairs
 from rlhf.scoring.scorer import Scores
 
@@ -376,10 +377,10 @@ def made(kind, **changes):
 
 def looked_at(source, examination=None, run=None, digests=None):
     parents = {"rewards.0": run or made("reward"), **({"rewards.0.examination": examination} if examination else {})}
-    problems, unchecked = [], []
+    findings = Findings()
     rewards = {"rewards.0": RewardSource.model_validate(source)}
-    warnings, _ = examined.check(rewards, parents, digests or {}, problems, unchecked, tuple)
-    return warnings, problems, unchecked
+    examined.check(rewards, parents, digests or {}, findings, tuple)
+    return findings.notes, findings.problems, findings.unchecked
 
 
 def test_ppo_asks_for_the_examination_of_that_very_reward_model():

@@ -20,8 +20,8 @@ from rlhf.identity import Identity
 ROOT = Path(__file__).parents[1]
 LAYERS = [
     ["errors", "masking", "bars"],
-    ["progress"],
-    ["storage", "names", "installed", "neighbours", "connection"],
+    ["progress", "findings"],
+    ["storage", "names", "installed", "neighbours", "connection", "config.recorded"],
     ["artifacts", "data.thinking"],
     ["config", "data.records"],
     ["demo", "identity"],
@@ -36,7 +36,7 @@ LAYERS = [
     ["model_files", "policy_sampling"],
     ["planning.shape"],
     ["planning"],
-    ["resources"],
+    ["resources", "missing_ends"],
     ["room", "origins", "examined", "gates"],
     ["preflight"],
     ["ppo.tensors", "ppo.objective", "metrics", "reward"],

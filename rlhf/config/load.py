@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from rlhf import artifacts, masking
-from rlhf.config import fields, foreign, yaml_reader
+from rlhf import masking
+from rlhf.config import fields, foreign, recorded, yaml_reader
 from rlhf.config.sections import Section
 from rlhf.errors import Problem, RlhfError
 
@@ -52,7 +52,7 @@ def load(config_class: type[Config], path: Path | None, overrides: Sequence[str]
             stands in it, and without the secret.
     """
     value, places = yaml_reader.read_file(path) if path else ({}, {})
-    if path and artifacts.is_recorded_config(path):
+    if path and recorded.is_recorded(path):
         value = fields.update(config_class, value)
     return _settled(config_class, value, places, str(path) if path else "config", overrides)
 

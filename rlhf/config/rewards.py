@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
@@ -112,6 +115,27 @@ class RewardSource(Section):
         """What it is called in logs and in the provenance of labels."""
         named = self.model.path if self.model else " + ".join(self.runs or ())
         return self.run or self.function or self.url or named
+
+    @property
+    def short_name(self) -> str:
+        """The end of its name, in characters that every tracker takes in the name of a metric."""
+        if self.url:
+            parts = [urlsplit(self.url).netloc + urlsplit(self.url).path.rstrip("/")]
+        elif self.function:
+            parts = [self.function.replace(":", ".")]
+        else:
+            paths = [self.model.path] if self.model else [self.run] if self.run else self.runs or []
+            parts = [Path(path).name or Path(path).resolve().name for path in paths]
+        return re.sub(r"[^A-Za-z0-9_.-]+", "_", ".".join([*parts, *([self.head] if self.head else [])]))
+
+
+def term_names(sources: Sequence[RewardSource]) -> list[str]:
+    """Short names of the terms of a reward, no two alike: where two would be, each ends with its place in the list."""
+    names = [source.short_name for source in sources]
+    numbered = [f"{name}.{index}" if names.count(name) > 1 else name for index, name in enumerate(names)]
+    if len(set(numbered)) == len(numbered):
+        return numbered
+    return [f"{name}.{index}" for index, name in enumerate(names)]
 
 
 def wrong_url(url: str) -> str | None:

@@ -104,7 +104,11 @@ class SftConfig(StageConfig, TrainedForAWhile, LongRows):
     model: ModelSection = Field(default_factory=ModelSection)
     data: DataSection = Field(description="demonstrations")
     loss_on: Literal["all_turns", "last_turn"] = Field("all_turns", description="assistant turns that carry loss")
-    packing: bool = Field(False, description="several rows in one sequence, without padding between them")
+    packing: bool = Field(
+        False,
+        description="several rows in one sequence, without padding between them; a model that needs a mask to keep "
+        "them apart takes one such sequence a forward pass",
+    )
     group_by_length: bool = Field(False, description="batches of rows of like length: less padding, less mixing")
     lora: LoraSection | None = Field(
         default_factory=LoraSection, description="adapter that is trained; null: every weight of the model is"
@@ -118,8 +122,11 @@ class SftConfig(StageConfig, TrainedForAWhile, LongRows):
         default_factory=SamplingSection, description="how responses are sampled to measure the end-token rate"
     )
     end_token_samples: Count = Field(128, description="held-out prompts sampled to measure the end-token rate")
-    min_end_token_rate: Fraction = Field(
-        0.9, json_schema_extra=GATE, description="fewer responses that end by themselves is an error"
+    min_end_token_rate: Fraction | None = Field(
+        0.9,
+        json_schema_extra=GATE,
+        description="fewer responses that end by themselves is an error; null: 0.9 of the share of the training "
+        "answers that fit sampling.max_new_tokens, less two standard deviations of the samples; 0.5 with steps: 0",
     )
     evaluation: HeldOutSection = Field(default_factory=HeldOutSection)
     use: Literal["best", "last"] = Field(

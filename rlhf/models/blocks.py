@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention, silu
 
-from rlhf.models import fused_lora
+from rlhf.models import fused_lora, grouped
 from rlhf.models.fused_lora import Adapted
 
 KINDS = ("Llama", "Mistral", "Qwen2", "Qwen3")
@@ -88,7 +88,7 @@ def _attended(
     projected = _apply(NormedProducts, (x, norm.weight, norm.variance_epsilon), layers)
     q, k, v = heads(own, projected, cos, sin)
     dropout = own.attention_dropout if block.training else 0.0
-    settings = {"is_causal": True, "dropout_p": dropout, "scale": own.scaling, "enable_gqa": q.shape[1] != k.shape[1]}
+    settings = {"is_causal": True, "dropout_p": dropout, "scale": own.scaling}
     parts = zip(*(part.split(lengths) for part in (q, k, v)), strict=True)
     return torch.cat([_attention(*part, **settings) for part in parts]).flatten(1)
 
@@ -109,7 +109,9 @@ def heads(own: Any, projected: Sequence[Tensor], cos: Tensor, sin: Tensor) -> tu
 def _attention(q: Tensor, k: Tensor, v: Tensor, **settings: Any) -> Tensor:
     """[S, heads, D] of one sequence."""
     q, k, v = (part.transpose(0, 1)[None] for part in (q, k, v))
-    return scaled_dot_product_attention(q, k, v, **settings)[0].transpose(0, 1)
+    k, v = grouped.every_head(q, k, v)
+    shares = q.shape[1] != k.shape[1]
+    return scaled_dot_product_attention(q, k, v, enable_gqa=shares, **settings)[0].transpose(0, 1)
 
 
 def _apply(node: Any, arguments: Sequence[Any], layers: Sequence[Adapted]) -> Any:

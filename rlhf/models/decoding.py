@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from rlhf.models import fused_lora, logits, thin, trained_rows
+from rlhf.models import fused_lora, grouped, logits, thin, trained_rows
 from rlhf.models.blocks import Layers, heads, rms_norm
 from rlhf.models.fused_lora import Adapted
 
@@ -181,7 +180,7 @@ def _attended(
     q, k, v = (rows.padded(part).transpose(1, 2) for part in heads(own, projected, cos, sin))
     if cache is not None:
         k, v = cache.update(k, v, own.layer_idx)
-    mixed = sdpa_attention_forward(own, q, k, v, mask, scaling=own.scaling)[0]
+    mixed = grouped.sdpa(own, q, k, v, mask, scaling=own.scaling)[0]
     return rows.real(mixed.flatten(2).flatten(0, 1))
 
 

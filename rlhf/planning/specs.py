@@ -141,7 +141,7 @@ def spec(config: StageConfig, origin: Origin, data: Mapping[str, Sequence[Any]],
         what = "may be on several bases, whose memory together is not predicted."
         raise RlhfError(Problem("MOD051", "runs", what, "plan with reward: one of them, and add the weights"))
     shape = shapes.read(origin.source, where)
-    held = Numbers(WIDTH[origin.dtype], origin.quantize)
+    held = Numbers(WIDTH[origin.dtype], origin.quantize, device == "cuda")
     common = Spec(
         _stage(config), shape, held, origin.rank, origin.targets, origin.num_tokens, device=device,
         checkpointing=config.runtime.gradient_checkpointing,

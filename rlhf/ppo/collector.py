@@ -78,6 +78,7 @@ class Collector:
             outcomes=targets.outcomes(rewards, mask),
             states=states,
             disagreement=judged.disagreement,
+            terms=judged.terms,
             **figures,
         )
 

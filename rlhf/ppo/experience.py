@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -54,6 +54,7 @@ class Experience:
         states: what the critic read: rows of a micro-batch, and the hidden states [n, d] before their response tokens;
             empty without a critic.
         disagreement: [B] of an ensemble's members that are compared in differences.
+        terms: name -> [B] of each term of the score as it enters the sum, before the missing-EOS rule.
     """
 
     samples: list[Sample]
@@ -70,6 +71,7 @@ class Experience:
     exact_kl: Tensor | None = None
     states: Sequence[tuple[list[int], Tensor]] = ()
     disagreement: Tensor | None = None
+    terms: Mapping[str, Tensor] = field(default_factory=dict)
 
     def sequences(self, rows: Sequence[int], pad_id: int, device: torch.device) -> Sequences:
         """The token ids of some rows, padded only as far as these need."""
@@ -100,6 +102,7 @@ class Experience:
         return {
             "rollout/score": float(self.scores.double().mean()),
             "rollout/score_std": float(self.scores.double().std(correction=0)),
+            **{f"rollout/score/{name}": float(term.double().mean()) for name, term in self.terms.items()},
             "rollout/entropy_nats": float(tensors.masked_mean(self.entropy, self.mask)),
             "rollout/response_tokens": float(lengths.mean()),
             "rollout/end_token_rate": sum(finished) / len(finished),

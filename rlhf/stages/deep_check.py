@@ -31,7 +31,8 @@ def add_findings(results: Sequence[dict[str, Any]], checked: Sequence[Checked | 
     for result, one in zip(results, checked, strict=True):
         if one is None:
             continue
-        chat = _chat(one, result["not_checked"])
+        chat, note = _chat(one)
+        result["not_checked"] += [note] if note else []
         for key, loaded in one.plan.data.items():
             found = deep.look(loaded.records, loaded.source)
             if chat:
@@ -45,16 +46,14 @@ def add_findings(results: Sequence[dict[str, Any]], checked: Sequence[Checked | 
             result["data"][key]["found"] = [asdict(entry) | {"level": entry.level} for entry in found]
 
 
-def _chat(one: Checked, unchecked: list[str]) -> ChatFormat | None:
-    """The tokenizer that the stage reads with, where it can be had."""
+def _chat(one: Checked) -> tuple[ChatFormat | None, str]:
+    """The tokenizer that the stage reads with, where it can be had; else why not."""
     found = reading.of(one)
     if found.model is None:
-        unchecked.append(f"tokens: {found.note}")
-        return None
+        return None, f"tokens: {found.note}"
     if not isinstance(found.model, ModelSection):
-        unchecked.append("tokens: a model from elsewhere reads through its own template")
-        return None
-    return opening.open_chat(found.model)
+        return None, "tokens: a model from elsewhere reads through its own template"
+    return opening.open_chat(found.model), ""
 
 
 def _in_tokens(one: Checked, key: str, chat: ChatFormat) -> Iterator[Finding]:

@@ -13,6 +13,7 @@ from rlhf import artifacts, progress, resources
 from rlhf.config.stages import SftConfig, StageConfig
 from rlhf.config.train_rm import RewardConfig
 from rlhf.errors import Problem, RlhfError
+from rlhf.findings import Findings
 from rlhf.planning import advice, clock, phases, specs
 from rlhf.planning.clock import Speed
 from rlhf.planning.phases import PARTS, Spec
@@ -41,29 +42,26 @@ def plans(files: Sequence[Path], stage: str | None, overrides: Sequence[str], de
     Raises:
         RlhfError: as ``kinds_of`` and ``plan``.
     """
-    problems: list[Problem] = []
+    findings = Findings()
     found: dict[tuple[Path, str], dict[str, Any]] = {}
-    for path, kind in _stages_of(kinds_of(files, stage, problems), problems):
-        try:
+    for path, kind in _stages_of(kinds_of(files, stage, findings), findings):
+        with findings.gathering():
             if (path, kind) not in found:
                 found[path, kind] = plan(path, kind, overrides, device)
-        except RlhfError as error:
-            problems += error.problems
-    if problems:
-        raise RlhfError(*dict.fromkeys(problems))
+    if findings.problems:
+        raise RlhfError(*dict.fromkeys(findings.problems))
     return list(found.values())
 
 
-def _stages_of(kinds: Sequence[tuple[Path, str]], problems: list[Problem]) -> Iterator[tuple[Path, str]]:
+def _stages_of(kinds: Sequence[tuple[Path, str]], findings: Findings) -> Iterator[tuple[Path, str]]:
     """Each stage's config; that of a pipeline gives those of its steps, and a rubric none."""
     for path, kind in kinds:
         if kind in STAGES:
             yield path, kind
         elif kind == "pipeline":
-            try:
-                yield from ((Path(step.config), step.stage) for step in open_config(kind, path).stages)
-            except RlhfError as error:
-                problems += error.problems
+            with findings.gathering():
+                steps = open_config(kind, path).stages
+                yield from ((Path(step.config), step.stage) for step in steps)
         else:
             log.warning("Left out: %s: a %s config has no memory to plan.", path, kind)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from rlhf import artifacts, interrupts, runtime, storage
+from rlhf import artifacts, interrupts, missing_ends, runtime, storage
 from rlhf.algorithms.base import algorithm_of
 from rlhf.artifacts import Manifest
 from rlhf.checkpoints import BEST
@@ -78,7 +78,14 @@ def dry_run(config: PpoConfig, plan: Plan) -> list[str]:
         f"{len(train)} prompts to train on, {len(held_out)} to evaluate on.",
         f"{config.steps} steps of {batch.batch_size} responses, {updates} optimizer steps each.",
         f"at most {config.steps * batch.batch_size * config.sampling.max_new_tokens:,} tokens to sample.",
+        *filter(None, [_what_is_cut(config, plan)[0]]),
     ]
+
+
+def _what_is_cut(config: PpoConfig, plan: Plan) -> tuple[str, bool]:
+    return missing_ends.what_is_cut(
+        plan.parents["policy"], config.policy, config.missing_eos, config.sampling.max_new_tokens
+    )
 
 
 def _set_up(config: PpoConfig, plan: Plan, run: Run) -> Training:
@@ -88,6 +95,9 @@ def _set_up(config: PpoConfig, plan: Plan, run: Run) -> Training:
     train, held_out, report = _prompts(config, plan, base.chat)
     for line in (report.sentence("Prompts"), *plan.dropped_lines()):
         log.info(line)
+    said, is_warning = _what_is_cut(config, plan)
+    if said:
+        log.log(logging.WARNING if is_warning else logging.INFO, said)
     roles, rewards = ppo_roles.open_roles(config, plan, base)
     critic = ppo_roles.open_critic(config, plan, base, roles)
     if config.runtime.gradient_checkpointing:

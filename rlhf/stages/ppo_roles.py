@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from rlhf import artifacts, runtime
 from rlhf.artifacts import Manifest
+from rlhf.config.rewards import term_names
 from rlhf.config.stages import PpoConfig
 from rlhf.data.batches import PassSize
 from rlhf.evaluation import policy as measure
@@ -72,7 +73,7 @@ def _open_rewards(config: PpoConfig, plan: Plan, shared: SharedBase) -> Rewards:
             scorer = StandardisedScorer(scorer)
             standards.append(Standard(source.name, source.standardise_samples, scorer))
         terms.append((scorer, source.weight))
-    return Rewards(WeightedScorer(terms), standards)
+    return Rewards(WeightedScorer(terms, term_names(config.rewards)), standards)
 
 
 def open_critic(config: PpoConfig, plan: Plan, base: Base, roles: Roles) -> Critic:

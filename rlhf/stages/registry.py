@@ -19,6 +19,7 @@ from rlhf.config.stages import StageConfig
 from rlhf.config.train_rm import COMBINED, RewardConfig
 from rlhf.data import labels, sources
 from rlhf.errors import Problem, RlhfError
+from rlhf.findings import Findings
 from rlhf.neighbours import Nearby, Neighbour
 from rlhf.origins import START
 from rlhf.preflight import Input, Needs, Parent
@@ -185,12 +186,12 @@ def open_config(kind: str, path: Path, overrides: Sequence[str] = (), fix: str =
     return recognition.load_as(kind, path, overrides, KINDS, fix)
 
 
-def kinds_of(files: Sequence[Path], stage: str | None, problems: list[Problem]) -> list[tuple[Path, str]]:
+def kinds_of(files: Sequence[Path], stage: str | None, findings: Findings) -> list[tuple[Path, str]]:
     """Each file with the kind of config that it is; without files, all of configs/.
 
     Args:
         stage: whose configs they are; None: what their names or else their keys say.
-        problems: gets what is wrong with a file's kind.
+        findings: get what is wrong with a file's kind.
 
     Raises:
         RlhfError: CFG001 where no file is named and configs/ has none.
@@ -206,10 +207,10 @@ def kinds_of(files: Sequence[Path], stage: str | None, problems: list[Problem]) 
             found.append((path, stage or recognition.kind_of(path, KINDS, "--stage")))
         except RlhfError as error:
             if files:
-                problems += error.problems
+                findings.extend(error.problems)
             else:
                 log.warning("Left out: %s: %s", path, error.problems[0].what)
-    if not found and not problems:
+    if not found and not findings.problems:
         raise RlhfError(Problem("CFG001", "configs/", "no config here that is known.", "name a file"))
     return found
 

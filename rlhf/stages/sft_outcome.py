@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from rlhf import artifacts, runtime
+from rlhf import artifacts, missing_ends, runtime
 from rlhf.artifacts import BaseIdentity
 from rlhf.config.stages import SftConfig
 from rlhf.data import tokenised
@@ -112,7 +112,7 @@ def measure(config: SftConfig, device: torch.device, rows: HeldOutRows, answers:
     )  # fmt: skip
     new_tokens = config.sampling.max_new_tokens
     ending = stopping.figures(base, trained_tokens(config, base), samples, answers, new_tokens)
-    if rate < config.min_end_token_rate and config.lora and config.steps != 0:
+    if rate < missing_ends.least_end_rate(config, ending) and config.lora and config.steps != 0:
         ending["base_end_token_rate"] = _end_rate(_respond(config, roles, "base", rows.prompts))
     metrics = {
         "eval/base_loss": losses["base"], "eval/start_loss": losses["start"], "eval/loss": loss,

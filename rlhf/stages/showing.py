@@ -13,7 +13,8 @@ from rlhf.config.sections import ModelSection
 from rlhf.config.stages import LongRows, SftConfig
 from rlhf.data.chat import ChatFormat
 from rlhf.data.records import Demonstration, Prompt
-from rlhf.errors import Problem, RlhfError
+from rlhf.errors import RlhfError
+from rlhf.findings import Findings
 from rlhf.models import opening
 from rlhf.models.classifier import Reader, open_reader
 from rlhf.preflight import Checked
@@ -32,7 +33,7 @@ def rows(checked: Checked, count: int, model: ModelSection | ClassifierSection) 
         RlhfError: what the chat format refuses, by row.
     """
     chat = open_reader(model) if isinstance(model, ClassifierSection) else opening.open_chat(model)
-    problems: list[Problem] = []
+    findings = Findings()
     found: dict[str, list[Row]] = {}
     sections = {item.key: item.section for item in checked.needs.inputs}
     for key, loaded in checked.plan.data.items():
@@ -45,11 +46,10 @@ def rows(checked: Checked, count: int, model: ModelSection | ClassifierSection) 
                     said = f"{error.problems[0].what[:-1]}: the row is dropped"
                     found[key].append({"where": record.where, "about": said, "parts": []})
                 else:
-                    problems += [
+                    findings.extend(
                         replace(problem, where=f"{record.where} ({problem.where})") for problem in error.problems
-                    ]
-    if problems:
-        raise RlhfError(*problems)
+                    )
+    findings.refuse()
     return found
 
 

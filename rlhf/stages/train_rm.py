@@ -21,7 +21,7 @@ from rlhf.data import fitting, tokenised
 from rlhf.data.fitting import Limit
 from rlhf.data.records import Prompt, first_share, prompt_key, split_by_prompt
 from rlhf.data.tokenised import Group, PromptRow
-from rlhf.held_out import HeldOut, curves_of, state_of
+from rlhf.held_out import METRIC, HeldOut, curves_of, state_of
 from rlhf.models import opening
 from rlhf.models.base import Base
 from rlhf.models.first_step import FirstStep
@@ -76,7 +76,7 @@ def run(config: RewardConfig, plan: Plan, run: Run) -> Manifest:
     watch.restore()
     if curves:
         with waiting("Drawing the held-out loss"):
-            importlib.import_module("rlhf.evaluation.plots").held_out(run.path, watch.best_points())
+            importlib.import_module("rlhf.evaluation.plots").held_out(run.path, METRIC, watch.best_points())
 
     combined = combining.combine(config, heads, roles, slots, base, rows.fitted) if heads else {}
     metrics, of_members = _measured(config, plan, base, roles, slots, rows, taught, run)
