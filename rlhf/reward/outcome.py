@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rlhf import runtime
 from rlhf.config.sections import RewardBatchSection, SamplingSection
+from rlhf.data.batches import PassSize
 from rlhf.data.tokenised import Group, PromptRow
 from rlhf.errors import Problem, RlhfError
 from rlhf.evaluation import heads
@@ -56,7 +57,8 @@ class RewardRoles:
         return self._scorer(slot, raw).score(samples)
 
     def _scorer(self, slot: str, raw: bool) -> SharedScorer:
-        return SharedScorer(self.roles, slot, self.batch.micro_batch_size, raw, self.batch.micro_batch_tokens)
+        size = PassSize(self.batch.micro_batch_size, self.batch.micro_batch_tokens)
+        return SharedScorer(self.roles, slot, size, raw)
 
 
 def held_out(
