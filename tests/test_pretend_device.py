@@ -17,7 +17,7 @@ from rlhf.config.stages import PpoConfig
 from rlhf.data.records import Message
 from rlhf.data.tokenised import PromptRow
 from rlhf.evaluation.policy import answering, sampling_of
-from rlhf.models.base import load_base
+from rlhf.models.base import Loading, load_base
 from rlhf.models.heads import ScalarHead
 from rlhf.models.roles import SharedBase
 from rlhf.optimizer import Optimizer
@@ -58,7 +58,7 @@ class World:
         kind = {**PLAIN, **kind}
         torch.manual_seed(7)
         self.config = PpoConfig.model_validate(CONFIG)
-        self.base = load_base(str(directory), device=device)
+        self.base = load_base(str(directory), Loading(device=device))
         if kind["double"]:
             exact(self.base.model)
         self.base.model.tie_weights()
@@ -157,7 +157,7 @@ def test_a_resumed_run_goes_on_as_the_uninterrupted_one(directory, device, tmp_p
 
 
 # Two blocks, LoRA on all of their linear layers; measured on torch 2.13. A figure that falls is a new ceiling.
-LAUNCHES_A_TOKEN, WAITS_IN_33_TOKENS, UPLOADS_IN_33_TOKENS = 149, 75, 41
+LAUNCHES_A_TOKEN, WAITS_IN_33_TOKENS, UPLOADS_A_ROLLOUT = 103, 3, 6
 LAUNCHES_A_MICRO_BATCH, WAITS_A_MICRO_BATCH, UPLOADS_A_MICRO_BATCH = 560, 8.5, 7
 
 
@@ -178,7 +178,7 @@ def test_sampling_and_updating_launch_and_wait_no_more_than_they_did(directory, 
     print(f"of one token\n{one}\nof 33 tokens\n{many}\nof two micro-batches\n{updated}")
     assert (many.launches - one.launches).total() / 32 <= LAUNCHES_A_TOKEN
     assert many.waits.total() <= WAITS_IN_33_TOKENS
-    assert many.uploads.total() <= UPLOADS_IN_33_TOKENS
+    assert one.uploads.total() == many.uploads.total() <= UPLOADS_A_ROLLOUT
     assert updated.launches.total() / 2 <= LAUNCHES_A_MICRO_BATCH
     assert updated.waits.total() / 2 <= WAITS_A_MICRO_BATCH
     assert updated.uploads.total() / 2 <= UPLOADS_A_MICRO_BATCH
