@@ -11,7 +11,7 @@ best of n SFT answers by the same reward model (``rlhf rank``). Gold is vaderSen
 
 Resumable: what is finished is left alone. Ends with tables of what is there (``--report`` prints them alone) and
 OUT/report.json. ``--model`` is an instruct model of any size; what is asked of it was chosen for one of 135 M
-parameters, where a seed takes about half an hour on one core.
+parameters, where a seed takes half an hour to an hour on one core.
 """
 
 from __future__ import annotations
