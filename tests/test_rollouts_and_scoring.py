@@ -6,11 +6,12 @@ import dataclasses
 from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
 from test_decoding import Recorded
 from tiny import base, exact, lora, shake
 
-from rlhf.config.rewards import RewardSource, term_names
+from rlhf.config.rewards import term_names
 from rlhf.config.sections import SamplingSection
 from rlhf.data.batches import collate
 from rlhf.data.records import Message
@@ -269,7 +270,7 @@ def test_functions_are_scorers_and_sums_are_weighted():
      ([{"run": "rm", "head": "safe"}, {"run": "rm", "head": "helpful"}], ["rm.safe", "rm.helpful"])],
 )  # fmt: skip
 def test_no_two_terms_of_a_reward_share_a_name_in_the_metrics(sources, names):
-    assert term_names([RewardSource.model_validate(source) for source in sources]) == names
+    assert term_names([tiny.reward(source) for source in sources]) == names
 
 
 @pytest.mark.parametrize(
