@@ -47,6 +47,7 @@ class RewardSource(Section):
     """One term of the reward: exactly one of a reward run, several of them, a model from elsewhere, a function or
     a service."""
 
+    # Every kind has all keys, so that what is recorded of a run names them all. A kind narrows the key that names it.
     run: Text | None = Field(None, description="a finished reward run; on another base it is loaded beside the policy")
     runs: Annotated[list[Text], Field(min_length=2)] | None = Field(
         None, description="several reward runs, also on other bases, whose members are one ensemble"
