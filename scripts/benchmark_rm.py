@@ -52,7 +52,7 @@ def ours(size: str) -> dict[str, float]:
 
     from rlhf import runtime
     from rlhf.config.train_rm import RewardConfig
-    from rlhf.data.batches import DataOrder
+    from rlhf.data.batches import DataOrder, PassSize
     from rlhf.data.chat import ChatFormat
     from rlhf.data.records import Comparison, Judgement, Message
     from rlhf.data.tokenised import Group
@@ -62,7 +62,9 @@ def ours(size: str) -> dict[str, float]:
     from rlhf.optimizer import Optimizer
     from rlhf.reward.learner import Learner
     from rlhf.reward.length import LengthPenalty
+    from rlhf.reward.member_roles import MemberRoles
     from rlhf.reward.training import Member
+    from rlhf.stages.train_rm import objective_of
 
     config = RewardConfig.model_validate({"data": {"path": "x"}, "steps": 1, "batch": {"batch_size": PROMPTS}})
     device = runtime.set_up(config.runtime, 0)
@@ -77,7 +79,8 @@ def ours(size: str) -> dict[str, float]:
     member = Member("reward", [], 1, optimizer, DataOrder(1, 1, 0), LengthPenalty(0.0, []))
     pairs = tuple(Judgement(i, j, 1.0) for i, j in itertools.combinations(range(RANKED), 2))
     record = Comparison((Message("user", "x"),), ("",) * RANKED, pairs, "here")
-    learner, spent = Learner(config, base, roles), []
+    members = MemberRoles(roles, ["reward"], base, PassSize(config.batch.micro_batch_size))
+    learner, spent = Learner(members, objective_of(config, None, None)), []
     for step in range(STEPS[size] + 1):
         drawn = rankings(SIZES[size]["vocab_size"], PROMPTS)
         groups = [Group(prompt, responses, pairs, record) for prompt, responses in drawn]

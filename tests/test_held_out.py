@@ -20,6 +20,7 @@ from rlhf.artifacts import Manifest
 from rlhf.config.ppo import MissingEosSection
 from rlhf.config.stages import HeldOutSection, SftConfig
 from rlhf.config.train_rm import RewardConfig
+from rlhf.data.batches import PassSize
 from rlhf.data.records import Comparison, Judgement, Message, split_by_prompt
 from rlhf.data.sources import load_comparisons, load_demonstrations
 from rlhf.data.tokenised import Group
@@ -31,10 +32,12 @@ from rlhf.models.roles import SharedBase
 from rlhf.planning import clock
 from rlhf.planning.clock import Speed
 from rlhf.reward.learner import Learner
+from rlhf.reward.member_roles import MemberRoles
 from rlhf.reward.several import Heads
 from rlhf.reward.teacher import Teacher
 from rlhf.stages import plan as planning
 from rlhf.stages import sft_outcome
+from rlhf.stages.train_rm import objective_of
 
 SFT = {
     "model": {"path": "m"}, "data": {"path": "rows.jsonl"}, "max_length": 64, "steps": 8, "holdout_fraction": 0.2,
@@ -429,7 +432,7 @@ def test_the_held_out_loss_is_the_objective_without_what_is_not_about_labels(tmp
     if heads:
         overall = replace(groups[2].record, judgements=PAIR)
         groups[2] = replace(groups[2], judgements=PAIR, record=overall)
-    learner = Learner(config, base, roles, taught, heads)
+    learner = Learner(MemberRoles(roles, ["reward"], base, PassSize(2)), objective_of(config, taught, heads))
     measured = learner.measured(groups)
     assert len(measured) == (2 if heads else 3)
     losses = []

@@ -249,7 +249,9 @@ def test_the_comparisons_that_are_contradicted_most_are_held_against_members_tha
     config = load.load(RewardConfig, Path("two.yaml"))
     records = sources.load_comparisons(config.data).records
     train_records, _ = split_by_prompt(records, config.holdout_fraction, config.seed)
-    drawn = training.rows_of(config, [SimpleNamespace(record=record) for record in train_records])
+    drawn = training.rows_of(
+        [SimpleNamespace(record=record) for record in train_records], config.ensemble.data, 2, config.seed
+    )
     given = [{"prompt": r.prompt[0].content, "response": text} for r in records for text in r.responses]
     Path("each.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given))
     rlhf("score", ensemble, "--in", "each.jsonl", "--out", "each-scored.jsonl")

@@ -46,5 +46,8 @@ def mean_minus_variance(members: Tensor, references: Tensor, coef: float) -> Ten
 
 
 AGGREGATES = {
-    "mean": mean, "min": least, "mean_minus_std": mean_minus_std, "mean_minus_variance": mean_minus_variance,
-}  # fmt: skip
+    "mean": mean,
+    "min": least,
+    "mean_minus_std": mean_minus_std,
+    "mean_minus_variance": mean_minus_variance,
+}

@@ -12,30 +12,34 @@ import torch
 from torch import Tensor
 
 from rlhf import artifacts, storage
-from rlhf.config.train_rm import RewardConfig
-from rlhf.data.batches import PassSize
 from rlhf.data.tokenised import Group
-from rlhf.models.roles import Roles
-from rlhf.reward.training import rows_of
+from rlhf.reward.member_roles import MemberRoles
 from rlhf.runs import Run
-from rlhf.scoring.scorer import Sample, Scores
-from rlhf.scoring.shared import SharedScorer
+from rlhf.scoring.scorer import Sample
 
 log = logging.getLogger("rlhf")
 
 
 def write(
-    config: RewardConfig, roles: Roles, slots: Sequence[str], train: Sequence[Group], held_out: Sequence[Group],
+    members: MemberRoles,
+    train: Sequence[Group],
+    held_out: Sequence[Group],
+    trained_on: Sequence[Sequence[int]],
+    most: int,
     run: Run,
-) -> dict[str, float]:  # fmt: skip
-    """Write the ``config.contradicted`` judgements with the lowest difference, one a line; returns what was found.
+) -> dict[str, float]:
+    """Write the ``most`` judgements with the lowest difference, one a line; returns what was found.
 
     A judgement is held against the members that were not trained on its prompt; where there is none, against all, and
     ``seen`` says so.
+
+    Args:
+        trained_on: the rows of ``train`` that each member was trained on.
     """
     groups = [*train, *held_out]
-    seen = [set(rows) for rows in rows_of(config, train)]
-    scores = [_scores(config, roles, slot, groups) for slot in slots]
+    seen = [set(rows) for rows in trained_on]
+    samples = _samples(groups)
+    scores = [members.scores(slot, samples, raw=True) for slot in members.slots]
     found, start, num_judged = [], 0, 0
     for index, group in enumerate(groups):
         rows_here = slice(start, start + len(group.responses))
@@ -48,15 +52,18 @@ def write(
             values = own[:, unseen].mean(1) if unseen else own.mean(1)
             rows += contradictions(group, values, attribute)
         num_judged += sum(judgement.probability != 0.5 for judgement in group.judgements)
-        found += [{**row, "seen": not unseen, "members": len(unseen or slots)} for row in rows]
+        found += [{**row, "seen": not unseen, "members": len(unseen or members.slots)} for row in rows]
     found.sort(key=lambda row: row["difference"])
-    kept = found[: config.contradicted]
+    kept = found[:most]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
     storage.write_text(run.path / artifacts.CONTRADICTED, text)
     log.info(
-        "%d of %d comparisons are contradicted; the %d surest are in %s.", len(found), num_judged, len(kept),
+        "%d of %d comparisons are contradicted; the %d surest are in %s.",
+        len(found),
+        num_judged,
+        len(kept),
         artifacts.CONTRADICTED,
-    )  # fmt: skip
+    )
     return {"eval/contradicted": len(found), "eval/judged": num_judged}
 
 
@@ -75,20 +82,22 @@ def contradictions(group: Group, values: Tensor, attribute: str | None = None) -
             record = group.record
             found.append(
                 {
-                    "where": record.where, "difference": difference, "probability": 1 / (1 + math.exp(-difference)),
+                    "where": record.where,
+                    "difference": difference,
+                    "probability": 1 / (1 + math.exp(-difference)),
                     "prompt": [{"role": message.role, "content": message.content} for message in record.prompt],
-                    "preferred": record.responses[better], "other": record.responses[worse], **named,
+                    "preferred": record.responses[better],
+                    "other": record.responses[worse],
+                    **named,
                 }
-            )  # fmt: skip
+            )
     return found
 
 
-def _scores(config: RewardConfig, roles: Roles, slot: str, groups: Sequence[Group]) -> Scores:
-    """Raw scores of all responses of all groups, one after the other."""
-    samples = [
+def _samples(groups: Sequence[Group]) -> list[Sample]:
+    """All responses of all groups, one after the other."""
+    return [
         Sample(group.record.prompt, text, group.prompt_ids, ids, True, ids)
         for group in groups
         for text, ids in zip(group.record.responses, group.responses, strict=True)
     ]
-    size = PassSize(config.batch.micro_batch_size, config.batch.micro_batch_tokens)
-    return SharedScorer(roles, slot, size, raw=True).score(samples)

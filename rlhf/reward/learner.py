@@ -9,45 +9,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf.config.train_rm import RewardConfig
 from rlhf.data.batches import collate
 from rlhf.data.tokenised import Group
 from rlhf.errors import Problem, RlhfError
 from rlhf.models import forward
-from rlhf.models.base import Base
-from rlhf.models.roles import Roles
-from rlhf.reward import objective, training
-from rlhf.reward.several import Heads
-from rlhf.reward.teacher import Teacher
+from rlhf.reward.member_roles import MemberRoles
+from rlhf.reward.objective import Objective
 from rlhf.reward.training import Member
 
 
 @dataclass(frozen=True)
 class Learner:
-    """What every member of a run is trained with.
+    """What every member of a run is trained with."""
 
-    Args:
-        taught: what teachers gave to the responses; None: the labels alone.
-        heads: None: one score.
-    """
-
-    config: RewardConfig
-    base: Base
-    roles: Roles
-    taught: Teacher | None = None
-    heads: Heads | None = None
+    members: MemberRoles
+    objective: Objective
 
     def step(self, member: Member, groups: Sequence[Group], step: int) -> dict[str, float]:
         """One optimizer step; every prompt weighs the same, however many responses it has."""
         totals = {"train/loss": 0.0, "train/accuracy": 0.0, "train/centering": 0.0}
-        num_judged = objective.num_judged(self.heads, groups)
-        for part in training.parts(self.config, groups):
-            with self.roles.acting_as(member.slot) as (model, head):
+        objective, num_judged = self.objective, self.objective.num_judged(groups)
+        for part in self.members.micro_batches(groups):
+            with self.members.roles.acting_as(member.slot) as (model, head):
                 scores = self._scores(model, head, part)
-                preference = objective.preference(self.config, part, scores, self.taught, self.heads)
-                spread = objective.centering(self.heads, scores)
-                longer = member.length.penalty(part, objective.score(self.heads, scores))
-                loss = preference.loss.sum() + self.config.centering_coef * spread.sum() + longer.sum()
+                preference = objective.preference(part, scores)
+                spread = objective.centering(scores)
+                longer = member.length.penalty(part, objective.single(scores))
+                loss = preference.loss.sum() + objective.centering_coef * spread.sum() + longer.sum()
                 loss = loss / len(groups)
                 loss.backward()
             totals["train/loss"] += float(preference.loss.detach().sum()) / len(groups)
@@ -66,7 +54,8 @@ class Learner:
         Raises:
             RlhfError: DAT058 where there is none.
         """
-        found = [group for group in groups if self.heads is None or self.heads.trains(group.record)]
+        heads = self.objective.heads
+        found = [group for group in groups if heads is None or heads.trains(group.record)]
         if not found:
             what = f"none of the {len(groups)} held-out prompts has a label that trains a head."
             raise RlhfError(Problem("DAT058", "evaluation.every", what, "a larger holdout_fraction, or every: null"))
@@ -78,18 +67,19 @@ class Learner:
         margins, ratings and teachers included, without centering_coef and length_coef, which are not about labels.
         """
         total = 0.0
-        for part in training.parts(self.config, groups):
-            with self.roles.acting_as(slot) as (model, head):
+        for part in self.members.micro_batches(groups):
+            with self.members.roles.acting_as(slot) as (model, head):
                 scores = self._scores(model, head, part)
-            found = objective.preference(self.config, part, scores, self.taught, self.heads)
+            found = self.objective.preference(part, scores)
             total += float(found.loss.double().sum())
         return total / len(groups)
 
     def _scores(self, model: Any, head: Any, groups: Sequence[Group]) -> list[Tensor]:
         """One [K] tensor of scores a group, with ``heads`` [K, k], from one forward pass over all their responses."""
+        base = self.members.base
         prompts = [group.prompt_ids for group in groups for _ in group.responses]
         responses = [response for group in groups for response in group.responses]
-        sequences = collate(prompts, responses, self.base.chat.pad_id, self.base.device)
+        sequences = collate(prompts, responses, base.chat.pad_id, base.device)
         scores = forward.end_scores(model, head, sequences)
-        scores = scores if self.heads else scores[:, 0]
+        scores = scores if self.objective.heads else scores[:, 0]
         return list(scores.split([len(group.responses) for group in groups]))

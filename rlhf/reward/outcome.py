@@ -12,97 +12,103 @@ import numpy
 import torch
 from torch import Tensor
 
-from rlhf import runtime
-from rlhf.config.train_rm import RewardConfig
-from rlhf.data.batches import PassSize
+from rlhf.config.sections import SamplingSection
 from rlhf.data.tokenised import Group, PromptRow
 from rlhf.errors import Problem, RlhfError
 from rlhf.evaluation import heads
 from rlhf.evaluation import members as together
 from rlhf.evaluation import policy as measure
 from rlhf.evaluation import reward as examine
-from rlhf.evaluation.figures import How
+from rlhf.evaluation.figures import FigureSettings
+from rlhf.evaluation.reward import Pairs
 from rlhf.metrics.members import chance_above
-from rlhf.models.base import Base
 from rlhf.models.heads import ScalarHead
-from rlhf.models.roles import Roles
 from rlhf.reward import length
+from rlhf.reward.member_roles import MemberRoles
 from rlhf.rollouts.opening import open_engine
 from rlhf.runs import Run
-from rlhf.scoring.ensemble import EnsembleScorer
-from rlhf.scoring.scorer import Sample, Scorer, Scores
-from rlhf.scoring.shared import SharedScorer
+from rlhf.scoring.scorer import Scores
 
 log = logging.getLogger("rlhf")
 SMALL_SCALE = 0.1
 
 
-def scorer(roles: Roles, slots: Sequence[str], size: PassSize) -> Scorer:
-    """Raw scores of the reward role, or the mean of several."""
-    found = [SharedScorer(roles, slot, size, raw=True) for slot in slots]
-    return found[0] if len(found) == 1 else EnsembleScorer(found)
-
-
 def held_out(
-    config: RewardConfig, roles: Roles, slots: Sequence[str], groups: Sequence[Group], run: Run
+    members: MemberRoles, groups: Sequence[Group], seed: int, correlates_length: bool, run: Run | None
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """Figures on held-out prompts; of an ensemble those of its mean, and what is to be told of its members. Where a
-    share of the data is trained on, each comparison's outcome is written too."""
-    kept = together.Kept(scorer(roles, slots, PassSize(config.batch.micro_batch_size, config.batch.micro_batch_tokens)))
-    pairs, members = together.compare(kept, groups)
-    labelled = _of_labels(kept, groups)
-    if config.train_fraction is not None:
-        run.write_samples("held_out", [
-            {"prompt": hashlib.sha256(key.encode()).hexdigest()[:16], "right": float(right), "difference": float(gap)}
-            for key, right, gap in zip(pairs.groups, examine.right(pairs), pairs.differences, strict=True)
-        ])  # fmt: skip
-    shared = length.correlation(pairs.length_gaps.tolist(), pairs.differences.tolist()) if config.length_coef else None
-    labelled |= {} if shared is None else {"eval/length_correlation": shared}
+    """Figures on held-out prompts; of an ensemble those of its mean, and a report on its members.
+
+    Args:
+        correlates_length: whether the correlation of score and length is one of the figures.
+        run: where each comparison's outcome is written; None: nowhere.
+    """
+    kept = together.RecordingScorer(members.scorer())
+    pairs, alone = together.compare(kept, groups)
     assert kept.found is not None
-    of_heads = _of_heads(config, groups, kept.found)
+    labelled = _of_labels(kept.found, groups)
+    if run:
+        run.write_samples("held_out", _outcome_rows(pairs))
+    shared = length.correlation(pairs.length_gaps.tolist(), pairs.differences.tolist()) if correlates_length else None
+    labelled |= {} if shared is None else {"eval/length_correlation": shared}
+    of_heads = _of_heads(groups, kept.found, seed)
     judged = {name: row["accuracy"] for name, row in of_heads.items() if row["accuracy"]}
     labelled |= {f"eval/accuracy/{name}": accuracy["estimate"] for name, accuracy in judged.items()}
-    told = {"heads_held_out": of_heads} if of_heads else {}
+    report = {"heads_held_out": of_heads} if of_heads else {}
     if not len(pairs.differences):
-        return labelled, {**told, **({"members": len(slots)} if members else {})}
-    accuracy = examine.accuracy(pairs, config.seed)
+        return labelled, {**report, **({"members": len(alone)} if alone else {})}
+    accuracy = examine.accuracy(pairs, seed)
     log.info(
-        "Held out: accuracy %.3f [%.3f, %.3f] on %d comparisons of %d prompts.", accuracy.estimate, accuracy.low,
-        accuracy.high, len(pairs.differences), len(groups),
-    )  # fmt: skip
+        "Held out: accuracy %.3f [%.3f, %.3f] on %d comparisons of %d prompts.",
+        accuracy.estimate,
+        accuracy.low,
+        accuracy.high,
+        len(pairs.differences),
+        len(groups),
+    )
     figures = {
-        "eval/accuracy": accuracy.estimate, "eval/accuracy_low": accuracy.low, "eval/accuracy_high": accuracy.high,
-        "eval/ece": examine.calibration_error(pairs), "eval/comparisons": len(pairs.differences), **labelled,
-    }  # fmt: skip
-    if not members:
-        return figures, told
-    said = together.report(pairs, members)
-    alone = said["accuracy"]
-    log.info("Its %d members alone: accuracy %.3f to %.3f.", len(slots), min(alone), max(alone))
-    return figures, {**told, "members": len(slots), "members_held_out": said}
+        "eval/accuracy": accuracy.estimate,
+        "eval/accuracy_low": accuracy.low,
+        "eval/accuracy_high": accuracy.high,
+        "eval/ece": examine.calibration_error(pairs),
+        "eval/comparisons": len(pairs.differences),
+        **labelled,
+    }
+    if not alone:
+        return figures, report
+    of_members = together.report(pairs, alone)
+    accuracies = of_members["accuracy"]
+    log.info("Its %d members alone: accuracy %.3f to %.3f.", len(alone), min(accuracies), max(accuracies))
+    return figures, {**report, "members": len(alone), "members_held_out": of_members}
 
 
-def _of_heads(config: RewardConfig, groups: Sequence[Group], scores: Scores) -> dict[str, Any]:
+def _outcome_rows(pairs: Pairs) -> list[dict[str, Any]]:
+    """Of each comparison its prompt, whether it is ordered rightly, and the score difference."""
+    return [
+        {"prompt": hashlib.sha256(key.encode()).hexdigest()[:16], "right": float(right), "difference": float(gap)}
+        for key, right, gap in zip(pairs.groups, examine.right(pairs), pairs.differences, strict=True)
+    ]
+
+
+def _of_heads(groups: Sequence[Group], scores: Scores, seed: int) -> dict[str, Any]:
     """Each head on the labels of its attribute."""
-    found = heads.report(groups, scores, How(10, 2000, config.seed, 0.0))
+    found = heads.report(groups, scores, FigureSettings(10, 2000, seed, 0.0))
     for name, row in found.items():
-        said = []
+        parts = []
         if row["accuracy"]:
-            said.append(f"accuracy {row['accuracy']['estimate']:.3f} on {row['comparisons']} comparisons")
+            parts.append(f"accuracy {row['accuracy']['estimate']:.3f} on {row['comparisons']} comparisons")
         if row["rating_correlation"] is not None:
-            said.append(f"correlation {row['rating_correlation']:.3f} with {row['ratings']} ratings")
-        log.info("Held out, %s: %s.", name, ", ".join(said) or "no figure")
+            parts.append(f"correlation {row['rating_correlation']:.3f} with {row['ratings']} ratings")
+        log.info("Held out, %s: %s.", name, ", ".join(parts) or "no figure")
     return found
 
 
-def _of_labels(kept: together.Kept, groups: Sequence[Group]) -> dict[str, float]:
+def _of_labels(given: Scores, groups: Sequence[Group]) -> dict[str, float]:
     """How well raw scores tell good responses from bad ones of any prompt, where responses have labels of their own.
 
     The area under the curve is left out where all are good, or all bad.
     """
-    assert kept.found is not None
     ratings = [rating for group in groups for rating in group.record.ratings or [math.nan] * len(group.responses)]
-    wanted, scores = numpy.array(ratings), kept.found.mean.double().numpy()
+    wanted, scores = numpy.array(ratings), given.mean.double().numpy()
     has = ~numpy.isnan(wanted)
     if not has.any():
         return {}
@@ -111,20 +117,22 @@ def _of_labels(kept: together.Kept, groups: Sequence[Group]) -> dict[str, float]
     right = (good > 0).sum() + (bad < 0).sum() + 0.5 * (scores[has] == 0).sum()
     brier = ((1 / (1 + numpy.exp(-scores[has])) - wanted[has]) ** 2).mean()
     figures = {
-        "eval/label_accuracy": float(right / has.sum()), "eval/label_brier": float(brier),
-        "eval/label_share_good": float(wanted[has].mean()), "eval/labels": int(has.sum()),
-    }  # fmt: skip
+        "eval/label_accuracy": float(right / has.sum()),
+        "eval/label_brier": float(brier),
+        "eval/label_share_good": float(wanted[has].mean()),
+        "eval/labels": int(has.sum()),
+    }
     log.info("Held-out labels: %d, right side of 0 %.3f.", figures["eval/labels"], figures["eval/label_accuracy"])
     return figures if area is None else {**figures, "eval/label_auroc": area}
 
 
 def standardise(
-    config: RewardConfig, roles: Roles, slots: Sequence[str], base: Base, rows: Sequence[PromptRow], run: Run
+    members: MemberRoles, rows: Sequence[PromptRow], sampling: SamplingSection, seed: int, run: Run
 ) -> dict[str, float]:
     """Set each head's shift and scale so that the SFT policy's samples have mean 0 and standard deviation 1."""
-    engine = open_engine(roles, "policy", base.chat, config.sampling)
-    seed = runtime.derived_seed(config.seed, "train-rm", "standardise")
-    samples = measure.respond(engine, base.chat, rows, measure.sampling_of(config.sampling, seed))
+    roles, slots, chat = members.roles, members.slots, members.base.chat
+    engine = open_engine(roles, "policy", chat, sampling)
+    samples = measure.respond(engine, chat, rows, measure.sampling_of(sampling, seed))
     ended = [sample for sample in samples if sample.finished]
     if len(ended) < 2:
         what = (
@@ -132,15 +140,19 @@ def standardise(
         )
         fix = "raise sampling.max_new_tokens, or train the SFT policy to stop"
         raise RlhfError(Problem("GRD003", "train-rm", what, fix))
-    found = [_raw(config, roles, slot, ended) for slot in slots]
+    found = [members.scores(slot, ended, raw=False) for slot in slots]  # the shift is 0 and the scale 1 so far
     columns = [scores.mean.double() for scores in found]
     figures: dict[str, float] = {}
     for slot, whole, scores in zip(slots, found, columns, strict=True):
         shift, scale = _fit(roles.head(slot), [scores, *(whole.heads.values() if len(whole.heads) > 1 else ())])
         log.info(
-            "Scores of %s standardised on %d SFT samples (%d more were cut off): shift %.3f, scale %.3f.", slot,
-            len(scores), len(samples) - len(ended), shift, scale,
-        )  # fmt: skip
+            "Scores of %s standardised on %d SFT samples (%d more were cut off): shift %.3f, scale %.3f.",
+            slot,
+            len(scores),
+            len(samples) - len(ended),
+            shift,
+            scale,
+        )
         suffix = slot.removeprefix("reward").replace("/", "_")
         figures |= {f"eval/score_shift{suffix}": shift, f"eval/score_scale{suffix}": scale}
     named = {"raw_score": columns[0].tolist()} if len(slots) == 1 else {"raw_scores": torch.stack(columns, 1).tolist()}
@@ -151,12 +163,6 @@ def standardise(
         standard = torch.stack([(scores - scores.mean()) / scores.std(correction=0) for scores in columns], 1)
         figures["eval/ensemble_std"] = float(standard.mean(1).std(correction=0))
     return {**figures, "eval/standardise_samples": len(ended)}
-
-
-def _raw(config: RewardConfig, roles: Roles, slot: str, samples: Sequence[Sample]) -> Scores:
-    """The head's shift is 0 and its scale 1 so far."""
-    size = PassSize(config.batch.micro_batch_size, config.batch.micro_batch_tokens)
-    return SharedScorer(roles, slot, size).score(samples)
 
 
 def _rows_of_heads(found: Sequence[Scores]) -> list[dict[str, list[float]]]:

@@ -13,7 +13,7 @@ from rlhf.errors import Problem, RlhfError
 from rlhf.models import adapters, merged
 from rlhf.models.base import Base
 from rlhf.models.heads import ScalarHead
-from rlhf.models.part import Part, of_member
+from rlhf.models.part import AdapterPart, of_member
 from rlhf.models.roles import Roles, SeparateModels, SharedBase
 from rlhf.origins import START
 from rlhf.preflight import Plan
@@ -32,7 +32,8 @@ def roles(
     shared.add("policy", adapter=artifacts.adapter_of(config.policy), trained=False)
     found: SharedBase | SeparateModels = shared
     if config.lora:
-        members = zip(slots, _runs(config), config.ranks, _parts(config, base), member_seeds(config), strict=True)
+        seeds = member_seeds(config.members, config.seed)
+        members = zip(slots, _runs(config), config.ranks, _parts(config, base), seeds, strict=True)
         for slot, run, rank, part, seed in members:
             if config.members > 1:
                 torch.manual_seed(seed)
@@ -68,14 +69,14 @@ def _runs(config: RewardConfig) -> list[Path | None]:
     return [*found] if len(found) > 1 else [found[0]] * config.members
 
 
-def _parts(config: RewardConfig, base: Base) -> list[Part | None]:
+def _parts(config: RewardConfig, base: Base) -> list[AdapterPart | None]:
     """What each member trains of its adapter."""
     whole: list[None] = [None] * config.members
     both = zip(config.ensemble.layers or whole, config.ensemble.target_modules or whole, strict=True)
     return [of_member(layers, modules, index, base.model) for index, (layers, modules) in enumerate(both)]
 
 
-def _require_adapted(roles: SharedBase, slot: str, part: Part | None) -> None:
+def _require_adapted(roles: SharedBase, slot: str, part: AdapterPart | None) -> None:
     """Raise MOD030 for a part of which the adapter, which is the policy's, has nothing: its head alone would learn."""
     names = [name for name, _ in roles.peft(slot).named_parameters() if adapters.belongs(name, slot)]
     if part and (missing := part.without(names)):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf.config.train_rm import RewardConfig
+from rlhf.artifacts import Manifest
 from rlhf.data.batches import PassSize
 from rlhf.data.records import Comparison
 from rlhf.data.tokenised import Group
@@ -19,7 +19,6 @@ from rlhf.evaluation import reward as examine
 from rlhf.metrics.pairs import pair_accuracy
 from rlhf.models import opening
 from rlhf.models.roles import SharedBase
-from rlhf.preflight import Plan
 from rlhf.scoring.rerendered import Rerendered
 from rlhf.scoring.scorer import Sample, Scores
 from rlhf.scoring.sources import open_run
@@ -40,34 +39,42 @@ class Teacher:
 
     def report(self, groups: Sequence[Group], student: float, parameters: int) -> dict[str, Any]:
         """What the student keeps of the teachers' accuracy on held-out comparisons, and of their size."""
-        found = examine.compare(together.Given(Scores(torch.cat(self.of(groups)))), groups)
+        found = examine.compare(together.FixedScorer(Scores(torch.cat(self.of(groups)))), groups)
         accuracy = pair_accuracy(found.differences)
         log.info(
-            "Teachers: accuracy %.3f with %.1f M parameters; student: %.3f with %.1f M.", accuracy,
-            self.parameters / 1e6, student, parameters / 1e6,
-        )  # fmt: skip
+            "Teachers: accuracy %.3f with %.1f M parameters; student: %.3f with %.1f M.",
+            accuracy,
+            self.parameters / 1e6,
+            student,
+            parameters / 1e6,
+        )
         return {
-            "teacher_accuracy": accuracy, "accuracy_kept": student / accuracy if accuracy else None,
-            "teacher_parameters": self.parameters, "student_parameters": parameters,
-        }  # fmt: skip
+            "teacher_accuracy": accuracy,
+            "accuracy_kept": student / accuracy if accuracy else None,
+            "teacher_parameters": self.parameters,
+            "student_parameters": parameters,
+        }
 
 
-def learn(config: RewardConfig, plan: Plan, records: Sequence[Comparison], device: torch.device) -> Teacher | None:
+def learn(
+    runs: Sequence[tuple[str, Manifest]], size: PassSize, records: Sequence[Comparison], device: torch.device
+) -> Teacher | None:
     """Score every response with each teacher, one after the other; each is loaded alone and given back.
+
+    Args:
+        runs: the teachers' directories and manifests; None comes of none.
 
     Raises:
         RlhfError: MOD022 for a conversation that a teacher's base has no room for.
     """
-    if not config.teachers:
+    if not runs:
         return None
-    samples = [
-        Sample(record.prompt, text, [], [], True, []) for record in records for text in record.responses
-    ]  # fmt: skip
+    samples = [Sample(record.prompt, text, [], [], True, []) for record in records for text in record.responses]
     columns, parameters = [], 0
-    for index, run in enumerate(config.teachers):
-        base = opening.reopen_base(plan.parents[f"teachers.{index}"], device)
+    for run, manifest in runs:
+        base = opening.reopen_base(manifest, device)
         parameters += sum(parameter.numel() for parameter in base.model.parameters())
-        raw = open_run(run, SharedBase(base), PassSize(config.batch.micro_batch_size), raw=True)
+        raw = open_run(run, SharedBase(base), size, raw=True)
         columns.append(Rerendered(raw, base.chat, run).score(samples).mean.double())
         log.info("%s has scored %d responses.", run, len(samples))
     mean = torch.stack(columns, 1).mean(1).float()

@@ -8,14 +8,15 @@ from itertools import accumulate
 
 from rlhf import runtime
 from rlhf.checkpoints import Position
-from rlhf.config.train_rm import RewardConfig
-from rlhf.data.batches import DataOrder, micro_batches
+from rlhf.config.sections import OptimSection
+from rlhf.data.batches import DataOrder
 from rlhf.data.records import prompt_key
 from rlhf.data.tokenised import Group
 from rlhf.models.roles import Roles
 from rlhf.optimizer import Optimizer
-from rlhf.reward import members
+from rlhf.reward import members as draws
 from rlhf.reward.length import LengthPenalty
+from rlhf.reward.member_roles import MemberRoles
 from rlhf.snapshots import Stateful
 
 
@@ -64,69 +65,72 @@ class Turns:
         for index, member in enumerate(self.members):
             suffix = f"/{index}" if len(self.members) > 1 else ""
             found |= {
-                member.slot: roles.state(member.slot), f"optimizer{suffix}": member.optimizer,
+                member.slot: roles.state(member.slot),
+                f"optimizer{suffix}": member.optimizer,
                 f"order{suffix}": member.order,
-            }  # fmt: skip
+            }
             if member.length.coef:
                 found[f"length{suffix}"] = member.length
         return found
 
 
+@dataclass(frozen=True)
+class MemberSettings:
+    """What every member's training reads of the config."""
+
+    optim: OptimSection
+    batch_size: int
+    length_coef: float
+
+
 def turns(
-    config: RewardConfig, roles: Roles, slots: Sequence[str], groups: Sequence[Group], num_steps: Callable[[int], int]
+    members: MemberRoles,
+    groups: Sequence[Group],
+    rows: Sequence[list[int]],
+    seeds: Sequence[int],
+    num_steps: Callable[[int], int],
+    settings: MemberSettings,
 ) -> Turns:
     """Each slot as a member.
 
     Args:
+        rows, seeds: of each member, as ``rows_of`` and ``member_seeds`` give them.
         num_steps: of a member that is trained on so many rows.
     """
-    rows = rows_of(config, groups)
-    seeds = member_seeds(config)
-    return Turns(
-        [
-            _member(config, roles, slot, own, num_steps(len(own)), seed, LengthPenalty(config.length_coef, groups))
-            for slot, own, seed in zip(slots, rows, seeds, strict=True)
-        ]
-    )
+    made = []
+    for slot, own, seed in zip(members.slots, rows, seeds, strict=True):
+        steps, optim = num_steps(len(own)), settings.optim
+        optimizer = Optimizer(
+            members.roles.trained_parameters(slot),
+            optim.learning_rate,
+            steps,
+            weight_decay=optim.weight_decay,
+            warmup_ratio=optim.warmup_ratio,
+            schedule=optim.schedule,
+            max_grad_norm=optim.max_grad_norm,
+        )
+        order = DataOrder(len(own), settings.batch_size, seed)
+        made.append(Member(slot, own, steps, optimizer, order, LengthPenalty(settings.length_coef, groups)))
+    return Turns(made)
 
 
-def member_seeds(config: RewardConfig) -> list[int]:
+def member_seeds(num_members: int, seed: int) -> list[int]:
     """A seed a member; of a single one the run's own."""
-    if config.members == 1:
-        return [config.seed]
-    return [runtime.derived_seed(config.seed, "train-rm", "member", index) for index in range(config.members)]
+    if num_members == 1:
+        return [seed]
+    return [runtime.derived_seed(seed, "train-rm", "member", index) for index in range(num_members)]
 
 
-def rows_of(config: RewardConfig, groups: Sequence[Group]) -> list[list[int]]:
-    """The rows that each member is trained on."""
-    if config.members == 1 or config.ensemble.data == "all":
-        return [list(range(len(groups)))] * config.members
+def rows_of(groups: Sequence[Group], data: str, num_members: int, seed: int) -> list[list[int]]:
+    """The rows that each member is trained on.
+
+    Args:
+        data: bootstrap, folds or all; a single member is trained on all.
+    """
+    if num_members == 1 or data == "all":
+        return [list(range(len(groups)))] * num_members
     prompts = [prompt_key(group.record.prompt) for group in groups]
-    if config.ensemble.data == "bootstrap":
-        return [members.bootstrapped(prompts, seed) for seed in member_seeds(config)]
-    shared = runtime.derived_seed(config.seed, "train-rm", "folds")
-    return [members.all_but_fold(prompts, index, config.members, shared) for index in range(config.members)]
-
-
-def _member(
-    config: RewardConfig, roles: Roles, slot: str, rows: list[int], steps: int, seed: int, length: LengthPenalty
-) -> Member:
-    optim = config.optim
-    optimizer = Optimizer(
-        roles.trained_parameters(slot), optim.learning_rate, steps, weight_decay=optim.weight_decay,
-        warmup_ratio=optim.warmup_ratio, schedule=optim.schedule, max_grad_norm=optim.max_grad_norm,
-    )  # fmt: skip
-    return Member(slot, rows, steps, optimizer, DataOrder(len(rows), config.batch.batch_size, seed), length)
-
-
-def parts(config: RewardConfig, groups: Sequence[Group]) -> list[list[Group]]:
-    """The groups in micro-batches, as the config limits them."""
-    return micro_batches_of_groups(groups, config.batch.micro_batch_size, config.batch.micro_batch_tokens)
-
-
-def micro_batches_of_groups(
-    groups: Sequence[Group], max_groups: int, max_tokens: int | None = None
-) -> list[list[Group]]:
-    """Groups sorted by their tokens, at most ``max_groups`` and ``max_tokens`` at a time; a group is never split."""
-    tokens = [len(group.responses) * len(group.prompt_ids) + sum(map(len, group.responses)) for group in groups]
-    return [[groups[index] for index in part] for part in micro_batches(tokens, max_groups, max_tokens)]
+    if data == "bootstrap":
+        return [draws.bootstrapped(prompts, one) for one in member_seeds(num_members, seed)]
+    shared = runtime.derived_seed(seed, "train-rm", "folds")
+    return [draws.all_but_fold(prompts, index, num_members, shared) for index in range(num_members)]

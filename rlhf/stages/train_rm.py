@@ -16,23 +16,25 @@ from rlhf import artifacts, interrupts, runtime, storage
 from rlhf.artifacts import Manifest
 from rlhf.bars import Recent
 from rlhf.checkpoints import BEST, Checkpoints
+from rlhf.config import rubric
 from rlhf.config.train_rm import RewardConfig
 from rlhf.data import fitting, tokenised
+from rlhf.data.batches import PassSize
 from rlhf.data.fitting import Limit
 from rlhf.data.records import Prompt, first_share, prompt_key, split_by_prompt
 from rlhf.data.tokenised import Group, PromptRow
 from rlhf.held_out import METRIC, HeldOut, curves_of, state_of
 from rlhf.models import opening
-from rlhf.models.base import Base
 from rlhf.models.first_step import FirstStep
-from rlhf.models.roles import Roles
 from rlhf.preflight import Plan
 from rlhf.progress import bar, waiting
 from rlhf.reward import annotators, combining, contradicted, objective, outcome, starts, teacher, training
 from rlhf.reward.learner import Learner
+from rlhf.reward.member_roles import MemberRoles
+from rlhf.reward.objective import Objective
 from rlhf.reward.several import Heads
 from rlhf.reward.teacher import Teacher
-from rlhf.reward.training import Turns
+from rlhf.reward.training import MemberSettings, Turns
 from rlhf.runs import Run
 from rlhf.scoring.sources import slot_names
 from rlhf.stages.registry import STAGES
@@ -47,7 +49,8 @@ def run(config: RewardConfig, plan: Plan, run: Run) -> Manifest:
     if config.rubric:
         storage.write_text(run.path / artifacts.RUBRIC, Path(config.rubric).read_text("utf-8"))
     device = runtime.set_up(config.runtime, config.seed)
-    taught = teacher.learn(config, plan, plan.data["data"].records, device)
+    runs = [(run, plan.parents[f"teachers.{index}"]) for index, run in enumerate(config.teachers)]
+    taught = teacher.learn(runs, PassSize(config.batch.micro_batch_size), plan.data["data"].records, device)
     base = opening.reopen_base(plan.parents["policy"], device)
     runtime.set_threads(config.runtime, base.model, device)
     rows = _rows(config, plan, base.chat)
@@ -57,8 +60,16 @@ def run(config: RewardConfig, plan: Plan, run: Run) -> Manifest:
 
     slots = slot_names("reward", config.members)
     roles = starts.roles(config, plan, base, slots, heads.names if heads else None)
-    learner = Learner(config, base, roles, taught, heads)
-    turns = training.turns(config, roles, slots, train, partial(_num_steps, config))
+    members = MemberRoles(roles, slots, base, PassSize(config.batch.micro_batch_size, config.batch.micro_batch_tokens))
+    learner = Learner(members, objective_of(config, taught, heads))
+    turns = training.turns(
+        members,
+        train,
+        _member_rows(config, train),
+        training.member_seeds(config.members, config.seed),
+        partial(_num_steps, config),
+        MemberSettings(config.optim, config.batch.batch_size, config.length_coef),
+    )
     curves = curves_of(config.evaluation, [member.steps for member in turns.members])
     saved = Checkpoints(run, {**turns.state(roles), **state_of(curves)}, config.save_every, config.keep_checkpoints)
     saved.resume(turns.steps)
@@ -78,8 +89,8 @@ def run(config: RewardConfig, plan: Plan, run: Run) -> Manifest:
         with waiting("Drawing the held-out loss"):
             importlib.import_module("rlhf.evaluation.plots").held_out(run.path, METRIC, watch.best_points())
 
-    combined = combining.combine(config, heads, roles, slots, base, rows.fitted) if heads else {}
-    metrics, of_members = _measured(config, plan, base, roles, slots, rows, taught, run)
+    combined = combining.combine(config.combine, config.gate_penalty, heads, members, rows.fitted) if heads else {}
+    metrics, of_members = _measured(config, plan, learner, rows, run)
     if label := watch.label():
         log.info("These held-out figures are %s.", label)
     run.write_metrics(watch.last_step(turns.steps), metrics)
@@ -88,24 +99,32 @@ def run(config: RewardConfig, plan: Plan, run: Run) -> Manifest:
     base.tokenizer.save_pretrained(run.path / artifacts.TOKENIZER)
     return run.finish(
         Manifest(
-            kind="reward", stage="train-rm", seed=config.seed, identity=plan.identity,
-            metrics={**metrics, **runtime.peak_memory()}, seconds=saved.seconds(),
+            kind="reward",
+            stage="train-rm",
+            seed=config.seed,
+            identity=plan.identity,
+            metrics={**metrics, **runtime.peak_memory()},
+            seconds=saved.seconds(),
             base=opening.identity_of_result(run.path, plan.parents["policy"]),
             parents=plan.parents_table(STAGES["train-rm"].needs(config)),
             details={
-                "rows": vars(rows.report), "heads": list(roles.head(slots[0]).names),
+                "rows": vars(rows.report),
+                "heads": list(roles.head(slots[0]).names),
                 "steps": sum(curve.last_step for curve in curves) or turns.steps,
-                "prompts_held_out": len(held_out), "dropped": plan.dropped(), **watch.details(), **combined,
+                "prompts_held_out": len(held_out),
+                "dropped": plan.dropped(),
+                **watch.details(),
+                **combined,
                 **of_members,
                 **_trained_on(config, train),
             },
         )
-    )  # fmt: skip
+    )
 
 
 def _train(
     learner: Learner, turns: Turns, groups: Sequence[Group], watch: HeldOut, saved: Checkpoints, first: FirstStep
-) -> None:  # fmt: skip
+) -> None:
     """The steps that are left, member by member; those behind an early stop are passed over."""
     position = turns.position
     losses = Recent()
@@ -133,20 +152,44 @@ def _train(
             shown.advance(f"mean loss {losses.mean(figures['train/loss']):.3f}")
 
 
+def objective_of(config: RewardConfig, taught: Teacher | None, heads: Heads | None) -> Objective:
+    """The objective that a config asks for."""
+    return Objective(
+        config.loss,
+        config.margin_coef if config.use_margins else 0.0,
+        config.label_smoothing,
+        config.weight_by_margin,
+        config.centering_coef,
+        heads,
+        taught,
+        config.teacher_weight,
+    )
+
+
+def _member_rows(config: RewardConfig, groups: Sequence[Group]) -> list[list[int]]:
+    return training.rows_of(groups, config.ensemble.data, config.members, config.seed)
+
+
 def _measured(
-    config: RewardConfig, plan: Plan, base: Base, roles: Roles, slots: Sequence[str], rows: Rows,
-    taught: Teacher | None, run: Run,
-) -> tuple[dict[str, float], dict[str, Any]]:  # fmt: skip
-    """Figures on the held-out prompts, and what is told of members; the heads are standardised then."""
-    metrics, of_members = outcome.held_out(config, roles, slots, rows.held_out, run)
+    config: RewardConfig, plan: Plan, learner: Learner, rows: Rows, run: Run
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Figures on the held-out prompts, and the report on members; the heads are standardised then."""
+    members, base, taught = learner.members, learner.members.base, learner.objective.teacher
+    each = run if config.train_fraction is not None else None
+    metrics, of_members = outcome.held_out(members, rows.held_out, config.seed, bool(config.length_coef), each)
     if taught and "eval/accuracy" in metrics:
         size = sum(parameter.numel() for parameter in base.model.parameters())
         of_members |= {"distilled": taught.report(rows.held_out, metrics["eval/accuracy"], size)}
     if config.contradicted:
-        metrics |= contradicted.write(config, roles, slots, rows.train, rows.held_out, run)
+        trained_on = _member_rows(config, rows.train)
+        metrics |= contradicted.write(members, rows.train, rows.held_out, trained_on, config.contradicted, run)
     if annotated := plan.data["data"].annotated:
-        metrics |= annotators.write(config, roles, slots, base.chat, annotated, rows.records, run)
-    metrics |= outcome.standardise(config, roles, slots, base, rows.sampled, run)
+        reading = annotators.Reading(
+            _limit(config), config.data.on_bad_row == "drop", bool(config.hold_out_annotators), config.seed
+        )
+        metrics |= annotators.write(members, annotated, rows.records, reading, run)
+    seed = runtime.derived_seed(config.seed, "train-rm", "standardise")
+    metrics |= outcome.standardise(members, rows.sampled, config.sampling, seed, run)
     return metrics, of_members
 
 
@@ -156,7 +199,7 @@ def dry_run(config: RewardConfig, plan: Plan) -> list[str]:
     found = _rows(config, plan, chat)
     groups, held_out = found.train, found.held_out
     judgements = sum(len(group.judgements) for group in groups)
-    rows = [len(own) for own in training.rows_of(config, groups)]
+    rows = [len(own) for own in _member_rows(config, groups)]
     each = f", for each of {config.members} members on its own draw of the prompts" if config.members > 1 else ""
     return [
         found.report.sentence("data"),
@@ -187,9 +230,9 @@ def _rows(config: RewardConfig, plan: Plan, chat: Any) -> Rows:
     loaded = fitting.usable(plan.data["data"], chat)
     records, rest = split_by_prompt(loaded.records, config.holdout_fraction, config.seed)
     used = first_share(records, config.train_fraction, config.seed)
-    measured, fitted = combining.split(config, rest, used)
-    heads = objective.heads_of(config, used)
-    limit = Limit(config.max_length, truncates=config.too_long == "truncate")
+    measured, fitted = combining.split(config.combine, rest, used, config.seed)
+    heads = objective.heads_of(rubric.heads_of(config), config.combine == "weights", config.rating_coef, used)
+    limit = _limit(config)
     held_out, _ = tokenised.groups(measured, chat, limit, loaded.dropped)
     fitted_groups = tokenised.groups(fitted, chat, limit, loaded.dropped)[0] if fitted else []
     others = [*loaded.records, *loaded.left_out]
@@ -198,6 +241,10 @@ def _rows(config: RewardConfig, plan: Plan, chat: Any) -> Rows:
     tokenised.require_batch(len(train), config.batch.batch_size, "data")
     sampled = _prompts_to_sample(config, records, chat)
     return Rows(records, train, held_out, fitted_groups, sampled, heads, report)
+
+
+def _limit(config: RewardConfig) -> Limit:
+    return Limit(config.max_length, truncates=config.too_long == "truncate")
 
 
 def _prompts_to_sample(config: RewardConfig, records: Sequence[Any], chat: Any) -> list[PromptRow]:
