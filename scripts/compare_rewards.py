@@ -28,7 +28,7 @@ from rlhf.data.fitting import Limit
 from rlhf.data.records import prompt_key
 from rlhf.evaluation import figures
 from rlhf.evaluation import reward as examine
-from rlhf.evaluation.figures import How
+from rlhf.evaluation.figures import FigureSettings
 from rlhf.metrics import best_of_n, intervals
 from rlhf.models import opening
 from rlhf.models.roles import SharedBase
@@ -47,7 +47,7 @@ VARIANTS: dict[str, list[str]] = {
 }  # fmt: skip
 GOLD = "rlhf.demo.gold:reward"
 COMPARED, PROMPTS, BEST_OF, MAX_LENGTH = 300, 100, 16, 160
-HOW = How(num_bins=10, num_resamples=2000, seed=0, fit_fraction=0.3)
+HOW = FigureSettings(num_bins=10, num_resamples=2000, seed=0, fit_fraction=0.3)
 FIGURES = ("accuracy", "ece", "ece_after", "temperature", "best_of_1", "best_of_16")
 
 
@@ -73,9 +73,9 @@ def measure(out: Path, seed: int, prompts: int = PROMPTS, compared: int = COMPAR
     if path.is_file() and (found := json.loads(path.read_text("utf-8")))["of"] == wanted:
         return dict(found)
     records = sources.load_prompts(DataSection(path=f"demo:prompts?split=test&size={prompts}&seed={seed}")).records
-    how = Sampling(MAX_NEW_TOKENS, 1.0, runtime.derived_seed(seed, "compare rewards"))
+    settings = Sampling(MAX_NEW_TOKENS, 1.0, runtime.derived_seed(seed, "compare rewards"))
     policy = str(out / str(seed) / "sft")
-    samples = generate.sample(policy, None, records, BEST_OF, how, "prompts")
+    samples = generate.sample(policy, None, records, BEST_OF, settings, "prompts")
     device = runtime.set_up(RuntimeSection(), seed)
     gold = open_scorer([GOLD], device, 32).score(samples).mean.tolist()
     data = f"demo:preferences?split=test&size={compared}&seed={seed + 1}"

@@ -28,7 +28,7 @@ from rlhf.scoring.length import LengthCorrected
 from rlhf.scoring.scorer import Sample, Scores
 from rlhf.scoring.sources import Host
 
-HOW = figures.How(num_bins=5, num_resamples=100, seed=0, fit_fraction=0.4)
+HOW = figures.FigureSettings(num_bins=5, num_resamples=100, seed=0, fit_fraction=0.4)
 
 
 def draw(size, asked=0.0, paid=0.05, seed=0):

@@ -39,7 +39,7 @@ class Teacher:
 
     def report(self, groups: Sequence[Group], student: float, parameters: int) -> dict[str, Any]:
         """What the student keeps of the teachers' accuracy on held-out comparisons, and of their size."""
-        found = examine.compare(together.Given(Scores(torch.cat(self.of(groups)))), groups)
+        found = examine.compare(together.FixedScorer(Scores(torch.cat(self.of(groups)))), groups)
         accuracy = pair_accuracy(found.differences)
         log.info(
             "Teachers: accuracy %.3f with %.1f M parameters; student: %.3f with %.1f M.", accuracy,

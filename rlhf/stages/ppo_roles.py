@@ -20,7 +20,7 @@ from rlhf.optimizer import Optimizer
 from rlhf.ppo.critics import Critic, NoCritic
 from rlhf.ppo.experience import Passes
 from rlhf.ppo.least_squares import LeastSquares
-from rlhf.ppo.training import Standard
+from rlhf.ppo.standards import Standard
 from rlhf.ppo.value_role import ValueRole, ValueSettings
 from rlhf.preflight import Plan
 from rlhf.rollouts.hf import HfEngine
