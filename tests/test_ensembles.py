@@ -24,7 +24,7 @@ from rlhf.evaluation.examination import figures_table
 from rlhf.models import forward
 from rlhf.models.base import load_base
 from rlhf.models.heads import ScalarHead
-from rlhf.models.part import Part
+from rlhf.models.part import AdapterPart
 from rlhf.models.roles import SharedBase
 
 KINDS = {
@@ -210,7 +210,7 @@ def test_one_thing_is_examined():
 
 def test_gradients_of_a_part_are_those_of_the_whole_and_there_are_no_others(tmp_path):
     found = {}
-    for name, part in (("whole", None), ("part", Part(frozenset({1}), frozenset({"v_proj", "up_proj"})))):
+    for name, part in (("whole", None), ("part", AdapterPart(frozenset({1}), frozenset({"v_proj", "up_proj"})))):
         opened = tiny.base(tmp_path / name, double=True)
         torch.manual_seed(3)
         roles = SharedBase(opened)
