@@ -18,6 +18,8 @@ from rlhf.metrics.intervals import grouped_bootstrap, paired_bootstrap
 
 PLAN = "plan.json"
 POLICIES = {"model, not cut": "base", "SFT": "sft-answers", "PPO": "ppo-answers"}
+NO_TEXT = 0.0
+"""Gold of a prompt to which all answers are empty: ``rlhf rank`` writes none of them."""
 BEST_OF, STAGES = (1, 4, 16), ("sft", "comparisons", "train-rm", "eval-rm", "ppo")
 Row = dict[str, Any]
 
@@ -74,7 +76,8 @@ def policies(at: Path) -> dict[str, tuple[list[float], float | None, float]]:
         for n in BEST_OF if key == "score" else BEST_OF[1:]:
             values = chosen(ranked, key, n)
             name = f"best of {n} by {by}" if n > 1 else "SFT, mean of 16 samples"
-            found[name] = [values[prompt] for prompt in prompts], best_of_n.kl_bound(n), ended
+            worth = [values.get(prompt, NO_TEXT) for prompt in prompts]
+            found[name] = worth, best_of_n.kl_bound(n), ended
     return found
 
 
@@ -186,7 +189,7 @@ def number(value: float | str | None, digits: int = 2) -> str:
 
 def tables(dtype: str, found: Row) -> Iterator[tuple[str, Sequence[str], list[Sequence[str]]]]:
     """Title, columns and rows of every table of a dtype."""
-    title = f"{dtype}, {len(found['seeds'])} seeds"
+    title = f"{dtype}, seeds {', '.join(found['seeds'])}"
     yield f"{title}: gold on test prompts, 95 % over prompts", (
         "", "gold", "by seed", "over SFT", "KL, nats", "ended"
     ), [
