@@ -117,7 +117,7 @@ def ours(size: str, changes: list[str]) -> dict[str, Any]:
         learning = ValueSettings(config.update.epochs, section.minibatch_size, config.update.value_clip_range)
         critic = ValueRole(roles, Optimizer(roles.trained_parameters("value"), 1e-5, 10_000), passes, learning)
     engine = HfEngine(roles, "policy", chat, config.sampling.concurrency)
-    scorer = SharedScorer(roles, "reward/0", config.batch.micro_batch_size)
+    scorer = SharedScorer(roles, "reward/0", PassSize(config.batch.micro_batch_size))
     collector = Collector(
         SampledPolicy(roles, engine, chat, size), scorer, critic, algorithm,
         CollectorSettings(

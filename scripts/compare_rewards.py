@@ -22,12 +22,13 @@ from quickstart_gold import MAX_NEW_TOKENS
 from rlhf import artifacts, progress, runtime, storage
 from rlhf.config.sections import DataSection, RuntimeSection
 from rlhf.data import sources, tokenised
+from rlhf.data.batches import PassSize
 from rlhf.data.dropped import DroppedRows
 from rlhf.data.fitting import Limit
 from rlhf.data.records import prompt_key
 from rlhf.evaluation import figures
 from rlhf.evaluation import reward as examine
-from rlhf.evaluation.figures import How
+from rlhf.evaluation.figures import FigureSettings
 from rlhf.metrics import best_of_n, intervals
 from rlhf.models import opening
 from rlhf.models.roles import SharedBase
@@ -46,7 +47,7 @@ VARIANTS: dict[str, list[str]] = {
 }  # fmt: skip
 GOLD = "rlhf.demo.gold:reward"
 COMPARED, PROMPTS, BEST_OF, MAX_LENGTH = 300, 100, 16, 160
-HOW = How(num_bins=10, num_resamples=2000, seed=0, fit_fraction=0.3)
+HOW = FigureSettings(num_bins=10, num_resamples=2000, seed=0, fit_fraction=0.3)
 FIGURES = ("accuracy", "ece", "ece_after", "temperature", "best_of_1", "best_of_16")
 
 
@@ -72,9 +73,9 @@ def measure(out: Path, seed: int, prompts: int = PROMPTS, compared: int = COMPAR
     if path.is_file() and (found := json.loads(path.read_text("utf-8")))["of"] == wanted:
         return dict(found)
     records = sources.load_prompts(DataSection(path=f"demo:prompts?split=test&size={prompts}&seed={seed}")).records
-    how = Sampling(MAX_NEW_TOKENS, 1.0, runtime.derived_seed(seed, "compare rewards"))
+    settings = Sampling(MAX_NEW_TOKENS, 1.0, runtime.derived_seed(seed, "compare rewards"))
     policy = str(out / str(seed) / "sft")
-    samples = generate.sample(policy, None, records, BEST_OF, how, "prompts")
+    samples = generate.sample(policy, None, records, BEST_OF, settings, "prompts")
     device = runtime.set_up(RuntimeSection(), seed)
     gold = open_scorer([GOLD], device, 32).score(samples).mean.tolist()
     data = f"demo:preferences?split=test&size={compared}&seed={seed + 1}"
@@ -103,7 +104,7 @@ def _on_comparisons(run: Path, rankings: Any, device: Any) -> dict[str, Any]:
     dropped = DroppedRows("data", 0.0, False, len(rankings))
     groups, _ = tokenised.groups(rankings, base.chat, Limit(MAX_LENGTH), dropped)
     assert not dropped.total, dropped.sentence()
-    scores = examine.score(open_run(str(run), SharedBase(base), 32, raw=True), groups)
+    scores = examine.score(open_run(str(run), SharedBase(base), PassSize(32), raw=True), groups)
     pairs = examine.pairs_of(groups, scores)
     said = figures.report(pairs, examine.responses_of(groups, scores), HOW)
     fitted = said["temperature"]

@@ -30,7 +30,7 @@ from typing import Any
 import machine
 import torch
 from gpu_claims import Claims
-from measuring import SHORT, Case, Peak, Ppo, four_roles, random_base
+from measuring import SHORT, Case, Peak, Ppo, four_roles, random_base, token_rows
 from torch.nn.functional import pad
 
 from rlhf import runtime
@@ -42,6 +42,8 @@ from rlhf.planning.clock import Speed
 from rlhf.planning.shape import of_config
 from rlhf.ppo import objective, tensors
 from rlhf.ppo.least_squares import LeastSquares
+from rlhf.rollouts.engine import Sampling
+from rlhf.rollouts.hf import HfEngine
 
 ROOT = Path(__file__).parents[1]
 QWEN_SMALL = (896, 24, 14, 2, 4864, 151936)
@@ -171,6 +173,23 @@ class Step:
         self.fits = [self.critic.learn(batch, 0, step)["update/value_loss"] for step in range(2)]
         return 2 * int(mask.sum())
 
+    def graph_against_eager(self) -> tuple[bool, str]:
+        """Whether decode steps replayed from a CUDA graph sample as steps without one do, and how fast."""
+        rows, how = self.case.rows, Sampling(min(self.case.response, 64), 1.0, 0)
+        prompts, _ = token_rows(self.case.prompt, 1, self.ppo.vocabulary, rows)
+        found, seconds = [], []
+        for refused in (False, True):
+            engine = HfEngine(self.ppo.roles, "policy", self.base.chat, rows)
+            engine.graphs.refused = refused
+            started = time.perf_counter()
+            found.append(engine.generate(prompts, how, range(rows)).tokens)  # a list: the device is done
+            seconds.append(time.perf_counter() - started)
+            if not refused:
+                used = engine.graphs.num_made > 0 and not engine.graphs.refused
+        wanted = self.ppo.roles.device.type == "cuda" and not self.case.quantize  # quantised blocks are not known
+        said = f"{seconds[0]:.2f} s with, {seconds[1]:.2f} s without" if used else "no graph is made here"
+        return found[0] == found[1] and used == wanted, said
+
     def check(self, name: str, report: Report, weights: float) -> None:
         kl = max(float(both.exact_kl.max()) for both in self.both)
         report.check(f"{name}: fresh roles agree", kl == 0.0, f"largest exact KL {kl:.3g} nats")
@@ -181,6 +200,7 @@ class Step:
         report.check(f"{name}: gradients are there", min(self.norms) > 0, f"norms {norms}")  # not finite raises
         moved = float(self.ppo.rescoring(self.batches[0]).exact_kl.max())
         report.check(f"{name}: the policy has moved", 0 < moved < 10, f"largest exact KL {moved:.3g} nats")
+        report.check(f"{name}: a graph samples as its step does", *self.graph_against_eager())
         first, second = self.fits
         report.check(f"{name}: the critic learns", 0 <= second < first, f"half squared error {first:.3g}, {second:.3g}")
         report.check(f"{name}: the base has not", fingerprint(self.base.model) == weights, f"{weights:.9g}")

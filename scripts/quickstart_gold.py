@@ -120,7 +120,7 @@ def probe_accuracies(roles: SharedBase, base: Base, seed: int) -> dict[str, floa
             ids = [*base.chat.response_ids(prompt, text), base.chat.end_id]
             samples.append(Sample(prompt, text, base.chat.prompt_ids(prompt), ids, True, ids))
     with progress.waiting("The reward model on pairs of replies that differ in one thing"):
-        scores = SharedScorer(roles, "reward", 32).score(samples).mean
+        scores = SharedScorer(roles, "reward", PassSize(32)).score(samples).mean
     for pair, difference in zip(pairs, (scores[0::2] - scores[1::2]).tolist(), strict=True):
         hits.setdefault(pair["fact"], []).append(0.5 + 0.5 * float(numpy.sign(difference)))
     return {fact: float(numpy.mean(values)) for fact, values in hits.items()}

@@ -26,7 +26,7 @@ from rlhf.findings import Findings
 from rlhf.metrics import benchmarks, calibration, correlation, curve, intervals, pairs
 from rlhf.scoring.scorer import Scores
 
-HOW = figures.How(num_bins=4, num_resamples=200, seed=0, fit_fraction=0.5)
+HOW = figures.FigureSettings(num_bins=4, num_resamples=200, seed=0, fit_fraction=0.5)
 
 
 def draw(generator, size, temperature, noise):

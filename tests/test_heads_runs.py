@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from rlhf import artifacts
 from rlhf.config import rubric
 from rlhf.config.rewards import ClassifierSection, RunReward
+from rlhf.data.batches import PassSize
 from rlhf.data.records import Message
 from rlhf.models import opening
 from rlhf.models.heads import ScalarHead
@@ -217,7 +218,8 @@ def scores_of(**source):
     """By a reward source of the summed run."""
     manifest = artifacts.read("runs/summed")
     base = opening.reopen_base(manifest, torch.device("cpu"))
-    scorer = open_source(RunReward(run="runs/summed", **source), "reward", manifest, Host(base, SharedBase(base), 8))
+    host = Host(base, SharedBase(base), PassSize(8))
+    scorer = open_source(RunReward(run="runs/summed", **source), "reward", manifest, host)
     return Rerendered(scorer, base.chat, "runs/summed").score(samples()).mean.tolist()
 
 

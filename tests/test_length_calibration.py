@@ -14,6 +14,7 @@ from sklearn.linear_model import LogisticRegression
 
 from rlhf import artifacts, examined
 from rlhf.config.rewards import RunReward
+from rlhf.data.batches import PassSize
 from rlhf.data.records import Message
 from rlhf.errors import RlhfError
 from rlhf.evaluation import figures, lengths
@@ -27,7 +28,7 @@ from rlhf.scoring.length import LengthCorrected
 from rlhf.scoring.scorer import Sample, Scores
 from rlhf.scoring.sources import Host
 
-HOW = figures.How(num_bins=5, num_resamples=100, seed=0, fit_fraction=0.4)
+HOW = figures.FigureSettings(num_bins=5, num_resamples=100, seed=0, fit_fraction=0.4)
 
 
 def draw(size, asked=0.0, paid=0.05, seed=0):
@@ -159,7 +160,7 @@ def test_score_ppo_and_compare_take_the_same_off_and_only_for_the_reward_that_wa
         prompt = (Message("user", one["prompt"]),)
         ids = [*chat.response_ids(prompt, one["response"]), chat.end_id]
         samples.append(Sample(prompt, one["response"], chat.prompt_ids(prompt), ids, True, ids))
-    found = sources.open_source(source, "reward/0", manifest, Host(base, SharedBase(base), 4)).score(samples)
+    found = sources.open_source(source, "reward/0", manifest, Host(base, SharedBase(base), PassSize(4))).score(samples)
     assert found.mean.tolist() == pytest.approx([min(one["members"]) for one in corrected], abs=1e-5)
     code, said = here("compare", "runs/sft", "runs/sft", "--prompts", "given.jsonl", "--reward", "runs/exam", "--json")
     assert code == 0, said
@@ -182,7 +183,9 @@ def test_score_ppo_and_compare_take_the_same_off_and_only_for_the_reward_that_wa
     run("eval-rm", "outside", {**EXAMINED, "model": {"path": "classifier"}})
     model = {"model": {"path": "classifier"}}
     one, other = (
-        sources.open_source(tiny.reward({**model, **more}), "r", None, Host(base, None, 4)).score(samples).mean
+        sources.open_source(tiny.reward({**model, **more}), "r", None, Host(base, None, PassSize(4)))
+        .score(samples)
+        .mean
         for more in ({}, {"length_calibration": "runs/outside"})
     )
     outside = examined.length_calibration("runs/outside")

@@ -24,7 +24,7 @@ from rlhf import resources
 from rlhf.data.batches import collate
 from rlhf.errors import RlhfError
 from rlhf.models import first_step, forward, grouped, logits, speed
-from rlhf.models.base import load_base
+from rlhf.models.base import Loading, load_base
 from rlhf.models.roles import SharedBase
 from rlhf.planning import advice, clock, memory, phases, shape, specs
 from rlhf.planning.clock import Speed
@@ -75,7 +75,7 @@ def test_a_quantised_base_takes_what_is_predicted(tmp_path, kind):
         intermediate_size=512, vocab_size=300,
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    model = load_base(str(tmp_path), quantize=kind, dtype="bfloat16").model
+    model = load_base(str(tmp_path), Loading(quantize=kind, dtype="bfloat16")).model
     found = sum(p.nbytes for p in model.parameters())
     for module in model.modules():
         state = getattr(getattr(module, "weight", None), "quant_state", None)
@@ -110,7 +110,7 @@ def test_the_predicted_peaks_are_those_that_torch_allocates(tmp_path, monkeypatc
         intermediate_size=1536, vocab_size=4096, tie_word_embeddings=True,
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    opened = load_base(str(tmp_path), dtype=dtype)
+    opened = load_base(str(tmp_path), Loading(dtype=dtype))
     roles = SharedBase(opened)
     for name in ("policy", "reference"):
         roles.add(name, adapter=lora(opened), trained=name == "policy")

@@ -18,7 +18,7 @@ from rlhf.evaluation import examination, figures, rankings
 from rlhf.metrics import ranking
 from rlhf.scoring.scorer import Scores
 
-HOW = figures.How(num_bins=4, num_resamples=200, seed=0, fit_fraction=0.5)
+HOW = figures.FigureSettings(num_bins=4, num_resamples=200, seed=0, fit_fraction=0.5)
 
 
 def test_both_figures_equal_those_of_other_libraries_ties_included():

@@ -13,7 +13,7 @@ from tiny import base, exact, lora, shake
 
 from rlhf.config.rewards import term_names
 from rlhf.config.sections import SamplingSection
-from rlhf.data.batches import collate
+from rlhf.data.batches import PassSize, collate
 from rlhf.data.records import Message
 from rlhf.data.tokenised import PromptRow
 from rlhf.errors import RlhfError
@@ -233,7 +233,7 @@ def samples():
 
 
 def test_a_shared_scorer_reads_the_head_at_the_last_token(roles):
-    found = SharedScorer(roles, "policy", 1).score(samples()).mean
+    found = SharedScorer(roles, "policy", PassSize(1)).score(samples()).mean
     with torch.no_grad(), roles.acting_as("policy") as (model, head):
         for score, sample in zip(found, samples(), strict=True):
             hidden = model.model(input_ids=torch.tensor([sample.prompt_ids + sample.response_ids])).last_hidden_state

@@ -53,9 +53,9 @@ LAYERS = [
     ["evaluation", "serving"],
     [
         "ppo.experience", "ppo.critics", "ppo.collector", "ppo.least_squares", "ppo.update", "ppo.value_role",
-        "ppo.training", "reward.training",
+        "ppo.training", "ppo.standards", "reward.training",
         "reward.outcome", "reward.objective", "reward.combining", "reward.contradicted", "reward.annotators",
-        "reward.starts", "reward.length", "reward.teacher", "reward.learner",
+        "reward.starts", "reward.member_roles", "reward.length", "reward.teacher", "reward.learner",
     ],
     ["start"],
     ["stages"],

@@ -33,7 +33,7 @@ from rlhf.demo import registry as demo
 from rlhf.errors import RlhfError
 from rlhf.identity import Identity
 from rlhf.models import adapters, opening
-from rlhf.models.base import load_base, load_tokenizer
+from rlhf.models.base import Loading, load_base, load_tokenizer
 from rlhf.stages.registry import STAGES
 
 ROOT = Path(__file__).parents[1]
@@ -289,7 +289,7 @@ def test_a_model_that_brings_code_is_refused(tmp_path):
     assert caught.value.exit_code == 8 and not (tmp_path / "canary").exists()
     for revision in (None, "main", "abc1234"):
         with pytest.raises(RlhfError, match="SEC004"):
-            load_base(str(directory), revision=revision, trust_remote_code=True)
+            load_base(str(directory), Loading(revision=revision, trust_remote_code=True))
         with pytest.raises(RlhfError, match="SEC004"):
             model = {"path": str(directory), "revision": revision, "trust_remote_code": True}
             prepare_sft(tmp_path, model=model)
@@ -414,7 +414,7 @@ def test_revisions_lead_nowhere_else(tmp_path, revision, nothing_is_opened):
     data = {"path": "demo:demonstrations?size=20", "revision": revision}
     settings = {"model": {"path": "org/name", "revision": revision}, "data": data}
     assert [p.code for p in problems_of(lambda: prepare_sft(tmp_path, **settings))] == ["SEC006", "SEC006"]
-    assert problems_of(lambda: load_base("org/name", revision=revision))[0].code == "SEC006"
+    assert problems_of(lambda: load_base("org/name", Loading(revision=revision)))[0].code == "SEC006"
 
 
 def finished_run(run_dir):

@@ -133,7 +133,7 @@ def chain(tmp_path):
         (at / "data").mkdir(parents=True, exist_ok=True)
         world.write(at / "data" / f"{name}.jsonl", rows)
     for stage in sentiment_report.STAGES:
-        metrics = {"eval/exact_kl_nats": 3.0, "memory/peak_rss_mb": 100.0}
+        metrics = {"eval/exact_kl_nats": 3.0, "memory/peak_rss_mb": 900.0, "memory/peak_cuda_mb": 100.0}
         (at / stage).mkdir()
         storage.write_json(at / stage / "manifest.json", {"seconds": 10.0, "metrics": metrics, "details": {}})
     verdicts = [
@@ -145,7 +145,9 @@ def chain(tmp_path):
     (at / "examination").mkdir()
     world.write(at / "examination" / "preferences.jsonl", [{"responses": ["good", "bad"], "ranks": [1, 2]}])
     (at / "ppo" / "samples").mkdir()
-    world.write(at / "ppo" / "samples" / "step-2.jsonl", answers("good", "bad"))
+    world.write(
+        at / "ppo" / "samples" / "step-2.jsonl", answers("a b good bad", "a b good good", "c b good good bad bad")
+    )
     timed = {"time/rollout_s": 2.0, "time/update_s": 3.0}
     evaluated = {"eval/score": 0.7, "eval/exact_kl_nats": 1.5}
     world.write(at / "ppo" / "metrics.jsonl", [{"step": 2, **timed}, {"step": 2, **evaluated}])
@@ -166,10 +168,12 @@ def test_the_report_says_what_the_files_of_a_finished_chain_say(chain, tmp_path,
     assert said["policies"]["PPO"]["kl"] == 3 and said["policies"]["best of 4 by the reward model"]["ended"] == 0.75
     assert said["policies"]["PPO"]["over_sft"]["estimate"] == pytest.approx(1 - 0.5625)
     (point,) = said["curve"]
-    assert (point["step"], point["gold"]["estimate"], point["score"], point["kl"]) == (2, 0.5, 0.7, [1.5])
+    assert (point["step"], point["score"], point["kl"]) == (2, 0.7, [1.5])
+    assert point["gold"]["estimate"] == pytest.approx((1 / 4 + 1 / 2 + 1 / 3) / 3) and point["alike"] == 2 / 3
     judged = said["reward_models"]["4"]
     assert (judged["labels_agree"], judged["verdict"]) == (1, "fail") and judged["gain"] == pytest.approx(1 - 0.5625)
     assert [one["key"] for one in judged["beyond"]] == ["probes.padding"]
+    assert sentiment_report.peak_mb({"memory/peak_rss_mb": 7.0}) == 7, "without a GPU it is the process's"
     ppo = said["costs"][-1]
     assert [ppo[key] for key in ("seconds", "peak_mb", "planned_mb", "step_s", "planned_step_s")] == [
         10,

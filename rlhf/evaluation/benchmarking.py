@@ -10,23 +10,23 @@ import numpy
 from rlhf.data.benchmarks import STYLES, BenchmarkRow
 from rlhf.data.records import prompt_key
 from rlhf.errors import Problem, RlhfError
-from rlhf.evaluation.figures import How, interval
+from rlhf.evaluation.figures import FigureSettings, interval
 from rlhf.metrics import benchmarks, intervals
 
 Scored = Sequence[tuple[BenchmarkRow, Sequence[float]]]
 
 
-def report(name: str, scored: Scored, how: How) -> dict[str, Any]:
+def report(name: str, scored: Scored, settings: FigureSettings) -> dict[str, Any]:
     """The benchmark's figures as JSON values; intervals resample prompts within what is here.
 
     Raises:
         RlhfError: DAT054 for rows of Ties that do not fit together.
     """
-    made = {"rewardbench": _rewardbench, "rewardbench2": _rewardbench2, "rm-bench": _rm_bench}[name](scored, how)
+    made = {"rewardbench": _rewardbench, "rewardbench2": _rewardbench2, "rm-bench": _rm_bench}[name](scored, settings)
     return {"benchmark": name, "rows": len(scored), **made}
 
 
-def _rewardbench(scored: Scored, how: How) -> dict[str, Any]:
+def _rewardbench(scored: Scored, settings: FigureSettings) -> dict[str, Any]:
     right = numpy.array([benchmarks.is_right(values) for _, values in scored])
     subsets, keys = _columns(scored)
 
@@ -37,17 +37,17 @@ def _rewardbench(scored: Scored, how: How) -> dict[str, Any]:
         def of(weights: numpy.ndarray) -> float:
             return parts(weights).get(name, float("nan"))
 
-        return interval(intervals.weighted_bootstrap(of, keys, how.num_resamples, how.seed))
+        return interval(intervals.weighted_bootstrap(of, keys, settings.num_resamples, settings.seed))
 
     known = {*benchmarks.PRIOR_SETS, *(subset for one in benchmarks.SECTIONS.values() for subset in one)}
     return {
-        "subsets": _by_subset(subsets, keys, right, how),
+        "subsets": _by_subset(subsets, keys, right, settings),
         "sections": {name: whole(name) for name in parts(numpy.ones(len(right)))},
         "of_no_section": sorted(set(subsets) - known),
     }
 
 
-def _rewardbench2(scored: Scored, how: How) -> dict[str, Any]:
+def _rewardbench2(scored: Scored, settings: FigureSettings) -> dict[str, Any]:
     """Ties are one score over all their rows, so that it has no interval, and the overall mean none either."""
     rest = [one for one in scored if one[0].subset.lower() != benchmarks.TIES.lower()]
     tied = [
@@ -59,7 +59,7 @@ def _rewardbench2(scored: Scored, how: How) -> dict[str, Any]:
             raise RlhfError(Problem("DAT054", row.where, what, "one right response of four outside Ties"))
     subsets, keys = _columns(rest)
     right = numpy.array([benchmarks.best_of(values, row.num_correct) for row, values in rest])
-    found = _by_subset(subsets, keys, right, how)
+    found = _by_subset(subsets, keys, right, settings)
     means = [one["estimate"] for one in found.values()]
     of_ties = None
     if tied:
@@ -71,7 +71,7 @@ def _rewardbench2(scored: Scored, how: How) -> dict[str, Any]:
     return {"subsets": found, "ties": of_ties, "overall": sum(means) / len(means)}
 
 
-def _rm_bench(scored: Scored, how: How) -> dict[str, Any]:
+def _rm_bench(scored: Scored, settings: FigureSettings) -> dict[str, Any]:
     """Each domain's matrix (safety-refuse and safety-response are one domain), and the mean over domains."""
     domains = sorted({row.subset.split("-")[0] for row, _ in scored})
     found = {}
@@ -80,7 +80,7 @@ def _rm_bench(scored: Scored, how: How) -> dict[str, Any]:
         found[domain] = benchmarks.style_matrix([one[:STYLES] for one in values], [one[STYLES:] for one in values])
     means = {
         key: float(numpy.mean([one[key] for one in found.values()])) for key in ("hard", "normal", "easy", "overall")
-    }  # fmt: skip
+    }
     return {"domains": found, **means}
 
 
@@ -94,12 +94,14 @@ def _means(subsets: Sequence[str], values: numpy.ndarray, weights: numpy.ndarray
     return {str(name): float(s / size) for name, s, size in zip(names, sums, sizes, strict=True) if size}
 
 
-def _by_subset(subsets: Sequence[str], keys: Sequence[str], values: numpy.ndarray, how: How) -> dict[str, Any]:
+def _by_subset(
+    subsets: Sequence[str], keys: Sequence[str], values: numpy.ndarray, settings: FigureSettings
+) -> dict[str, Any]:
     found = {}
     for name in dict.fromkeys(subsets):
         rows = [index for index, one in enumerate(subsets) if one == name]
         own = intervals.grouped_bootstrap(
-            values[rows], [keys[row] for row in rows], num_resamples=how.num_resamples, seed=how.seed
+            values[rows], [keys[row] for row in rows], num_resamples=settings.num_resamples, seed=settings.seed
         )
         found[name] = {"rows": len(rows), **(interval(own) or {})}
     return found

@@ -19,7 +19,7 @@ NUM_PARTS = 5
 
 
 @dataclass(frozen=True)
-class How:
+class FigureSettings:
     """How figures are computed: bins of the calibration, resamples, seed, share of the prompts to fit on."""
 
     num_bins: int
@@ -35,36 +35,40 @@ def interval(found: Interval) -> dict[str, Any] | None:
     return {"estimate": found.estimate, "ci95": [found.low, found.high]}
 
 
-def report(found: Pairs, responses: Responses, how: How) -> dict[str, Any]:
+def report(found: Pairs, responses: Responses, settings: FigureSettings) -> dict[str, Any]:
     """Every figure on comparisons, as JSON values. What the data do not say is null."""
     probabilities, outcomes = reward.folded(found.differences)
     quantiles = (0.05, 0.25, 0.5, 0.75, 0.95)
-    null = calibration.null_calibration_error(probabilities, how.num_bins, numpy.random.default_rng(how.seed))
+    null = calibration.null_calibration_error(probabilities, settings.num_bins, numpy.random.default_rng(settings.seed))
     return {
         "comparisons": len(found.differences),
         "prompts": len(set(found.groups)),
         "ties_left_out": found.num_ties,
-        "accuracy": interval(reward.accuracy(found, how.seed, how.num_resamples)),
-        "accuracy_when_sure": _when_sure(found, how),
-        "accuracy_by_source": _against_others(found, found.sources, how),
-        "accuracy_by_annotator": _against_others(found, found.annotators, how),
-        "accuracy_by_margin": _by_bins(found, numpy.abs(found.differences), how),
-        "accuracy_by_judged_margin": _by_bins(found, found.margins, how),
-        "accuracy_by_length_gap": _by_bins(found, found.length_gaps, how),
-        **_length(found, responses, how),
+        "accuracy": interval(reward.accuracy(found, settings.seed, settings.num_resamples)),
+        "accuracy_when_sure": _when_sure(found, settings),
+        "accuracy_by_source": _against_others(found, found.sources, settings),
+        "accuracy_by_annotator": _against_others(found, found.annotators, settings),
+        "accuracy_by_margin": _by_bins(found, numpy.abs(found.differences), settings),
+        "accuracy_by_judged_margin": _by_bins(found, found.margins, settings),
+        "accuracy_by_length_gap": _by_bins(found, found.length_gaps, settings),
+        **_length(found, responses, settings),
         "margin_quantiles": dict(
             zip(map(str, quantiles), map(float, numpy.quantile(found.differences, quantiles)), strict=False)
         ),
-        **_calibration(found, how),
+        **_calibration(found, settings),
         "ece_of_a_calibrated_model": float(null),
-        "reliability": [vars(entry) for entry in calibration.reliability_bins(probabilities, outcomes, how.num_bins)],
-        "temperature": _temperature(found, how),
-        "label_noise": _noise(found, how),
-        "disagreement": _disagreement(found, how),
+        "reliability": [
+            vars(entry) for entry in calibration.reliability_bins(probabilities, outcomes, settings.num_bins)
+        ],
+        "temperature": _temperature(found, settings),
+        "label_noise": _noise(found, settings),
+        "disagreement": _disagreement(found, settings),
     }
 
 
-def drift(first: Responses, second: Responses, pairs_of: tuple[Pairs, Pairs], unit: float, how: How) -> dict[str, Any]:
+def drift(
+    first: Responses, second: Responses, pairs_of: tuple[Pairs, Pairs], unit: float, settings: FigureSettings
+) -> dict[str, Any]:
     """What changes from one set to another: accuracy (null where nobody judged the second), mean score (in deviations),
     length in tokens, an ensemble's disagreement (in raw scores; null for a single model), and the share of the second
     set's responses whose scores are outside the first one's central 98 %.
@@ -79,9 +83,11 @@ def drift(first: Responses, second: Responses, pairs_of: tuple[Pairs, Pairs], un
     def fall(ones: Array, others: Array, keys: Sequence[str], other_keys: Sequence[str]) -> dict[str, Any] | None:
         both = numpy.concatenate([ones, others])
         is_first = numpy.arange(len(both)) < len(ones)
-        return interval(intervals.difference_of_means(
-            both, is_first, ~is_first, [*keys, *other_keys], how.num_resamples, how.seed
-        ))  # fmt: skip
+        return interval(
+            intervals.difference_of_means(
+                both, is_first, ~is_first, [*keys, *other_keys], settings.num_resamples, settings.seed
+            )
+        )
 
     def gain(of_first: Array, of_second: Array) -> dict[str, Any] | None:
         return fall(-of_first, -of_second, first.groups, second.groups)
@@ -92,17 +98,23 @@ def drift(first: Responses, second: Responses, pairs_of: tuple[Pairs, Pairs], un
         apart = [(one.members - first.members.mean(0)).std(1) for one in (first, second)]
     return {
         "accuracy_lost": fall(reward.right(before), reward.right(after), before.groups, after.groups)
-        if judged else None,
+        if judged
+        else None,
         "score_lost": fall(first.scores / unit, second.scores / unit, first.groups, second.groups),
         "length_gained": gain(first.lengths, second.lengths),
         "disagreement_gained": gain(*apart) if apart else None,
-        "outside": _mean(outside, second.groups, how),
+        "outside": _mean(outside, second.groups, settings),
         "score_quantiles": {
-            name: dict(zip(("0.05", "0.5", "0.95"), map(float, numpy.quantile(one.scores / unit, (0.05, 0.5, 0.95))),
-                           strict=True))
+            name: dict(
+                zip(
+                    ("0.05", "0.5", "0.95"),
+                    map(float, numpy.quantile(one.scores / unit, (0.05, 0.5, 0.95))),
+                    strict=True,
+                )
+            )
             for name, one in (("data", first), ("drift", second))
         },
-    }  # fmt: skip
+    }
 
 
 def split(keys: Sequence[str], fraction: float, seed: int) -> numpy.ndarray:
@@ -118,29 +130,37 @@ def chosen(found: Pairs, rows: numpy.ndarray) -> Pairs:
         return [value for value, kept in zip(values, rows, strict=True) if kept]
 
     return Pairs(
-        found.differences[rows], found.length_gaps[rows], of(found.groups), found.num_ties, found.margins[rows],
-        of(found.annotators), of(found.sources), None if found.spread is None else found.spread[rows],
-    )  # fmt: skip
+        found.differences[rows],
+        found.length_gaps[rows],
+        of(found.groups),
+        found.num_ties,
+        found.margins[rows],
+        of(found.annotators),
+        of(found.sources),
+        None if found.spread is None else found.spread[rows],
+    )
 
 
-def _mean(values: Array, keys: Sequence[str], how: How) -> dict[str, Any] | None:
-    return interval(intervals.grouped_bootstrap(values, keys, num_resamples=how.num_resamples, seed=how.seed))
+def _mean(values: Array, keys: Sequence[str], settings: FigureSettings) -> dict[str, Any] | None:
+    return interval(intervals.grouped_bootstrap(values, keys, num_resamples=settings.num_resamples, seed=settings.seed))
 
 
-def _weighted(statistic: Callable[[Array], float], keys: Sequence[str], how: How) -> dict[str, Any] | None:
-    return interval(intervals.weighted_bootstrap(statistic, keys, how.num_resamples, how.seed))
+def _weighted(
+    statistic: Callable[[Array], float], keys: Sequence[str], settings: FigureSettings
+) -> dict[str, Any] | None:
+    return interval(intervals.weighted_bootstrap(statistic, keys, settings.num_resamples, settings.seed))
 
 
-def _when_sure(found: Pairs, how: How) -> dict[str, Any] | None:
+def _when_sure(found: Pairs, settings: FigureSettings) -> dict[str, Any] | None:
     """Accuracy on the fifth of the comparisons whose scores differ most: what is missing to 1 there is seldom doubt of
     the model's, and mostly labels that no score explains."""
     sizes = numpy.abs(found.differences)
     rows = sizes >= numpy.quantile(sizes, 1 - 1 / NUM_PARTS)
     keys = [key for key, kept in zip(found.groups, rows, strict=True) if kept]
-    return _mean(reward.right(found)[rows], keys, how)
+    return _mean(reward.right(found)[rows], keys, settings)
 
 
-def _against_others(found: Pairs, names: Sequence[str | None], how: How) -> dict[str, Any] | None:
+def _against_others(found: Pairs, names: Sequence[str | None], settings: FigureSettings) -> dict[str, Any] | None:
     """Accuracy of each name's comparisons, and how far it is below that of all others; null where there is one name."""
     known = sorted({name for name in names if name is not None})
     if len(known) < 2:
@@ -150,15 +170,17 @@ def _against_others(found: Pairs, names: Sequence[str | None], how: How) -> dict
     for name in known:
         own = labels == name
         others = ~own & (labels != "")
-        below = intervals.difference_of_means(values, others, own, found.groups, how.num_resamples, how.seed)
+        below = intervals.difference_of_means(values, others, own, found.groups, settings.num_resamples, settings.seed)
         keys = [key for key, is_own in zip(found.groups, own, strict=True) if is_own]
         rows[name] = {
-            "comparisons": int(own.sum()), "accuracy": _mean(values[own], keys, how), "below_others": interval(below),
-        }  # fmt: skip
+            "comparisons": int(own.sum()),
+            "accuracy": _mean(values[own], keys, settings),
+            "below_others": interval(below),
+        }
     return rows
 
 
-def _by_bins(found: Pairs, covariate: Array, how: How) -> list[dict[str, Any]] | None:
+def _by_bins(found: Pairs, covariate: Array, settings: FigureSettings) -> list[dict[str, Any]] | None:
     """Accuracy in bins of equal mass of ``covariate`` [N], over the rows that have one; null where none has."""
     known = ~numpy.isnan(covariate)
     if not known.any():
@@ -167,14 +189,17 @@ def _by_bins(found: Pairs, covariate: Array, how: How) -> list[dict[str, Any]] |
     covariate, keys = covariate[known], numpy.array(found.groups, dtype=object)[known]
     return [
         {
-            "low": float(covariate[own].min()), "high": float(covariate[own].max()), "count": int(own.sum()),
-            "accuracy": float(values[own].mean()), "interval": _mean(values[own], list(keys[own]), how),
+            "low": float(covariate[own].min()),
+            "high": float(covariate[own].max()),
+            "count": int(own.sum()),
+            "accuracy": float(values[own].mean()),
+            "interval": _mean(values[own], list(keys[own]), settings),
         }
         for own in (places == place for place in numpy.unique(places))
-    ]  # fmt: skip
+    ]
 
 
-def _length(found: Pairs, responses: Responses, how: How) -> dict[str, Any]:
+def _length(found: Pairs, responses: Responses, settings: FigureSettings) -> dict[str, Any]:
     """Accuracy of length alone and what the model has over it; correlation of score and length at equal preference."""
     longer = 0.5 + 0.5 * numpy.sign(found.length_gaps)
     alone = longer if longer.mean() >= 0.5 else 1 - longer
@@ -184,49 +209,56 @@ def _length(found: Pairs, responses: Responses, how: How) -> dict[str, Any]:
     )
     return {
         "accuracy_of_longer_wins": float(longer.mean()),
-        "accuracy_over_length": _mean(reward.right(found) - alone, found.groups, how),
+        "accuracy_over_length": _mean(reward.right(found) - alone, found.groups, settings),
         "length_correlation": _weighted(
             lambda weights: correlation.partial_correlation(scores, lengths, preferences, weights),
             responses.groups,
-            how,
+            settings,
         ),
     }
 
 
-def _calibration(found: Pairs, how: How, temperature: float = 1.0) -> dict[str, Any]:
+def _calibration(found: Pairs, settings: FigureSettings, temperature: float = 1.0) -> dict[str, Any]:
     """ECE, Brier score and NLL of sigmoid(difference / temperature)."""
     probabilities, outcomes = reward.folded(found.differences, temperature)
     error = calibration.calibration_error_interval(
-        probabilities, outcomes, found.groups, how.num_bins, how.num_resamples, how.seed
+        probabilities, outcomes, found.groups, settings.num_bins, settings.num_resamples, settings.seed
     )
     losses = numpy.logaddexp(0, -found.differences / temperature)
     return {
         "ece": interval(error),
-        "brier": _mean((probabilities - outcomes) ** 2, found.groups, how),
-        "negative_log_likelihood": _mean(losses, found.groups, how),
+        "brier": _mean((probabilities - outcomes) ** 2, found.groups, settings),
+        "negative_log_likelihood": _mean(losses, found.groups, settings),
     }
 
 
-def _temperature(found: Pairs, how: How) -> dict[str, Any] | None:
+def _temperature(found: Pairs, settings: FigureSettings) -> dict[str, Any] | None:
     """The temperature that fits a share of the prompts, and what it does to the others; null where nothing differs."""
-    fitted = split(found.groups, how.fit_fraction, how.seed)
+    fitted = split(found.groups, settings.fit_fraction, settings.seed)
     own, rest = chosen(found, fitted), chosen(found, ~fitted)
     if not numpy.any(own.differences) or not len(rest.differences):
         return None
-    best = curve.fit(own.differences, own.groups, curve.NO_NOISE, 601, how.num_resamples, how.seed).temperature
+    best = curve.fit(
+        own.differences, own.groups, curve.NO_NOISE, 601, settings.num_resamples, settings.seed
+    ).temperature
     return {
-        **(interval(best) or {}), "fitted_on": len(set(own.groups)), "measured_on": len(set(rest.groups)),
-        "before": _calibration(rest, how), "after": _calibration(rest, how, best.estimate),
-    }  # fmt: skip
+        **(interval(best) or {}),
+        "fitted_on": len(set(own.groups)),
+        "measured_on": len(set(rest.groups)),
+        "before": _calibration(rest, settings),
+        "after": _calibration(rest, settings, best.estimate),
+    }
 
 
-def _noise(found: Pairs, how: How) -> dict[str, Any] | None:
+def _noise(found: Pairs, settings: FigureSettings) -> dict[str, Any] | None:
     if not numpy.any(found.differences):
         return None
-    return interval(curve.fit(found.differences, found.groups, num_resamples=how.num_resamples, seed=how.seed).noise)
+    return interval(
+        curve.fit(found.differences, found.groups, num_resamples=settings.num_resamples, seed=settings.seed).noise
+    )
 
 
-def _disagreement(found: Pairs, how: How) -> dict[str, Any] | None:
+def _disagreement(found: Pairs, settings: FigureSettings) -> dict[str, Any] | None:
     """Of an ensemble: whether its members disagree more where it errs. Null for a single model.
 
     ``error_auroc``: chance that a wrong comparison has a larger spread than a right one; 1/2 is no use.
@@ -235,9 +267,7 @@ def _disagreement(found: Pairs, how: How) -> dict[str, Any] | None:
         return None
     wrong, spread = 1 - reward.right(found), found.spread
     return {
-        "spread": _mean(found.spread, found.groups, how),
-        "error_auroc": _weighted(
-            lambda weights: pairs.weighted_auroc(spread, wrong, weights), found.groups, how
-        ),
-        "accuracy_by_spread": _by_bins(found, found.spread, how),
-    }  # fmt: skip
+        "spread": _mean(found.spread, found.groups, settings),
+        "error_auroc": _weighted(lambda weights: pairs.weighted_auroc(spread, wrong, weights), found.groups, settings),
+        "accuracy_by_spread": _by_bins(found, found.spread, settings),
+    }

@@ -10,19 +10,17 @@ import numpy
 
 from rlhf.data.tokenised import Group
 from rlhf.evaluation import reward as examine
-from rlhf.evaluation.figures import How, interval
+from rlhf.evaluation.figures import FigureSettings, interval
 from rlhf.metrics import pairs as measure
 from rlhf.scoring.scorer import Scores
 
 
-def report(groups: Sequence[Group], scores: Scores, how: How) -> dict[str, Any]:
+def report(groups: Sequence[Group], scores: Scores, settings: FigureSettings) -> dict[str, Any]:
     """For each head whose attribute is labelled, as JSON values: accuracy on its comparisons, that of every head on
     the same ones, and the correlation with its ratings; null where there are no such labels."""
     found = {}
     for name in scores.heads:
-        judged = {
-            other: examine.pairs_of(groups, Scores(values), name) for other, values in scores.heads.items()
-        }  # fmt: skip
+        judged = {other: examine.pairs_of(groups, Scores(values), name) for other, values in scores.heads.items()}
         own, ratings = judged[name], ratings_of(groups, name)
         rated = ~numpy.isnan(ratings)
         if not len(own.differences) and not rated.any():
@@ -31,23 +29,25 @@ def report(groups: Sequence[Group], scores: Scores, how: How) -> dict[str, Any]:
         has = len(own.differences) > 0
         found[name] = {
             "comparisons": len(own.differences),
-            "accuracy": interval(examine.accuracy(own, how.seed, how.num_resamples)) if has else None,
-            "accuracy_of": {
-                other: measure.pair_accuracy(pairs.differences) for other, pairs in judged.items()
-            } if has else None,
+            "accuracy": interval(examine.accuracy(own, settings.seed, settings.num_resamples)) if has else None,
+            "accuracy_of": {other: measure.pair_accuracy(pairs.differences) for other, pairs in judged.items()}
+            if has
+            else None,
             "ratings": int(rated.sum()),
             "rating_correlation": _correlation(values[rated], ratings[rated]),
-        }  # fmt: skip
+        }
     return found
 
 
 def ratings_of(groups: Sequence[Group], name: str) -> numpy.ndarray:
     """[R] ratings of all responses in one attribute, nan where there is none."""
-    return numpy.array([
-        numpy.nan if rating is None else rating
-        for group in groups
-        for rating in group.record.attributes.get(name, (None,) * len(group.responses))
-    ])  # fmt: skip
+    return numpy.array(
+        [
+            numpy.nan if rating is None else rating
+            for group in groups
+            for rating in group.record.attributes.get(name, (None,) * len(group.responses))
+        ]
+    )
 
 
 def without_a_head(groups: Sequence[Group], scores: Scores) -> dict[str, int]:

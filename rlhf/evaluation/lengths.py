@@ -8,12 +8,12 @@ from typing import Any
 import numpy
 
 from rlhf.evaluation import figures, reward
-from rlhf.evaluation.figures import How
+from rlhf.evaluation.figures import FigureSettings
 from rlhf.evaluation.reward import Pairs, Responses
 from rlhf.metrics import correlation, intervals, length
 
 
-def report(found: Pairs, responses: Responses, unit: float, how: How) -> dict[str, Any] | None:
+def report(found: Pairs, responses: Responses, unit: float, settings: FigureSettings) -> dict[str, Any] | None:
     """What is to be taken off a score for each token of the response, and what that does to other prompts.
 
     score' = score - coef * (tokens - mean_length). ``coef`` is fitted on ``fit_fraction`` of the prompts; its interval
@@ -25,15 +25,17 @@ def report(found: Pairs, responses: Responses, unit: float, how: How) -> dict[st
     Args:
         unit: of the differences and scores here, how many make one of the score that is to be corrected.
     """
-    fitted, known = (figures.split(keys, how.fit_fraction, how.seed) for keys in (found.groups, responses.groups))
+    fitted, known = (
+        figures.split(keys, settings.fit_fraction, settings.seed) for keys in (found.groups, responses.groups)
+    )
     own, rest = figures.chosen(found, fitted), figures.chosen(found, ~fitted)
     if not len(own.differences) or not len(rest.differences):
         return None
     best = intervals.weighted_bootstrap(
         lambda weights: length.excess(own.differences, own.length_gaps, weights),
         own.groups,
-        how.num_resamples,
-        how.seed,
+        settings.num_resamples,
+        settings.seed,
     )
     if numpy.isnan(best.estimate):
         return None
@@ -48,26 +50,26 @@ def report(found: Pairs, responses: Responses, unit: float, how: How) -> dict[st
         "coef": coef / unit, "ci95": [best.low / unit, best.high / unit],
         "mean_length": float(responses.lengths[known].mean()),
         "fitted_on": len(set(own.groups)), "measured_on": len(set(rest.groups)),
-        "before": _figures(rest, others, how), "after": _figures(after, corrected, how),
-        "accuracy_gained": _gained(reward.right(after), reward.right(rest), rest, how),
-        "negative_log_likelihood_gained": _gained(_losses(after), _losses(rest), rest, how),
+        "before": _figures(rest, others, settings), "after": _figures(after, corrected, settings),
+        "accuracy_gained": _gained(reward.right(after), reward.right(rest), rest, settings),
+        "negative_log_likelihood_gained": _gained(_losses(after), _losses(rest), rest, settings),
     }  # fmt: skip
 
 
-def _figures(found: Pairs, responses: Responses, how: How) -> dict[str, Any]:
+def _figures(found: Pairs, responses: Responses, settings: FigureSettings) -> dict[str, Any]:
     index, _ = intervals.numbered(responses.groups)
     scores, lengths, preferences = (
         correlation.centred(values, index) for values in (responses.scores, responses.lengths, responses.preferences)
     )
     shared = intervals.weighted_bootstrap(
         lambda weights: correlation.partial_correlation(scores, lengths, preferences, weights), responses.groups,
-        how.num_resamples, how.seed,
+        settings.num_resamples, settings.seed,
     )  # fmt: skip
     losses = intervals.grouped_bootstrap(
-        _losses(found), found.groups, num_resamples=how.num_resamples, seed=how.seed
+        _losses(found), found.groups, num_resamples=settings.num_resamples, seed=settings.seed
     )  # fmt: skip
     return {
-        "accuracy": figures.interval(reward.accuracy(found, how.seed, how.num_resamples)),
+        "accuracy": figures.interval(reward.accuracy(found, settings.seed, settings.num_resamples)),
         "length_correlation": figures.interval(shared), "negative_log_likelihood": figures.interval(losses),
     }  # fmt: skip
 
@@ -76,7 +78,11 @@ def _losses(found: Pairs) -> numpy.ndarray:
     return numpy.logaddexp(0, -found.differences)
 
 
-def _gained(after: numpy.ndarray, before: numpy.ndarray, found: Pairs, how: How) -> dict[str, Any] | None:
+def _gained(
+    after: numpy.ndarray, before: numpy.ndarray, found: Pairs, settings: FigureSettings
+) -> dict[str, Any] | None:
     return figures.interval(
-        intervals.paired_bootstrap(after, before, found.groups, num_resamples=how.num_resamples, seed=how.seed)
+        intervals.paired_bootstrap(
+            after, before, found.groups, num_resamples=settings.num_resamples, seed=settings.seed
+        )
     )

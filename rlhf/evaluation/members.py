@@ -15,7 +15,7 @@ from rlhf.metrics import pairs
 from rlhf.scoring.scorer import Sample, Scorer, Scores
 
 
-class Kept:
+class RecordingScorer:
     """Keeps what ``inner`` gave, so that every response is scored once."""
 
     def __init__(self, inner: Scorer) -> None:
@@ -27,7 +27,7 @@ class Kept:
         return self.found
 
 
-class Given:
+class FixedScorer:
     """Gives scores that are known already."""
 
     def __init__(self, scores: Scores) -> None:
@@ -39,11 +39,11 @@ class Given:
 
 def compare(scorer: Scorer, groups: Sequence[Group]) -> tuple[Pairs, list[Pairs]]:
     """The comparisons as the scorer sees them, and as each of its members does; none where it has no members."""
-    kept = scorer if isinstance(scorer, Kept) else Kept(scorer)
-    whole = examine.compare(kept, groups)
-    assert kept.found is not None
-    columns = () if kept.found.members is None else kept.found.members.unbind(1)
-    return whole, [examine.compare(Given(Scores(column)), groups) for column in columns]
+    recorded = scorer if isinstance(scorer, RecordingScorer) else RecordingScorer(scorer)
+    whole = examine.compare(recorded, groups)
+    assert recorded.found is not None
+    columns = () if recorded.found.members is None else recorded.found.members.unbind(1)
+    return whole, [examine.compare(FixedScorer(Scores(column)), groups) for column in columns]
 
 
 def report(whole: Pairs, members: Sequence[Pairs]) -> dict[str, Any]:

@@ -61,16 +61,19 @@ def sampling_of(section: SamplingSection, seed: int) -> Sampling:
 
 
 def respond(
-    engine: RolloutEngine, chat: ChatFormat, prompts: Sequence[PromptRow], how: Sampling,
+    engine: RolloutEngine,
+    chat: ChatFormat,
+    prompts: Sequence[PromptRow],
+    how: Sampling,
     rows: Sequence[int] | None = None,
-) -> list[Sample]:  # fmt: skip
+) -> list[Sample]:
     """One response to each prompt; the noise of a row depends on the seed and its number in ``rows`` alone."""
     rollout = engine.generate([prompt.ids for prompt in prompts], how, rows or range(len(prompts)))
     logprobs: Sequence[list[float] | None] = rollout.logprobs or [None] * len(prompts)
     return [
         _sample(chat, prompt, tokens, finished, said)
         for prompt, tokens, finished, said in zip(prompts, rollout.tokens, rollout.finished, logprobs, strict=True)
-    ]  # fmt: skip
+    ]
 
 
 def _sample(chat: ChatFormat, prompt: PromptRow, tokens: list[int], finished: bool, said: list[float] | None) -> Sample:

@@ -10,16 +10,21 @@ import numpy
 
 from rlhf.config.examination import ProbesSection
 from rlhf.data.records import Comparison, prompt_key
-from rlhf.evaluation.figures import How, interval
+from rlhf.evaluation.figures import FigureSettings, interval
 from rlhf.evaluation.probes import Change, Exchange, Material, materials, probes_of
 from rlhf.metrics import intervals
 from rlhf.scoring.scorer import Sample, Scorer
 
 
 def probe(
-    scorer: Scorer, chat: Any, comparisons: Sequence[Comparison], texts: ProbesSection, max_length: int, unit: float,
-    how: How,
-) -> dict[str, Any]:  # fmt: skip
+    scorer: Scorer,
+    chat: Any,
+    comparisons: Sequence[Comparison],
+    texts: ProbesSection,
+    max_length: int,
+    unit: float,
+    settings: FigureSettings,
+) -> dict[str, Any]:
     """Every probe's mean change, share of rises (ties 1/2) and counts, as JSON values; empty without prompts.
 
     Args:
@@ -27,12 +32,14 @@ def probe(
             counted.
         unit: raw scores a deviation.
     """
-    rows, tried = materials(comparisons, texts, how.seed), probes_of(texts)
+    rows, tried = materials(comparisons, texts, settings.seed), probes_of(texts)
     changes = {one.name: [one.intervene(material) for material in rows] for one in tried}
     scores = _scores(scorer, chat, changes, max_length)
     return {
-        one.name: {"does": one.does, **_figures(rows, changes[one.name], scores, unit, how)} for one in tried if rows
-    }  # fmt: skip
+        one.name: {"does": one.does, **_figures(rows, changes[one.name], scores, unit, settings)}
+        for one in tried
+        if rows
+    }
 
 
 def _scores(scorer: Scorer, chat: Any, changes: dict[str, list[Change]], max_length: int) -> dict[Exchange, float]:
@@ -42,9 +49,10 @@ def _scores(scorer: Scorer, chat: Any, changes: dict[str, list[Change]], max_len
     )
     samples = {exchange: sample_of(exchange, chat) for exchange in exchanges}
     kept = {
-        exchange: sample for exchange, sample in samples.items()
+        exchange: sample
+        for exchange, sample in samples.items()
         if len(sample.prompt_ids) + len(sample.response_ids) <= max_length
-    }  # fmt: skip
+    }
     if not kept:
         return {}
     values = scorer.score(list(kept.values())).mean.double().tolist()
@@ -58,7 +66,11 @@ def sample_of(exchange: Exchange, chat: Any) -> Sample:
 
 
 def _figures(
-    rows: Sequence[Material], changes: Sequence[Change], scores: dict[Exchange, float], unit: float, how: How
+    rows: Sequence[Material],
+    changes: Sequence[Change],
+    scores: dict[Exchange, float],
+    unit: float,
+    settings: FigureSettings,
 ) -> dict[str, Any]:
     values, keys = [], []
     for material, (after, before) in zip(rows, changes, strict=True):
@@ -70,7 +82,7 @@ def _figures(
         return {**counts, "change": None, "rises": None}
     rises = 0.5 + 0.5 * numpy.sign(values)
     mean, share = (
-        intervals.grouped_bootstrap(found, keys, num_resamples=how.num_resamples, seed=how.seed)
+        intervals.grouped_bootstrap(found, keys, num_resamples=settings.num_resamples, seed=settings.seed)
         for found in (numpy.array(values), rises)
     )
     assert not math.isnan(mean.estimate)

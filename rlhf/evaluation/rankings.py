@@ -11,14 +11,14 @@ from rlhf.data.labels import levels
 from rlhf.data.records import prompt_key
 from rlhf.data.tokenised import Group
 from rlhf.evaluation import figures
-from rlhf.evaluation.figures import How
+from rlhf.evaluation.figures import FigureSettings
 from rlhf.metrics import intervals, ranking
 from rlhf.scoring.scorer import Scores
 
 FEWEST = 3
 
 
-def report(groups: Sequence[Group], scores: Scores, how: How) -> dict[str, Any] | None:
+def report(groups: Sequence[Group], scores: Scores, settings: FigureSettings) -> dict[str, Any] | None:
     """Kendall's tau-b and NDCG, each a mean over the lists of three and more responses, with a 95 % interval over
     prompts; None where all rows are pairs.
 
@@ -42,8 +42,8 @@ def report(groups: Sequence[Group], scores: Scores, how: How) -> dict[str, Any] 
         "lists": len(lists),
         "without_whole_ranking": len(lists) - len(graded),
         "by_ratings": sum(group.record.ratings is not None for group, _, _ in graded),
-        "kendall_tau_b": _mean(taus, keys, how),
-        "ndcg": _mean(gains, keys, how),
+        "kendall_tau_b": _mean(taus, keys, settings),
+        "ndcg": _mean(gains, keys, settings),
     }
 
 
@@ -55,12 +55,15 @@ def grades_of(group: Group) -> numpy.ndarray | None:
     return None if ahead is None else len(ahead) - 1 - numpy.array(ahead, dtype=float)
 
 
-def _mean(values: Sequence[float], keys: Sequence[str], how: How) -> dict[str, Any] | None:
+def _mean(values: Sequence[float], keys: Sequence[str], settings: FigureSettings) -> dict[str, Any] | None:
     """With the number of lists that it is of; None where no list has a value."""
     known = [(value, key) for value, key in zip(values, keys, strict=True) if not numpy.isnan(value)]
     if not known:
         return None
     found = intervals.grouped_bootstrap(
-        [value for value, _ in known], [key for _, key in known], num_resamples=how.num_resamples, seed=how.seed
+        [value for value, _ in known],
+        [key for _, key in known],
+        num_resamples=settings.num_resamples,
+        seed=settings.seed,
     )
     return {**(figures.interval(found) or {}), "lists": len(known)}

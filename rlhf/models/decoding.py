@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from functools import partial
@@ -19,6 +19,7 @@ from rlhf.models.blocks import Layers, heads, rms_norm
 from rlhf.models.fused_lora import Adapted
 
 SUMMED_BYTES = 1 << 28
+Attend = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
 
 
 class Decoder:
@@ -65,22 +66,34 @@ class Decoder:
             config=inner.config, inputs_embeds=x, attention_mask=attention_mask, past_key_values=past_key_values,
             position_ids=position_ids,
         )  # fmt: skip
-        cos, sin = (part.expand(len(x), -1, -1).flatten(0, 1)[:, None] for part in inner.rotary_emb(x, position_ids))
-        rows = Rows(len(x), x.shape[1], attention_mask)
-        x, cos, sin = (rows.real(part) for part in (x.flatten(0, 1), cos, sin))
-        for block, layers in zip(inner.layers, self.tokens if rows.width == 1 else self.prompts, strict=True):
-            x = _block(block, layers, rows, x, cos, sin, mask, past_key_values)
-        return BaseModelOutputWithPast(rows.padded(inner.norm(x)), past_key_values=past_key_values)
+        rows = Rows(len(x), x.shape[1], _real_places(attention_mask, x.shape[1]))
+        states = self.states(x, self.turns(x, position_ids), rows, partial(_attend, mask, past_key_values))
+        return BaseModelOutputWithPast(states, past_key_values=past_key_values)
+
+    def turns(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin [B n, 1, D] of ``positions`` [B or 1, n], in the dtype of x [B, n, d]."""
+        cos, sin = self.inner.rotary_emb(x, positions)
+        return cos.expand(len(x), -1, -1).flatten(0, 1)[:, None], sin.expand(len(x), -1, -1).flatten(0, 1)[:, None]
+
+    def states(self, x: Tensor, turns: Sequence[Tensor], rows: Rows, attend: Attend) -> Tensor:
+        """[B, n, d] last hidden states of the embedded tokens x [B, n, d]; 0 where no token is.
+
+        Args:
+            turns: cos and sin [B n, 1, D] of their positions.
+            attend: what attention makes of q, k and v [B, heads, n, D]: [B, n, heads, D]; its first argument is the
+                block's own attention.
+        """
+        x, cos, sin = (rows.real(part) for part in (x.flatten(0, 1), *turns))
+        for block, layers in zip(self.inner.layers, self.tokens if rows.width == 1 else self.prompts, strict=True):
+            x = _block(block, layers, rows, x, (cos, sin), attend)
+        return rows.padded(self.inner.norm(x))
 
 
 class Rows:
-    """Which tokens of padded rows [count, width] are real; ``mask`` [count, width and all before] of them, or None."""
+    """Which tokens of padded rows [count, width] are real: those at ``places`` [n] of the flattened rows; None: all."""
 
-    def __init__(self, count: int, width: int, mask: Tensor | None) -> None:
-        self.count, self.width = count, width
-        self.places: Tensor | None = None
-        if mask is not None and width > 1 and not bool((own := mask[:, -width:].bool()).all()):
-            self.places = own.flatten().nonzero()[:, 0]
+    def __init__(self, count: int, width: int, places: Tensor | None) -> None:
+        self.count, self.width, self.places = count, width, places
 
     def real(self, x: Tensor) -> Tensor:
         """[n, ...] of x [count width, ...]."""
@@ -93,11 +106,18 @@ class Rows:
         return x.view(self.count, self.width, *x.shape[1:])
 
 
+def _real_places(mask: Tensor | None, width: int) -> Tensor | None:
+    """What ``Rows`` needs of a mask [count, width and all before]."""
+    if mask is None or width == 1 or bool((own := mask[:, -width:].bool()).all()):
+        return None
+    return own.flatten().nonzero()[:, 0]
+
+
 @contextmanager
-def in_place_of(model: Any, blocks: Sequence[Layers] | None) -> Iterator[None]:
+def in_place_of(model: Any, blocks: Sequence[Layers] | None) -> Iterator[Decoder | None]:
     """Sample through ``blocks`` (None: the model's own), with a head that gives float32 logits, and in float32 with a
-    small model's head in order, until the end of the block."""
-    head = model.get_output_embeddings()
+    small model's head in order, until the end of the block. Yields what stands for the backbone."""
+    head, decoder = model.get_output_embeddings(), None
     changed: dict[Any, Any] = {}
     if forward := logits.forward_of(head):
         changed[head] = forward
@@ -110,7 +130,7 @@ def in_place_of(model: Any, blocks: Sequence[Layers] | None) -> Iterator[None]:
     for module, forward in changed.items():
         module.forward = forward
     try:
-        yield
+        yield decoder
     finally:
         for module, forward in own.items():
             del module.forward
@@ -161,27 +181,27 @@ def _of(x: Tensor, layers: Summed | Sequence[Adapted]) -> Sequence[Tensor]:
     return fused_lora.products(x, layers)[0]
 
 
-def _block(
-    block: Any, layers: Sequence[Any], rows: Rows, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: Any
-) -> Tensor:
+def _block(block: Any, layers: Sequence[Any], rows: Rows, x: Tensor, turns: Sequence[Tensor], attend: Attend) -> Tensor:
     """[n, d] of x [n, d]."""
     first, output, both, down = layers
     norm = block.input_layernorm
-    (mixed,) = _of(_attended(block.self_attn, _of(_normed(x, norm), first), rows, cos, sin, mask, cache), output)
+    (mixed,) = _of(_attended(block.self_attn, _of(_normed(x, norm), first), rows, turns, attend), output)
     x = mixed.add_(x)
     gate, up = _of(_normed(x, block.post_attention_layernorm), both)
     (y,) = _of(silu(gate).mul_(up), down)
     return y.add_(x)
 
 
-def _attended(
-    own: Any, projected: Sequence[Tensor], rows: Rows, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: Any
-) -> Tensor:
-    q, k, v = (rows.padded(part).transpose(1, 2) for part in heads(own, projected, cos, sin))
+def _attended(own: Any, projected: Sequence[Tensor], rows: Rows, turns: Sequence[Tensor], attend: Attend) -> Tensor:
+    q, k, v = (rows.padded(part).transpose(1, 2) for part in heads(own, projected, *turns))
+    return rows.real(attend(own, q, k, v).flatten(2).flatten(0, 1))
+
+
+def _attend(mask: Tensor | None, cache: Any, own: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """With what transformers' cache holds; see ``Decoder.states``."""
     if cache is not None:
         k, v = cache.update(k, v, own.layer_idx)
-    mixed = grouped.sdpa(own, q, k, v, mask, scaling=own.scaling)[0]
-    return rows.real(mixed.flatten(2).flatten(0, 1))
+    return grouped.sdpa(own, q, k, v, mask, scaling=own.scaling)[0]  # type: ignore[no-any-return]
 
 
 def _normed(x: Tensor, norm: Any) -> Tensor:

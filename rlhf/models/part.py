@@ -14,7 +14,7 @@ LAYER, MODULE = re.compile(r"\.(\d+)\."), re.compile(r"(\w+)\.lora_\w+\.")
 
 
 @dataclass(frozen=True)
-class Part:
+class AdapterPart:
     """What is trained of an adapter; the rest stays as the role started.
 
     Args:
@@ -41,7 +41,9 @@ class Part:
         )
 
 
-def of_member(layers: Sequence[int] | None, modules: Sequence[str] | None, index: int, model: Any) -> Part | None:
+def of_member(
+    layers: Sequence[int] | None, modules: Sequence[str] | None, index: int, model: Any
+) -> AdapterPart | None:
     """What a config says of member ``index``; None for the whole adapter.
 
     Args:
@@ -63,4 +65,4 @@ def of_member(layers: Sequence[int] | None, modules: Sequence[str] | None, index
     if missing := [name for name in modules or () if name not in present]:
         what = f"{', '.join(missing)} match no linear layer; there are {', '.join(present)}."
         raise RlhfError(Problem("MOD030", f"ensemble.target_modules.{index}", what))
-    return Part(chosen, None if modules is None else frozenset(modules))
+    return AdapterPart(chosen, None if modules is None else frozenset(modules))

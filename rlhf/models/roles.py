@@ -20,7 +20,7 @@ from rlhf import artifacts
 from rlhf.models import adapters, fused_lora, packing, trained_rows, whole
 from rlhf.models.base import Base
 from rlhf.models.heads import ScalarHead
-from rlhf.models.part import Part
+from rlhf.models.part import AdapterPart
 
 # transformers announces a new name for a method that peft still calls by its old one.
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
@@ -39,7 +39,7 @@ class Slot:
     adapter: str | None
     head: ScalarHead | None
     trained: bool
-    part: Part | None = None
+    part: AdapterPart | None = None
 
 
 class Roles(Protocol):
@@ -127,7 +127,7 @@ class SharedBase(_Slots):
 
     def add(
         self, name: str, *, adapter: Path | LoraConfig | None = None, head: ScalarHead | None = None,
-        trained: bool = False, rank: int | None = None, part: Part | None = None,
+        trained: bool = False, rank: int | None = None, part: AdapterPart | None = None,
     ) -> None:  # fmt: skip
         """Add a role: an adapter read from a directory (grown to ``rank``) or a fresh one, or the bare base; trained,
         the latter has every weight trained, and an adapter ``part`` of it or all.
@@ -277,7 +277,7 @@ def _add_adapter(model: Any, name: str, adapter: Path | LoraConfig, rank: int | 
     return model
 
 
-def _adapter_parameters(model: PeftModel, adapter: str, part: Part | None) -> list[nn.Parameter]:
+def _adapter_parameters(model: PeftModel, adapter: str, part: AdapterPart | None) -> list[nn.Parameter]:
     return [
         parameter
         for name, parameter in model.named_parameters()

@@ -91,8 +91,9 @@ class Experience:
         finished = [sample.finished for sample in self.samples]
         gaps = [
             (torch.tensor(sample.logprobs) - own[: len(sample.logprobs)]).abs()
-            for sample, own in zip(self.samples, self.old_logprobs, strict=True) if sample.logprobs is not None
-        ]  # fmt: skip
+            for sample, own in zip(self.samples, self.old_logprobs, strict=True)
+            if sample.logprobs is not None
+        ]
         lengths = self.mask.sum(1).double()
         others = {} if self.disagreement is None else {"rollout/disagreement": float(self.disagreement.mean())}
         if self.ref_logprobs is not None and self.exact_kl is not None:

@@ -22,12 +22,12 @@ from rlhf.ppo import objective
 from rlhf.ppo.collector import Collector, settle
 from rlhf.ppo.critics import Critic
 from rlhf.ppo.experience import Experience
+from rlhf.ppo.standards import Standard
 from rlhf.ppo.update import PolicyUpdate
 from rlhf.progress import waiting
 from rlhf.rollouts.engine import Sampling
 from rlhf.runs import Run, plain
 from rlhf.scoring.ensemble import references_of
-from rlhf.scoring.scorer import StandardisedScorer
 from rlhf.snapshots import Stateful
 from rlhf.tracking import Tracker
 
@@ -79,15 +79,6 @@ class TrainingSettings:
     guards: GuardSection
     save_every: int | None
     keep_checkpoints: int
-
-
-@dataclass(frozen=True)
-class Standard:
-    """A reward term whose shift and scale are set on ``num_samples`` answers of the policy before it moves."""
-
-    name: str
-    num_samples: int
-    scorer: StandardisedScorer
 
 
 @dataclass(frozen=True)
@@ -150,20 +141,7 @@ class Training:
     def standardise(self) -> None:
         """Set shift and scale of the reward terms that ask for it, on answers of the policy before it moves."""
         for index, standard in enumerate(self.standards):
-            wanted, scorer = standard.num_samples, standard.scorer
-            prompts = [self.prompts.train[row % len(self.prompts.train)] for row in range(wanted)]
-            with waiting(f"Setting the scale of {standard.name} on {wanted} answers of the SFT policy"):
-                samples = self.collector.policy.respond(prompts, self._sampling("standardise", index))
-                ended = [sample for sample in samples if sample.finished]
-                scorer.fit(ended)
-            log.info(
-                "%s standardised on %d SFT samples (%d more were cut off): shift %.3f, scale %.3f.",
-                standard.name,
-                len(ended),
-                wanted - len(ended),
-                scorer.shift,
-                scorer.scale,
-            )
+            standard.fit(self.collector.policy, self.prompts.train, self._sampling("standardise", index))
 
     def _sampling(self, *names: str | int) -> Sampling:
         """As the rollouts are sampled, with the noise of another seed."""
@@ -235,8 +213,9 @@ class Training:
         explained = batch.metrics["rollout/explained_variance"]
         figures = {
             name.replace("rollout/", "pretrain/"): value
-            for name, value in batch.metrics.items() if name.startswith("rollout/explained_variance")
-        }  # fmt: skip
+            for name, value in batch.metrics.items()
+            if name.startswith("rollout/explained_variance")
+        }
         self.record(0, {"pretrain/batch": number, **figures})
         reached = explained >= section.min_explained_variance
         if reached or number == limit:
@@ -246,8 +225,10 @@ class Training:
             else:
                 log.warning(
                     "Value pretraining ended at its limit of %d batches with explained variance %.2f, below %.2f.",
-                    limit, explained, section.min_explained_variance,
-                )  # fmt: skip
+                    limit,
+                    explained,
+                    section.min_explained_variance,
+                )
             return
         self.roll_out()
         progress.num_pretrained += 1
@@ -289,6 +270,10 @@ def save_roles(roles: Roles, critic: Critic, directory: Path) -> None:
 
 def _say(step: int, figures: dict[str, float]) -> None:
     log.info(
-        "Step %d: held-out score %.3f, exact KL %.2f nats, %.1f tokens, %.0f %% ended.", step, figures["eval/score"],
-        figures["eval/exact_kl_nats"], figures["eval/response_tokens"], 100 * figures["eval/end_token_rate"],
-    )  # fmt: skip
+        "Step %d: held-out score %.3f, exact KL %.2f nats, %.1f tokens, %.0f %% ended.",
+        step,
+        figures["eval/score"],
+        figures["eval/exact_kl_nats"],
+        figures["eval/response_tokens"],
+        100 * figures["eval/end_token_rate"],
+    )

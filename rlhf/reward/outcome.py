@@ -15,13 +15,14 @@ from torch import Tensor
 
 from rlhf import runtime
 from rlhf.config.sections import RewardBatchSection, SamplingSection
+from rlhf.data.batches import PassSize
 from rlhf.data.tokenised import Group, PromptRow
 from rlhf.errors import Problem, RlhfError
 from rlhf.evaluation import heads
 from rlhf.evaluation import members as together
 from rlhf.evaluation import policy as measure
 from rlhf.evaluation import reward as examine
-from rlhf.evaluation.figures import How
+from rlhf.evaluation.figures import FigureSettings
 from rlhf.evaluation.reward import Pairs
 from rlhf.metrics.members import chance_above
 from rlhf.models.base import Base
@@ -56,7 +57,8 @@ class RewardRoles:
         return self._scorer(slot, raw).score(samples)
 
     def _scorer(self, slot: str, raw: bool) -> SharedScorer:
-        return SharedScorer(self.roles, slot, self.batch.micro_batch_size, raw, self.batch.micro_batch_tokens)
+        size = PassSize(self.batch.micro_batch_size, self.batch.micro_batch_tokens)
+        return SharedScorer(self.roles, slot, size, raw)
 
 
 def held_out(
@@ -68,7 +70,7 @@ def held_out(
         has_length_coef: whether what scores and lengths have in common is measured too.
     """
     slots = rewards.slots
-    kept = together.Kept(rewards.scorer())
+    kept = together.RecordingScorer(rewards.scorer())
     pairs, members = together.compare(kept, groups)
     labelled = _of_labels(kept, groups)
     shared = length.correlation(pairs.length_gaps.tolist(), pairs.differences.tolist()) if has_length_coef else None
@@ -108,7 +110,7 @@ def write_comparisons(pairs: Pairs, run: Run) -> None:
 
 def _of_heads(groups: Sequence[Group], scores: Scores, seed: int) -> dict[str, Any]:
     """Each head on the labels of its attribute."""
-    found = heads.report(groups, scores, How(10, 2000, seed, 0.0))
+    found = heads.report(groups, scores, FigureSettings(10, 2000, seed, 0.0))
     for name, row in found.items():
         said = []
         if row["accuracy"]:
@@ -119,7 +121,7 @@ def _of_heads(groups: Sequence[Group], scores: Scores, seed: int) -> dict[str, A
     return found
 
 
-def _of_labels(kept: together.Kept, groups: Sequence[Group]) -> dict[str, float]:
+def _of_labels(kept: together.RecordingScorer, groups: Sequence[Group]) -> dict[str, float]:
     """How well raw scores tell good responses from bad ones of any prompt, where responses have labels of their own.
 
     The area under the curve is left out where all are good, or all bad.

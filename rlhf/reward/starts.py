@@ -13,7 +13,7 @@ from rlhf.errors import Problem, RlhfError
 from rlhf.models import adapters, merged
 from rlhf.models.base import Base
 from rlhf.models.heads import ScalarHead
-from rlhf.models.part import Part, of_member
+from rlhf.models.part import AdapterPart, of_member
 from rlhf.models.roles import Roles, SeparateModels, SharedBase
 from rlhf.origins import START
 from rlhf.preflight import Plan
@@ -68,14 +68,14 @@ def _runs(config: RewardConfig) -> list[Path | None]:
     return [*found] if len(found) > 1 else [found[0]] * config.members
 
 
-def _parts(config: RewardConfig, base: Base) -> list[Part | None]:
+def _parts(config: RewardConfig, base: Base) -> list[AdapterPart | None]:
     """What each member trains of its adapter."""
     whole: list[None] = [None] * config.members
     both = zip(config.ensemble.layers or whole, config.ensemble.target_modules or whole, strict=True)
     return [of_member(layers, modules, index, base.model) for index, (layers, modules) in enumerate(both)]
 
 
-def _require_adapted(roles: SharedBase, slot: str, part: Part | None) -> None:
+def _require_adapted(roles: SharedBase, slot: str, part: AdapterPart | None) -> None:
     """Raise MOD030 for a part of which the adapter, which is the policy's, has nothing: its head alone would learn."""
     names = [name for name, _ in roles.peft(slot).named_parameters() if adapters.belongs(name, slot)]
     if part and (missing := part.without(names)):

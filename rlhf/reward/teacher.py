@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf.data.batches import PassSize
 from rlhf.data.records import Comparison
 from rlhf.data.tokenised import Group
 from rlhf.evaluation import members as together
@@ -38,7 +39,7 @@ class Teacher:
 
     def report(self, groups: Sequence[Group], student: float, parameters: int) -> dict[str, Any]:
         """What the student keeps of the teachers' accuracy on held-out comparisons, and of their size."""
-        found = examine.compare(together.Given(Scores(torch.cat(self.of(groups)))), groups)
+        found = examine.compare(together.FixedScorer(Scores(torch.cat(self.of(groups)))), groups)
         accuracy = pair_accuracy(found.differences)
         log.info(
             "Teachers: accuracy %.3f with %.1f M parameters; student: %.3f with %.1f M.", accuracy,
@@ -67,7 +68,7 @@ def learn(
     for index, run in enumerate(runs):
         base = opening.reopen_base(plan.parents[f"teachers.{index}"], device)
         parameters += sum(parameter.numel() for parameter in base.model.parameters())
-        raw = open_run(run, SharedBase(base), micro_batch_size, raw=True)
+        raw = open_run(run, SharedBase(base), PassSize(micro_batch_size), raw=True)
         columns.append(Rerendered(raw, base.chat, run).score(samples).mean.double())
         log.info("%s has scored %d responses.", run, len(samples))
     mean = torch.stack(columns, 1).mean(1).float()

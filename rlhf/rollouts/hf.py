@@ -1,8 +1,14 @@
-"""The golden engine: transformers' ``generate`` with every setting fixed and the choice of tokens our own."""
+"""The golden engine: every setting fixed and the choice of tokens our own, by one of two loops.
+
+On a GPU a model whose blocks are known is sampled by ``rlhf.rollouts.static``. transformers' ``generate``, with a cache
+that grows, samples on a CPU, other models, and what is shown token by token.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,8 +21,12 @@ from rlhf.models import decoding, packing
 from rlhf.models.ends import token_ids
 from rlhf.models.roles import Roles
 from rlhf.progress import track
+from rlhf.rollouts import static
 from rlhf.rollouts.cache import roomy
 from rlhf.rollouts.engine import Rollout, Sampling, draw, uniforms
+
+log = logging.getLogger("rlhf")
+GROWING = ("cpu",)  # types of device on which the cache grows
 
 
 class HfEngine:
@@ -29,6 +39,7 @@ class HfEngine:
     def __init__(self, roles: Roles, slot: str, chat: ChatFormat, concurrency: int, streamer: Any = None) -> None:
         self.roles, self.slot, self.chat, self.concurrency = roles, slot, chat, concurrency
         self.streamer = streamer
+        self.graphs = static.Graphs()
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, rows: Sequence[int]) -> Rollout:
         """Sample one response to each prompt. Temperature 0 is greedy.
@@ -51,24 +62,43 @@ class HfEngine:
     @torch.no_grad()
     def _generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, rows: Sequence[int]) -> list[list[int]]:
         width = max(map(len, prompts))
-        device = self.roles.device
+        self._require_room(width, sampling.max_new_tokens)
         ids = torch.tensor([[self.chat.pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts])
-        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-        with self.roles.acting_as(self.slot) as (model, _):
-            self._require_room(width, sampling.max_new_tokens)
-            settings = GenerationConfig(
-                max_new_tokens=sampling.max_new_tokens, do_sample=False, num_beams=1, use_cache=True,
-                eos_token_id=self._ends(sampling), pad_token_id=self.chat.pad_id, repetition_penalty=1.0,
-                temperature=1.0, top_k=50, top_p=1.0, renormalize_logits=False,
-            )  # fmt: skip
-            processors = LogitsProcessorList([_Choose(sampling, rows, width)] if sampling.temperature else [])
-            with decoding.in_place_of(model, packing.known_blocks(model)):
-                whole = model.generate(
-                    input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings,
-                    logits_processor=processors, streamer=self.streamer,
-                    past_key_values=roomy(model, width + sampling.max_new_tokens),
-                )  # fmt: skip
-        return [self._cut(row, self._ends(sampling)) for row in whole[:, width:].tolist()]
+        real = torch.tensor([[False] * (width - len(prompt)) + [True] * len(prompt) for prompt in prompts])
+        noise, ends = uniforms(sampling.seed, rows, sampling.max_new_tokens), self._ends(sampling)
+        request = static.Request(ids, real, noise, ends, choosing(sampling))
+        acting = self.roles.acting_as(self.slot)
+        with acting as (model, _), decoding.in_place_of(model, packing.known_blocks(model)) as decoder:
+            if decoder := self._of_fixed_shapes(model, decoder):
+                found = static.sample(static.DecodeStep(model, decoder, request), self.graphs)
+            else:
+                found = self._grown(model, request)
+        return [self._cut(row, ends) for row in found]
+
+    def _of_fixed_shapes(self, model: Any, decoder: decoding.Decoder | None) -> decoding.Decoder | None:
+        """The decoder, where steps of fixed shapes are to sample; the one place that decides it."""
+        if self.roles.device.type in GROWING or self.streamer is not None:
+            return None
+        obstacle = "its blocks are not known" if decoder is None else static.obstacle(decoder)
+        if obstacle:
+            _say_slow(type(model).__name__, obstacle)
+        return None if obstacle else decoder
+
+    def _grown(self, model: Any, request: static.Request) -> list[list[int]]:
+        """By transformers' ``generate``, with a cache that grows."""
+        width, num_tokens = request.ids.shape[1], request.noise.shape[1]
+        settings = GenerationConfig(
+            max_new_tokens=num_tokens, do_sample=False, num_beams=1, use_cache=True, eos_token_id=list(request.ends),
+            pad_token_id=self.chat.pad_id, repetition_penalty=1.0, temperature=1.0, top_k=50, top_p=1.0,
+            renormalize_logits=False,
+        )  # fmt: skip
+        device = self.roles.device
+        whole = model.generate(
+            input_ids=request.ids.to(device), attention_mask=request.real.long().to(device),
+            generation_config=settings, logits_processor=LogitsProcessorList([_Choose(request, device)]),
+            streamer=self.streamer, past_key_values=roomy(model, width + num_tokens),
+        )  # fmt: skip
+        return whole[:, width:].tolist()  # type: ignore[no-any-return]
 
     def _ends(self, sampling: Sampling) -> list[int]:
         """The end tokens, the template's first, and the stop tokens."""
@@ -85,17 +115,30 @@ class HfEngine:
             raise RlhfError(Problem("MOD022", "sampling.max_new_tokens", what, "shorter prompts or responses"))
 
 
+@cache
+def _say_slow(kind: str, why: str) -> None:
+    log.info("%s samples by transformers' generate, which waits for the GPU at every token: %s.", kind, why)
+
+
+def choosing(sampling: Sampling) -> static.Choose:
+    """Gives tokens [B] from logits [B, V], which are lost, and noise [B]: at temperature 0 the likeliest."""
+    keep = TopPLogitsWarper(sampling.top_p) if sampling.top_p < 1.0 else None
+
+    def choose(logits: Tensor, noise: Tensor) -> Tensor:
+        if not sampling.temperature:
+            return logits.float().argmax(-1)
+        logits = logits.float().div_(sampling.temperature)
+        return draw(keep(torch.empty(0), logits) if keep else logits, noise)
+
+    return choose
+
+
 class _Choose(LogitsProcessor):
     """Chooses the token of every row by the row's own noise, and leaves ``generate`` only that one to take."""
 
-    def __init__(self, sampling: Sampling, rows: Sequence[int], width: int) -> None:
-        self.noise = uniforms(sampling.seed, rows, sampling.max_new_tokens)
-        self.sampling, self.width = sampling, width
-        self.keep = TopPLogitsWarper(sampling.top_p) if sampling.top_p < 1.0 else None
+    def __init__(self, request: static.Request, device: torch.device) -> None:
+        self.choose, self.width, self.noise = request.choose, request.ids.shape[1], request.noise.to(device)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        logits = scores.float().div_(self.sampling.temperature)  # generate's own copy, and not needed afterwards
-        if self.keep:
-            logits = self.keep(input_ids, logits)
-        chosen = draw(logits, self.noise[:, input_ids.shape[1] - self.width].to(logits.device))
+        chosen = self.choose(scores, self.noise[:, input_ids.shape[1] - self.width])  # scores are generate's own copy
         return scores.fill_(-torch.inf).scatter_(1, chosen[:, None], 0.0)

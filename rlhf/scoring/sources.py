@@ -21,6 +21,7 @@ from rlhf.config.rewards import (
     RunReward,
     ServiceReward,
 )
+from rlhf.data.batches import PassSize
 from rlhf.examined import LengthCalibration, length_calibration
 from rlhf.models import classifier, opening
 from rlhf.models.base import Base
@@ -47,14 +48,13 @@ class Host:
         base: the policy's.
         shared: its roles, where a reward run may be one more of them. A run on another base, a model from elsewhere and
             a run beside roles that share nothing are loaded as models of their own.
-        max_tokens: of a forward pass of a reward run; None: no limit besides ``micro_batch_size``.
+        size: of the forward passes; a model from elsewhere has no limit on tokens.
         answer: samples the reference policy, for an ensemble whose members are compared in differences.
     """
 
     base: Base
     shared: SharedBase | None
-    micro_batch_size: int
-    max_tokens: int | None = None
+    size: PassSize
     answer: Answer | None = None
 
 
@@ -94,7 +94,7 @@ def _of_ensemble(source: EnsembleReward, slot: str, manifest: Manifest | None, h
 
 
 def _of_model(source: ModelReward, slot: str, manifest: Manifest | None, host: Host) -> Scorer:
-    scorer, known = open_classifier(source.model, host.base.device, host.micro_batch_size), _known(source)
+    scorer, known = open_classifier(source.model, host.base.device, host.size.rows), _known(source)
     return LengthCorrected(scorer, known, scorer.tokens_read) if known else scorer
 
 
@@ -129,9 +129,13 @@ def _together(source: RewardSource, members: Sequence[Scorer], host: Host) -> Sc
 
 
 def open_run(
-    run_dir: str, roles: SharedBase, micro_batch_size: int, raw: bool = False, head: str | None = None,
+    run_dir: str,
+    roles: SharedBase,
+    size: PassSize,
+    raw: bool = False,
+    head: str | None = None,
     calibration: LengthCalibration | None = None,
-) -> Scorer:  # fmt: skip
+) -> Scorer:
     """What scores for a finished reward run, on the base of ``roles``; of an ensemble the mean of its members.
 
     Args:
@@ -139,20 +143,18 @@ def open_run(
         calibration: what is taken off for length, from scores that are not raw.
     """
     assert not (raw and calibration)
-    host, reading = Host(roles.base, roles, micro_batch_size), Reading(raw, head, calibration)
+    host, reading = Host(roles.base, roles, size), Reading(raw, head, calibration)
     members = _add_members(roles, "reward", run_dir, host, reading)
     return members[0] if len(members) == 1 else EnsembleScorer(members)
 
 
-def open_runs(
-    runs: Sequence[str], manifests: Sequence[Manifest], roles: SharedBase, micro_batch_size: int
-) -> EnsembleScorer:
+def open_runs(runs: Sequence[str], manifests: Sequence[Manifest], roles: SharedBase, size: PassSize) -> EnsembleScorer:
     """The raw scores of several reward runs' members, and their mean.
 
     Args:
         roles: on the first run's base; a run on another one has a model of its own.
     """
-    host, reading = Host(roles.base, roles, micro_batch_size), Reading(raw=True)
+    host, reading = Host(roles.base, roles, size), Reading(raw=True)
     members = [
         member
         for index, (run, manifest) in enumerate(zip(runs, manifests, strict=True))
@@ -192,9 +194,7 @@ def _add_members(roles: SharedBase, slot: str, run_dir: str, host: Host, reading
     names = slot_names(slot, len(members))
     for name, member in zip(names, members, strict=True):
         add_reward(roles, name, member)
-    scorers = [
-        SharedScorer(roles, name, host.micro_batch_size, reading.raw, host.max_tokens, reading.head) for name in names
-    ]
+    scorers = [SharedScorer(roles, name, host.size, reading.raw, reading.head) for name in names]
     known = reading.calibration
     return [LengthCorrected(scorer, known) for scorer in scorers] if known else [*scorers]
 

@@ -13,6 +13,7 @@ import typer
 from rlhf import artifacts, examined, interrupts, runtime
 from rlhf.config.rewards import ClassifierSection, ModelReward
 from rlhf.config.sections import RuntimeSection
+from rlhf.data.batches import PassSize
 from rlhf.data.records import Message, Messages
 from rlhf.data.tokenised import PromptRow
 from rlhf.errors import RlhfError
@@ -93,7 +94,7 @@ def _answer(base: Base, roles: SharedBase, asked: Messages, how: Sampling) -> Sa
 
 
 def _scorer(reward: str, base: Base, roles: SharedBase) -> Scorer:
-    host = Host(base, roles, 1)
+    host = Host(base, roles, PassSize(1))
     if not is_run(reward):
         outside = ModelReward(model=ClassifierSection(path=reward))
         return open_source(outside, "reward", None, host)

@@ -12,6 +12,7 @@ from rlhf.artifacts import Manifest
 from rlhf.config.sections import SamplingSection
 from rlhf.config.stages import CollectConfig
 from rlhf.data import fitting, tokenised
+from rlhf.data.batches import PassSize
 from rlhf.data.fitting import Limit
 from rlhf.data.tokenised import LengthReport, PromptRow
 from rlhf.evaluation import policy as measure
@@ -44,7 +45,7 @@ def run(config: CollectConfig, plan: Plan, run: Run) -> Manifest:
     engine = open_engine(roles, "policy", base.chat, sampling)
     compared = measure.sampling_of(sampling, runtime.derived_seed(config.seed, "collect", "references"))
     answer = measure.answering(engine, base.chat, compared)
-    host = Host(base, roles, sampling.concurrency, answer=answer)
+    host = Host(base, roles, PassSize(sampling.concurrency), answer)
     labeller = open_source(config.labeller, "labeller", parent, host)
     repeated = [prompt for prompt in prompts for _ in range(config.samples_per_prompt)]
     seed = runtime.derived_seed(config.seed, "collect")

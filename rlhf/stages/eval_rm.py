@@ -19,6 +19,7 @@ from rlhf.config.stages import EvalRmConfig
 from rlhf.config.suite import CaseSection
 from rlhf.config.suite import read as read_suite
 from rlhf.data import fitting, tokenised
+from rlhf.data.batches import PassSize
 from rlhf.data.benchmarks import BenchmarkRow
 from rlhf.data.fitting import Limit
 from rlhf.data.sources import Loaded
@@ -110,15 +111,21 @@ def _finish(
     details["dropped"] = plan.dropped()
     return run.finish(
         Manifest(
-            kind="examination", stage="eval-rm", seed=config.seed, identity=plan.identity, metrics=metrics,
-            seconds=time.perf_counter() - started, base=plan.parents["reward"].base if config.reward else None,
-            parents=plan.parents_table(STAGES["eval-rm"].needs(config)), details=details,
+            kind="examination",
+            stage="eval-rm",
+            seed=config.seed,
+            identity=plan.identity,
+            metrics=metrics,
+            seconds=time.perf_counter() - started,
+            base=plan.parents["reward"].base if config.reward else None,
+            parents=plan.parents_table(STAGES["eval-rm"].needs(config)),
+            details=details,
         )
-    )  # fmt: skip
+    )
 
 
-def _how(config: EvalRmConfig) -> figures.How:
-    return figures.How(config.num_bins, config.num_resamples, config.seed, config.fit_fraction)
+def _figure_settings(config: EvalRmConfig) -> figures.FigureSettings:
+    return figures.FigureSettings(config.num_bins, config.num_resamples, config.seed, config.fit_fraction)
 
 
 def _benchmark(config: EvalRmConfig, subject: Subject, groups: Sequence[Group]) -> dict[str, Any]:
@@ -126,7 +133,7 @@ def _benchmark(config: EvalRmConfig, subject: Subject, groups: Sequence[Group]) 
     sizes = [len(group.responses) for group in groups]
     scores = examine.score(subject.scorer, groups).mean.double().split(sizes)
     scored = [(cast(BenchmarkRow, group.record), own.tolist()) for group, own in zip(groups, scores, strict=True)]
-    return benchmarking.report(config.benchmark, scored, _how(config))
+    return benchmarking.report(config.benchmark, scored, _figure_settings(config))
 
 
 def _drift(
@@ -138,19 +145,19 @@ def _drift(
     scores = examine.score(subject.scorer, groups)
     others, other_pairs = examine.responses_of(groups, scores), examine.pairs_of(groups, scores)
     if len(other_pairs.differences):
-        found = figures.report(other_pairs, others, _how(config))
+        found = figures.report(other_pairs, others, _figure_settings(config))
     elif other_pairs.num_ties:
         raise RlhfError(Problem("DAT053", "drift", "holds ties alone: nothing to examine.", "decided comparisons"))
     else:
         log.info("drift: %d samples that nobody has judged: no accuracy there.", len(others.scores))
         found = {"comparisons": 0, "prompts": len(set(others.groups)), "accuracy": None, "ece": None}
-    changed = figures.drift(responses, others, (pairs, other_pairs), unit, _how(config))
-    ranked = rankings.report(groups, scores, _how(config))
+    changed = figures.drift(responses, others, (pairs, other_pairs), unit, _figure_settings(config))
+    ranked = rankings.report(groups, scores, _figure_settings(config))
     return {**found, **changed, "ranking": ranked, "responses": len(others.scores), "rows": vars(lengths)}
 
 
 def _report(config: EvalRmConfig, plan: Plan, subject: Subject, groups: Sequence[Group]) -> dict[str, Any]:
-    how = _how(config)
+    settings = _figure_settings(config)
     with waiting("Scoring the responses of the comparisons"):
         scores = examine.score(subject.scorer, groups)
     responses = examine.responses_of(groups, scores)
@@ -159,13 +166,13 @@ def _report(config: EvalRmConfig, plan: Plan, subject: Subject, groups: Sequence
         what = f"holds no decided comparison {'in ' + config.head if config.head else 'overall'}: nothing to examine."
         raise RlhfError(Problem("DAT053", "data", what, "decided comparisons, or head: one whose attribute has some"))
     with waiting("Working out the figures and their intervals"):
-        report = figures.report(pairs, responses, how)
-        report |= {"ranking": rankings.report(groups, scores, how), **_members(config, groups, scores, pairs)}
-        report |= _heads(groups, scores, how)
+        report = figures.report(pairs, responses, settings)
+        report |= {"ranking": rankings.report(groups, scores, settings), **_members(config, groups, scores, pairs)}
+        report |= _heads(groups, scores, settings)
         unit = subject.unit or float(responses.scores.std()) or 1.0
         standard = Scores(subject.standardised(scores))
         report["length_calibration"] = lengths.report(
-            examine.pairs_of(groups, standard), examine.responses_of(groups, standard), subject.unit or 1.0, how
+            examine.pairs_of(groups, standard), examine.responses_of(groups, standard), subject.unit or 1.0, settings
         )
     if config.drift:
         with waiting("Measuring the drift to the second data set"):
@@ -173,16 +180,18 @@ def _report(config: EvalRmConfig, plan: Plan, subject: Subject, groups: Sequence
     records = [group.record for group in groups]
     report["unit"] = {"raw_scores": unit, "of": "SFT samples" if subject.unit else "the examined responses"}
     with waiting("Scoring the responses as the probes change them"):
-        report["probes"] = probe(subject.scorer, subject.chat, records, config.probes, config.max_length, unit, how)
+        report["probes"] = probe(
+            subject.scorer, subject.chat, records, config.probes, config.max_length, unit, settings
+        )
     return report
 
 
-def _heads(groups: Sequence[Group], scores: Scores, how: figures.How) -> dict[str, Any]:
+def _heads(groups: Sequence[Group], scores: Scores, settings: figures.FigureSettings) -> dict[str, Any]:
     """What each of several heads says of its attribute, and the rows of attributes that no head is of."""
     left_out = heads.without_a_head(groups, scores)
     for name, count in left_out.items():
         log.warning("%d rows have labels of %r, which no head is of: these labels are left out.", count, name)
-    found = heads.report(groups, scores, how)
+    found = heads.report(groups, scores, settings)
     return ({"heads": found} if found else {}) | ({"without_a_head": left_out} if left_out else {})
 
 
@@ -232,11 +241,11 @@ def _open(config: EvalRmConfig, plan: Plan, device: torch.device) -> Subject:
     roles = SharedBase(base)
     if config.runs:
         manifests = [plan.parents[f"runs.{index}"] for index in range(len(config.runs))]
-        joined = sources.open_runs(config.runs, manifests, roles, config.micro_batch_size)
+        joined = sources.open_runs(config.runs, manifests, roles, PassSize(config.micro_batch_size))
         scales = tuple(float(ScalarHead.load(head).scale[0]) for head in sources.heads(config.runs))
         return Subject(joined, base.chat, scales)
     assert config.reward
-    scorer = open_run(config.reward, roles, config.micro_batch_size, raw=True, head=config.head)
+    scorer = open_run(config.reward, roles, PassSize(config.micro_batch_size), raw=True, head=config.head)
     own = [slot.head for slot in roles.slots.values() if slot.head]
     scales = tuple(float(head.scale[head.names.index(config.head or head.names[0])]) for head in own)
     return Subject(scorer, base.chat, scales)
@@ -264,7 +273,7 @@ def _tokenise(config: EvalRmConfig, plan: Plan, chat: Any, key: str) -> tuple[li
     others = [*loaded.records, *loaded.left_out]
     groups, lengths = tokenised.groups(
         _records(config, loaded, key), chat, Limit(config.max_length), loaded.dropped, others
-    )  # fmt: skip
+    )
     if problems := loaded.dropped.problems():
         raise RlhfError(*problems)
     if loaded.dropped.total:

@@ -176,15 +176,25 @@ def _finish(config: PpoConfig, plan: Plan, run: Run, training: Training) -> Mani
     end = {name.replace("eval/", "last/"): value for name, value in progress.last.items()}
     used = progress.best_figures if config.use == BEST else progress.last
     details = {
-        "use": config.use, "used_step": chosen, "best_step": progress.best_step, "last_step": progress.step,
-        "value_pretraining": progress.pretraining, "kl_coef_at_the_end": progress.kl_coef,
-        "standards": [standard.scorer.state_dict() for standard in training.standards], "dropped": plan.dropped(),
-    }  # fmt: skip
+        "use": config.use,
+        "used_step": chosen,
+        "best_step": progress.best_step,
+        "last_step": progress.step,
+        "value_pretraining": progress.pretraining,
+        "kl_coef_at_the_end": progress.kl_coef,
+        "standards": [standard.scorer.state_dict() for standard in training.standards],
+        "dropped": plan.dropped(),
+    }
     return run.finish(
         Manifest(
-            kind="policy", stage="ppo", seed=config.seed, identity=plan.identity,
-            metrics={**start, **end, **used, **runtime.peak_memory()}, seconds=saved.seconds(),
+            kind="policy",
+            stage="ppo",
+            seed=config.seed,
+            identity=plan.identity,
+            metrics={**start, **end, **used, **runtime.peak_memory()},
+            seconds=saved.seconds(),
             base=opening.identity_of_result(run.path, plan.parents["policy"]),
-            parents=plan.parents_table(STAGES["ppo"].needs(config)), details=details,
+            parents=plan.parents_table(STAGES["ppo"].needs(config)),
+            details=details,
         )
-    )  # fmt: skip
+    )

@@ -20,7 +20,7 @@ from rlhf.optimizer import Optimizer
 from rlhf.ppo.critics import Critic, NoCritic
 from rlhf.ppo.experience import Passes
 from rlhf.ppo.least_squares import LeastSquares
-from rlhf.ppo.training import Standard
+from rlhf.ppo.standards import Standard
 from rlhf.ppo.value_role import ValueRole, ValueSettings
 from rlhf.preflight import Plan
 from rlhf.rollouts.hf import HfEngine
@@ -60,12 +60,13 @@ def open_roles(config: PpoConfig, plan: Plan, base: Base) -> tuple[Roles, Reward
 
 
 def _open_rewards(config: PpoConfig, plan: Plan, shared: SharedBase) -> Rewards:
-    base, batch = shared.base, config.batch
+    base = shared.base
+    size = PassSize(config.batch.micro_batch_size, config.batch.micro_batch_tokens)
     how = measure.sampling_of(config.sampling, runtime.derived_seed(config.seed, "ppo", "references"))
     answer = measure.answering(HfEngine(shared, "reference", base.chat, config.sampling.concurrency), base.chat, how)
     terms: list[tuple[Scorer, float]] = []
     standards: list[Standard] = []
-    host = Host(base, shared, batch.micro_batch_size, batch.micro_batch_tokens, answer)
+    host = Host(base, shared, size, answer)
     for index, source in enumerate(config.rewards):
         scorer = open_source(source, f"reward/{index}", plan.parents.get(f"rewards.{index}"), host)
         if source.standardise_samples:

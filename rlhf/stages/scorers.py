@@ -11,6 +11,7 @@ import torch
 from rlhf import artifacts, examined, masking, runtime
 from rlhf.config.rewards import ClassifierSection, RunReward, wrong_url
 from rlhf.config.sections import RuntimeSection
+from rlhf.data.batches import PassSize
 from rlhf.errors import Problem, RlhfError
 from rlhf.models import opening
 from rlhf.models.roles import SharedBase
@@ -64,7 +65,7 @@ def _open(name: str, device: torch.device, micro_batch_size: int) -> Scorer:
     manifest = artifacts.read(source.run, "reward")
     base = opening.reopen_base(manifest, device)
     runtime.set_threads(RuntimeSection(), base.model, device)
-    inner = open_source(source, "reward", manifest, Host(base, SharedBase(base), micro_batch_size))
+    inner = open_source(source, "reward", manifest, Host(base, SharedBase(base), PassSize(micro_batch_size)))
     return Rerendered(inner, base.chat, name)
 
 

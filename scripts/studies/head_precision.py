@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.models import logits
-from rlhf.models.base import load_base
+from rlhf.models.base import Loading, load_base
 from rlhf.models.self_checks import TEXT
 
 SIZES = ((576, 49_152), (1_536, 151_936))
@@ -37,7 +37,7 @@ def synthetic(width: int, vocabulary: int, tokens: int) -> tuple[nn.Linear, Tens
 
 def of_a_model(path: str, tokens: int) -> tuple[nn.Module, Tensor, Tensor]:
     """The same of a model on ordinary text: the token drawn is the one that follows."""
-    base = load_base(path, dtype="bfloat16")
+    base = load_base(path, Loading(dtype="bfloat16"))
     ids = torch.tensor(base.tokenizer(TEXT * 4, add_special_tokens=False)["input_ids"][: tokens + 1])
     states = getattr(base.model, base.model.base_model_prefix)(ids[None]).last_hidden_state[0, :-1]
     return base.model.get_output_embeddings(), states, ids[1:]

@@ -11,7 +11,7 @@ best of n SFT answers by the same reward model (``rlhf rank``). Gold is vaderSen
 
 Resumable: what is finished is left alone. Ends with tables of what is there (``--report`` prints them alone) and
 OUT/report.json. ``--model`` is an instruct model of any size; what is asked of it was chosen for one of 135 M
-parameters, where a seed takes about half an hour on one core.
+parameters, where a seed takes half an hour to an hour on one core.
 """
 
 from __future__ import annotations
@@ -134,6 +134,15 @@ def sampled(chain: Chain, policy: str, prompts: str) -> Callable[[Path], None]:
     return lambda out: rlhf(chain, out.stem, "generate", policy, *how, *files, str(out))
 
 
+def on_device() -> list[str]:
+    """What ``rlhf plan`` is told of the GPU, where there is one: it plans for a CPU otherwise."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    return ["--gpu", f"{torch.cuda.get_device_properties(0).total_memory >> 20}MB"]
+
+
 def run(chain: Chain, texts: list[str], sizes: dict[str, int]) -> None:
     """Everything of one seed at one dtype that is not there yet."""
     chain.data("").parent.mkdir(parents=True, exist_ok=True)
@@ -158,7 +167,7 @@ def run(chain: Chain, texts: list[str], sizes: dict[str, int]) -> None:
     files = [str(chain.at / f"{name}.yaml") for name in CHAIN if name not in STAGE_OF]
     once(
         chain.at / sentiment_report.PLAN,
-        lambda out: rlhf(chain, "plan", "plan", *files, "--measure", "--json", out=out),
+        lambda out: rlhf(chain, "plan", "plan", *files, *on_device(), "--measure", "--json", out=out),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -97,21 +98,27 @@ def together(chains: Sequence[Path]) -> dict[str, Row]:
     return found
 
 
+def alike(samples: Sequence[Row], words: int = 3) -> float:
+    """Share of the answers that begin with the commonest ``words`` words."""
+    begun = Counter(" ".join(row["response"].split()[:words]) for row in samples)
+    return begun.most_common(1)[0][1] / len(samples)
+
+
 def curve(chains: Sequence[Path]) -> list[Row]:
-    """Gold, the reward model's score and KL at each evaluation of PPO, on the validation prompts of all seeds."""
-    points: dict[int, list[tuple[Row, list[float]]]] = {}
+    """Each evaluation of PPO on the validation prompts of all seeds: gold, the reward model's score, KL, sameness."""
+    points: dict[int, list[tuple[Row, list[Row]]]] = {}
     for at in chains:
         for row in runs.read_metrics(at / "ppo"):
             if "eval/score" in row:
                 samples = world.read(at / "ppo" / artifacts.SAMPLES / f"step-{row['step']}.jsonl")
-                points.setdefault(row["step"], []).append((row, gold_of(samples)))
+                points.setdefault(row["step"], []).append((row, samples))
     found = []
     for step, own in sorted(points.items()):
-        values = [value for _, golds in own for value in golds]
+        values = [value for _, samples in own for value in gold_of(samples)]
         found.append({
             "step": step, "gold": asdict(grouped_bootstrap(values, range(len(values)))),
             "score": float(numpy.mean([row["eval/score"] for row, _ in own])),
-            "kl": [row["eval/exact_kl_nats"] for row, _ in own],
+            "kl": [row["eval/exact_kl_nats"] for row, _ in own], "alike": _mean(alike(samples) for _, samples in own),
         })  # fmt: skip
     return found
 
@@ -141,12 +148,17 @@ def costs(chains: Sequence[Path]) -> list[Row]:
         own, plan = [manifest(at, stage) for at in chains], plans.get(stage, {})
         found.append({
             "stage": stage, "seconds": _mean(one["seconds"] for one in own),
-            "peak_mb": _mean(one["metrics"].get("memory/peak_rss_mb") for one in own),
+            "peak_mb": _mean(peak_mb(one["metrics"]) for one in own),
             "planned_mb": plan["peak"] / (1 << 20) if plan else None,
             "step_s": _mean(step_seconds(at / stage, one) for at, one in zip(chains, own, strict=True)),
             "planned_step_s": sum(work["seconds"] for work in plan.get("work") or []) or None,
         })  # fmt: skip
     return found
+
+
+def peak_mb(metrics: Row) -> float | None:
+    """On the GPU where there was one, else of the process."""
+    return metrics.get("memory/peak_cuda_mb", metrics.get("memory/peak_rss_mb"))
 
 
 def step_seconds(run: Path, made: Row) -> float | None:
@@ -181,9 +193,11 @@ def tables(dtype: str, found: Row) -> Iterator[tuple[str, Sequence[str], list[Se
         (name, shown(row["gold"]), " ".join(f"{value:+.2f}" for value in row["by_seed"]), shown(row["over_sft"]),
          number(row["kl"]), number(row["ended"])) for name, row in found["policies"].items()
     ]  # fmt: skip
-    yield f"{title}: PPO on validation prompts", ("step", "gold", "reward model", "KL, by seed"), [
-        (str(row["step"]), shown(row["gold"]), f"{row['score']:+.2f}", " ".join(number(one) for one in row["kl"]))
-        for row in found["curve"]
+    yield f"{title}: PPO on validation prompts", (
+        "step", "gold", "reward model", "KL, by seed", "begin alike"
+    ), [
+        (str(row["step"]), shown(row["gold"]), f"{row['score']:+.2f}", " ".join(number(one) for one in row["kl"]),
+         number(row["alike"])) for row in found["curve"]
     ]  # fmt: skip
     yield f"{title}: the reward model", (
         "seed", "labels agree with gold", "accuracy on labels", "correlation with gold", "verdict", "PPO over SFT"
