@@ -43,12 +43,19 @@ class Rows:
 
 @dataclass(frozen=True)
 class Input:
-    """A data set that a stage reads, the reader of its form, and how its rows are read."""
+    """A data set that a stage reads, the reader of its form, and how its rows are read.
+
+    Args:
+        is_trained_on: whether what measures should share no prompt with it.
+        held_out_from: of data that measures, the stage and key of the data set that must share no prompt with it.
+    """
 
     key: str
     section: DataSection
     read: Callable[[DataSection, int], Loaded]
     rows: Rows = Rows()
+    is_trained_on: bool = False
+    held_out_from: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)

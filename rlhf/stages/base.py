@@ -28,6 +28,7 @@ class Stage:
         parent: the run that gives the base; None: the config names a model.
         assumed: what a prediction takes for granted, as sentences, by the config, the prediction and the keys of the
             data that was read.
+        optimises: whether it optimises against its rewards, so that one that failed its examination stops it.
         gates: the gates of the config that a finished run does not pass.
         judged_again: the manifest of a finished run, in whose files other gates than before change what they say.
     """
@@ -40,6 +41,7 @@ class Stage:
     origin: Callable[[Any], Origin | None] = lambda _: None
     parent: Callable[[Any], str | None] = lambda _: None
     assumed: Callable[[Any, Spec, Sequence[str]], list[str]] = lambda *_: []
+    optimises: bool = False
     gates: Callable[[Any, Manifest], list[Problem]] = lambda *_: []
     judged_again: Callable[[Any, Manifest], Manifest] = lambda _, manifest: manifest
 

@@ -17,10 +17,7 @@ from rlhf.models import opening
 from rlhf.preflight import Checked
 from rlhf.stages import reading
 
-# What measures -> the data sets that must share no prompt with it; others may, and it is said.
-MEASURED = {("eval-rm", "data"): {("train-rm", "data")}, ("ppo", "evaluation.data"): {("ppo", "prompts")}}
 UNREAD = "token lengths and model weights (a --dry-run counts tokens)"
-TRAINED = (("sft", "data"), ("train-rm", "data"), ("ppo", "prompts"))
 
 
 def add_findings(results: Sequence[dict[str, Any]], checked: Sequence[Checked | None]) -> None:
@@ -114,14 +111,15 @@ def _too_many(loaded: Loaded) -> list[Finding]:
 
 def _leaks(one: Checked, key: str, checked: Sequence[Checked | None]) -> Iterator[Finding]:
     """Prompts that measure and are trained on, by any stage that is checked here."""
-    place = (one.stage, key)
-    if place not in MEASURED:
+    held_out_from = next(item.held_out_from for item in one.needs.inputs if item.key == key)
+    if held_out_from is None:
         return
     sets: dict[tuple[str, str], dict[str, Sequence[Any]]] = {}
     for other in filter(None, checked):
-        for name, loaded in other.plan.data.items():
-            if (other.stage, name) in TRAINED:
-                sets.setdefault((other.stage, name), {})[f"{other.stage} {name}"] = loaded.records
-    for trained, records in sets.items():
-        code: deep.Code = "DAT072" if trained in MEASURED[place] else ""
-        yield from deep.leaks(records, one.plan.data[key].records, "measures", code)
+        for item in other.needs.inputs:
+            if item.is_trained_on and item.key in other.plan.data:
+                name, records = f"{other.stage} {item.key}", other.plan.data[item.key].records
+                sets.setdefault((other.stage, item.key), {})[name] = records
+    for trained, records_of in sets.items():
+        code: deep.Code = "DAT072" if trained == held_out_from else ""
+        yield from deep.leaks(records_of, one.plan.data[key].records, "measures", code)

@@ -31,7 +31,7 @@ def needs(config: EvalRmConfig) -> Needs:
         suite.read(config.suite)  # its mistakes are said before any model is opened
     read = sources.load_benchmark(config.benchmark) if config.benchmark else labels.noted(sources.load_comparisons)
     rows = Rows(config.max_length)
-    inputs = [Input("data", config.data, read, rows)]
+    inputs = [Input("data", config.data, read, rows, held_out_from=("train-rm", "data"))]
     if config.drift:
         inputs.append(Input("drift", config.drift, labels.noted(sources.load_responses), rows))
     several = [(f"runs.{index}", run) for index, run in enumerate(config.runs or ())]

@@ -12,7 +12,6 @@ from typing import Any
 import numpy
 
 from rlhf import artifacts, preflight, storage
-from rlhf.config.train_rm import RewardConfig
 from rlhf.data.records import first_share, prompt_key, split_by_prompt
 from rlhf.errors import Problem, RlhfError
 from rlhf.evaluation import plots
@@ -55,7 +54,7 @@ def run(
     """
     config = open_config("train-rm", path, overrides)
     seeds = list(dict.fromkeys(seeds)) or [config.seed]
-    _refuse(config, shares)
+    _refuse(config.train_fraction, shares)
     points = [_point(share, seed, overrides, out) for share in shares for seed in seeds]
     _refuse_small(path, points[: len(seeds)])
     for point in points:
@@ -91,11 +90,11 @@ def verdict(gain: Mapping[str, Any], accuracy: float, num_seeds: int) -> str:
     return f"{said}not told apart from nothing; more held-out prompts or seeds would tell.{once}"
 
 
-def _refuse(config: RewardConfig, shares: Sequence[float]) -> None:
+def _refuse(train_fraction: float | None, shares: Sequence[float]) -> None:
     if len(shares) < curve.FEWEST or list(shares) != sorted(set(shares)) or not 0 < shares[0] <= shares[-1] <= 1:
         what = f"{', '.join(f'{share:g}' for share in shares)}: need {curve.FEWEST} or more growing shares, up to 1."
         raise RlhfError(Problem("CFG005", "--shares", what, "0.125,0.25,0.5,1"))
-    if config.train_fraction is not None:
+    if train_fraction is not None:
         raise RlhfError(Problem("CFG005", "train_fraction", "is what the shares are.", "leave it out"))
 
 

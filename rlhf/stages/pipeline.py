@@ -115,7 +115,7 @@ def _bring_up_to_date(step: Step, found: Ready, title: str) -> dict[str, str]:
 def _refuse_failed(found: Ready, examinations: Sequence[str]) -> None:
     """Raise GRD030 where a reward failed an examination of this pipeline that the stage's config does not name."""
     problems = []
-    for key, own in found.plan.unnamed.items() if found.stage.id == "ppo" else ():
+    for key, own in found.plan.unnamed.items() if found.stage.optimises else ():
         for run_dir, manifest in own.items():
             if run_dir in examinations and manifest.details["verdict"] == examined.FAIL:
                 one = examined.failure(key, found.needs.rewards[key].name, run_dir, manifest)

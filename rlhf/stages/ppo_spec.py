@@ -28,9 +28,10 @@ log = logging.getLogger("rlhf")
 
 def needs(config: PpoConfig) -> Needs:
     rewards = {f"rewards.{index}": source for index, source in enumerate(config.rewards)}
-    inputs = [Input("prompts", config.prompts, sources.load_prompts, Rows(config.prompts.max_tokens))]
+    read, rows = sources.load_prompts, Rows(config.prompts.max_tokens)
+    inputs = [Input("prompts", config.prompts, read, rows, is_trained_on=True)]
     if config.evaluation.data:
-        inputs.append(Input("evaluation.data", config.evaluation.data, sources.load_prompts))
+        inputs.append(Input("evaluation.data", config.evaluation.data, read, held_out_from=("ppo", "prompts")))
     policy = Parent("policy", config.policy, ("policy",))
     return Needs(
         parents=(policy, *reward_runs(rewards), *examinations(rewards), *calibrations(rewards)),
@@ -121,5 +122,5 @@ def _only_stops(section: GuardSection) -> GuardSection:
 
 STAGE = Stage(
     "ppo", PpoConfig, "policy", needs, "PPO with a KL penalty against the SFT reference.",
-    parent=parent, assumed=assumed, gates=gates,
+    parent=parent, assumed=assumed, gates=gates, optimises=True,
 )  # fmt: skip

@@ -30,7 +30,7 @@ def needs(config: SftConfig) -> Needs:
         parents = (Parent("adapter", config.adapter, ("policy",)),)
     return Needs(
         parents=parents,
-        inputs=(Input("data", config.data, sources.load_demonstrations, rows),),
+        inputs=(Input("data", config.data, sources.load_demonstrations, rows, is_trained_on=True),),
         model=config.model,
         origin=origin(config),
         directories=directories,

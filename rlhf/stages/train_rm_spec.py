@@ -28,7 +28,7 @@ def needs(config: RewardConfig) -> Needs:
     heads = rubric.heads_of(config)
     return Needs(
         parents=(Parent("policy", config.policy, ("policy",)), *start, *teachers),
-        inputs=(Input("data", config.data, _reader(config, heads), rows),),
+        inputs=(Input("data", config.data, _reader(config, heads), rows, is_trained_on=True),),
         members=config.members,
         directories=(("rubric", config.rubric),) if config.rubric else (),
         trains_whole=config.lora is None,
