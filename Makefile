@@ -10,10 +10,10 @@ export OMP_WAIT_POLICY := PASSIVE
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup sft train-rm ppo eval-rm pipeline quickstart seeds defects bench torture gpu-check test test-all lint types check clean
+.PHONY: help setup sft train-rm ppo eval-rm pipeline quickstart seeds defects bench torture gpu-check reproduce-gpu test test-all lint types check clean
 
 help: ## Show the verbs
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
 
 setup: $(READY) ## Create .venv and install the package with its dev extras
 
@@ -62,8 +62,12 @@ bench: $(READY) ## CPU seconds and memory of a PPO step (beside a peer: scripts/
 torture: $(READY) ## Kill, starve and damage runs; each must end with the same bits (half an hour)
 	$(BIN)/python scripts/torture.py
 
-gpu-check: $(READY) ## On a CUDA machine: its tests, and PPO steps at real sizes with speed and memory (8 minutes)
+gpu-check: $(READY) ## On a CUDA machine: its tests, single claims, and PPO steps at real sizes (8 minutes)
 	PYTHONPATH=. $(BIN)/python scripts/gpu_check.py --out $(RUNS)/gpu-check
+
+reproduce-gpu: $(READY) ## On one GPU of 24 GB: the sentiment study on Qwen2.5-0.5B, and a block to paste (resumable)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[studies]'
+	$(BIN)/python scripts/reproduce_gpu.py --out $(RUNS)/reproduce-gpu
 
 test: $(READY) ## The tests that take minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from rlhf import __version__, storage
+from rlhf.config import recorded
 from rlhf.errors import Problem, RlhfError
 from rlhf.progress import waiting
 
 FORMAT = 1
-MANIFEST, CONFIG, METRICS, LOG = "manifest.json", "config.yaml", "metrics.jsonl", "run.log"
-STARTED, LOCK = "run.json", ".lock"
+MANIFEST, CONFIG, STARTED = recorded.MANIFEST, recorded.CONFIG, recorded.STARTED
+METRICS, LOG, LOCK = "metrics.jsonl", "run.log", ".lock"
 ADAPTER, MODEL, HEAD, MEMBERS, TOKENIZER, CHECKPOINTS, SAMPLES, PLOTS = (
     "adapter", "model", "head", "members", "tokenizer", "checkpoints", "samples", "plots",
 )  # fmt: skip
@@ -182,11 +183,6 @@ def member_directory(run_dir: Path, index: int, count: int) -> Path:
 
 def is_finished(run_dir: Path) -> bool:
     return storage.is_file(run_dir / MANIFEST)
-
-
-def is_recorded_config(path: Path) -> bool:
-    """Whether it is the config that a run, finished or not, keeps of itself."""
-    return path.name == CONFIG and any(storage.is_file(path.parent / name) for name in (MANIFEST, STARTED))
 
 
 def read(run_dir: str | Path, *kinds: str, where: str = "") -> Manifest:

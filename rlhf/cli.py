@@ -19,7 +19,8 @@ from rlhf.commands.options import Bare, ConfigFile, Json, Sets
 from rlhf.commands.parsing import ANYWHERE, Command, Group, StageCommand, example
 from rlhf.errors import Problem, RlhfError
 from rlhf.stages import inspection, listing, pipeline, starting
-from rlhf.stages.registry import STAGES, Stage, open_config
+from rlhf.stages.base import Stage
+from rlhf.stages.registry import STAGES, open_config
 from rlhf.stages.starting import Start
 
 log = logging.getLogger("rlhf")

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rlhf import artifacts
 from rlhf.artifacts import Manifest
-from rlhf.config.rewards import RewardSource
+from rlhf.config.rewards import ModelReward, RewardSource, RunReward
 from rlhf.errors import Problem, RlhfError
+from rlhf.findings import Findings
 from rlhf.neighbours import Nearby
 
 FAIL = "fail"
@@ -44,7 +45,21 @@ def length_calibration(run_dir: str) -> LengthCalibration:
     return LengthCalibration(float(found["coef"]), float(found["mean_length"]))
 
 
-def source_of(run_dir: str) -> RewardSource:
+@dataclass(frozen=True)
+class Rewards:
+    """The rewards of a config by their keys, and what stands behind them.
+
+    Args:
+        parents: manifests of runs and of examinations (KEY.examination).
+        digests: of models from elsewhere (KEY.model).
+    """
+
+    sources: Mapping[str, RewardSource]
+    parents: Mapping[str, Manifest]
+    digests: Mapping[str, str | None]
+
+
+def source_of(run_dir: str) -> RunReward:
     """A reward run as it is; of an examination the reward run that it is of, with the length calibration fitted there.
 
     Raises:
@@ -53,58 +68,48 @@ def source_of(run_dir: str) -> RewardSource:
     manifest = artifacts.read(run_dir, "reward", "examination")
     artifacts.verify(Path(run_dir), manifest)
     if manifest.kind == "reward":
-        return RewardSource(run=run_dir)
+        return RunReward(run=run_dir)
     if "reward" not in manifest.parents:
         fix = "rewards: [{model: ..., length_calibration: ...}] in a config"
         raise RlhfError(
             Problem("CKP011", run_dir, "is of a model from elsewhere or of several runs, and of no single one.", fix)
         )
-    source = RewardSource(
+    source = RunReward(
         run=manifest.parents["reward"]["run_dir"], head=manifest.identity.get("head"), length_calibration=run_dir
     )
-    assert source.run
     reward = artifacts.read(source.run, "reward", where=run_dir)
     artifacts.verify(Path(source.run), reward)
-    if other := _of_another("reward", source, manifest, {"reward": reward}, {}, [], run_dir):
-        raise RlhfError(other)
+    findings = Findings()
+    _refuse_another("reward", manifest, Rewards({"reward": source}, {"reward": reward}, {}), findings, run_dir)
+    findings.refuse()
     length_calibration(run_dir)
     return source
 
 
-def check(
-    rewards: Mapping[str, RewardSource], parents: Mapping[str, Manifest], digests: Mapping[str, str | None],
-    problems: list[Problem], unchecked: list[str], nearby: Nearby,
-) -> tuple[list[str], dict[str, dict[str, Manifest]]]:  # fmt: skip
-    """Warnings, and the examinations that no config names. An examination of something else, and one that failed, goes
-    to ``problems``.
+def check(rewards: Rewards, findings: Findings, nearby: Nearby) -> dict[str, dict[str, Manifest]]:
+    """The examinations that no config names. An examination of something else, and one that failed, is a problem; a
+    reward that was not examined, or not with success, a note.
 
     Args:
-        rewards: by their key; ``parents`` has runs and examinations (KEY.examination), ``digests`` models (KEY.model).
         nearby: configs of which some may make an examination.
     """
-    unnamed = _unnamed(rewards, parents, digests, nearby)
-    warnings = _unexamined({key: one for key, one in rewards.items() if key not in unnamed})
-    warnings += [
-        f"{key} ({rewards[key].name}) was examined in {run_dir} ({_verdict(manifest)}), and this config does not name "
-        + (f"that: {key}.examination: {run_dir} makes it count" if key.startswith("rewards.") else "it")
-        for key, found in unnamed.items()
-        for run_dir, manifest in found.items()
-    ]
-    for key, source in rewards.items():
-        if manifest := parents.get(f"{key}.examination"):
-            place = f"{key}.examination: {source.examination}"
-            other = _of_another(key, source, manifest, parents, digests, unchecked, place)
-            problems += [other] if other else _failed(key, source, manifest, warnings)
-        if manifest := parents.get(f"{key}.length_calibration"):
-            assert source.length_calibration
-            place = f"{key}.length_calibration: {source.length_calibration}"
-            other = _of_another(key, source, manifest, parents, digests, unchecked, place)
-            problems += [other] if other else []
-            try:
+    unnamed = _unnamed(rewards, nearby)
+    findings.note(*_unexamined({key: one for key, one in rewards.sources.items() if key not in unnamed}))
+    for key, found in unnamed.items():
+        for run_dir, examination in found.items():
+            was = f"{key} ({rewards.sources[key].name}) was examined in {run_dir} ({_verdict(examination)})"
+            names_it = f"name that: {key}.examination: {run_dir} makes it count"
+            findings.note(f"{was}, and this config does not {names_it if key.startswith('rewards.') else 'name it'}")
+    for key, source in rewards.sources.items():
+        manifest = rewards.parents.get(f"{key}.examination")
+        place = f"{key}.examination: {source.examination}"
+        if manifest and not _refuse_another(key, manifest, rewards, findings, place):
+            findings.add(_failed(key, source, manifest, findings))
+        if source.length_calibration and (manifest := rewards.parents.get(f"{key}.length_calibration")):
+            _refuse_another(key, manifest, rewards, findings, f"{key}.length_calibration: {source.length_calibration}")
+            with findings.gathering():
                 length_calibration(source.length_calibration)
-            except RlhfError as error:
-                problems += error.problems
-    return warnings, unnamed
+    return unnamed
 
 
 def accepted(rewards: Mapping[str, RewardSource], parents: Mapping[str, Manifest], run_dir: str) -> list[Mark]:
@@ -141,29 +146,24 @@ def marks_of(sources: Iterable[str]) -> list[str]:
 
 
 def _unexamined(rewards: Mapping[str, RewardSource]) -> list[str]:
-    unknown = [
-        f"{key} ({one.name})" for key, one in rewards.items() if not (one.function or one.url or one.examination)
-    ]
+    unknown = [f"{key} ({one.name})" for key, one in rewards.items() if one.is_learned and not one.examination]
     if not unknown:
         return []
     what = "has not been examined" if len(unknown) == 1 else "have not been examined"
     return [f"{', '.join(unknown)} {what}: rlhf eval-rm says whether it can be optimised against"]
 
 
-def _unnamed(
-    rewards: Mapping[str, RewardSource], parents: Mapping[str, Manifest], digests: Mapping[str, str | None],
-    nearby: Nearby,
-) -> dict[str, dict[str, Manifest]]:  # fmt: skip
+def _unnamed(rewards: Rewards, nearby: Nearby) -> dict[str, dict[str, Manifest]]:
     """For each reward whose config names no examination: run directory -> examination with a verdict on it."""
-    silent = {key: one for key, one in rewards.items() if (one.run or one.model) and not one.examination}
+    silent = {key: one for key, one in rewards.sources.items() if type(one) in MATCHES and not one.examination}
     if not silent:
         return {}
-    places = {str(path.parent) for one in silent.values() if one.run for path in Path(one.run).parent.glob(MANIFESTS)}
+    runs = [Path(run) for one in silent.values() for run in one.named_runs]
+    places = {str(path.parent) for run in runs for path in run.parent.glob(MANIFESTS)}
     places |= {one.run_dir for one in nearby() if one.makes == "examination"}
     known = {run_dir: found for run_dir in sorted(places) if (found := _examination(run_dir))}
     matching = {
-        key: {run_dir: found for run_dir, found in known.items() if _is_of(key, source, found, parents, digests)}
-        for key, source in silent.items()
+        key: {run_dir: found for run_dir, found in known.items() if _match(key, found, rewards).same} for key in silent
     }
     return {key: found for key, found in matching.items() if found}
 
@@ -177,38 +177,58 @@ def _examination(run_dir: str) -> Manifest | None:
     return manifest if manifest.details.get("verdict") else None
 
 
-def _is_of(
-    key: str, source: RewardSource, manifest: Manifest, parents: Mapping[str, Manifest],
-    digests: Mapping[str, str | None],
-) -> bool:  # fmt: skip
-    """Whether the examination is of this very reward as it is now."""
-    if source.run:
-        same = key in parents and manifest.parents.get("reward", {}).get("digest") == parents[key].digest
-        return same and manifest.identity.get("head") == source.head
-    ours = digests.get(f"{key}.model")
-    assert source.model
-    same = ours is not None and manifest.identity.get("model.files") == ours
-    return same and manifest.identity.get("model.label") == source.model.label
+@dataclass(frozen=True)
+class Match:
+    """Whether an examination is of a certain reward as it is now; if not, what is wrong, or what cannot be checked."""
+
+    same: bool
+    what: str = ""
+    unchecked: str = ""
 
 
-def _of_another(
-    key: str, source: RewardSource, manifest: Manifest, parents: Mapping[str, Manifest],
-    digests: Mapping[str, str | None], unchecked: list[str], place: str,
-) -> Problem | None:  # fmt: skip
-    fix = "examine this one with rlhf eval-rm, and name that run"
-    if _is_of(key, source, manifest, parents, digests) or (source.run and key not in parents):
-        return None
-    if source.run:
-        if manifest.parents.get("reward", {}).get("digest") == parents[key].digest:
-            what = f"is of the head {manifest.identity.get('head') or 'score'}, not of {source.head or 'score'}."
-            return Problem("CKP011", place, what, fix)
-        found = manifest.parents.get("reward", {}).get("run_dir", "a model from elsewhere")
-        return Problem("CKP011", place, f"is of another reward model ({found}) than {source.run} as it is now.", fix)
-    assert source.model
-    if digests.get(f"{key}.model") is None:
-        unchecked.append(f"{place}: whether it is of {source.model.path}, which is not a local directory")
-        return None
-    return Problem("CKP011", place, f"is of another model than {source.model.path} as it is now.", fix)
+def _match_run(key: str, source: RunReward, examination: Manifest, rewards: Rewards) -> Match:
+    run, examined = rewards.parents.get(key), examination.parents.get("reward", {})
+    if run is None:
+        return Match(False)
+    if examined.get("digest") != run.digest:
+        other = examined.get("run_dir", "a model from elsewhere")
+        return Match(False, f"is of another reward model ({other}) than {source.run} as it is now.")
+    head = examination.identity.get("head")
+    if head != source.head:
+        return Match(False, f"is of the head {head or 'score'}, not of {source.head or 'score'}.")
+    return Match(True)
+
+
+def _match_model(key: str, source: ModelReward, examination: Manifest, rewards: Rewards) -> Match:
+    digest, examined = rewards.digests.get(f"{key}.model"), examination.identity
+    if digest is None:
+        return Match(False, unchecked=f"whether it is of {source.model.path}, which is not a local directory")
+    if (examined.get("model.files"), examined.get("model.label")) != (digest, source.model.label):
+        return Match(False, f"is of another model than {source.model.path} as it is now.")
+    return Match(True)
+
+
+MATCHES: dict[type[RewardSource], Callable[[str, Any, Manifest, Rewards], Match]] = {
+    RunReward: _match_run,
+    ModelReward: _match_model,
+}
+"""The kinds of rewards that can be examined, and how an examination is compared with each."""
+
+
+def _match(key: str, examination: Manifest, rewards: Rewards) -> Match:
+    source = rewards.sources[key]
+    return MATCHES[type(source)](key, source, examination, rewards)
+
+
+def _refuse_another(key: str, examination: Manifest, rewards: Rewards, findings: Findings, place: str) -> bool:
+    """Whether an examination is of something else, which is a problem."""
+    match = _match(key, examination, rewards)
+    if match.unchecked:
+        findings.not_checked(f"{place}: {match.unchecked}")
+    if match.what:
+        fix = "examine this one with rlhf eval-rm, and name that run"
+        findings.add(Problem("CKP011", place, match.what, fix))
+    return bool(match.what)
 
 
 def failure(key: str, reward: str, run_dir: str, manifest: Manifest) -> Problem:
@@ -221,20 +241,20 @@ def failure(key: str, reward: str, run_dir: str, manifest: Manifest) -> Problem:
     return Problem("GRD030", f"{key}.examination: {run_dir}", what, fix)
 
 
-def _failed(key: str, source: RewardSource, manifest: Manifest, warnings: list[str]) -> list[Problem]:
+def _failed(key: str, source: RewardSource, manifest: Manifest, findings: Findings) -> Problem | None:
     assert source.examination
     place = f"{key}.examination: {source.examination}"
     verdict = manifest.details.get("verdict")
     if verdict is None:
         what = "has no verdict: it is of a benchmark, or was made before there were verdicts."
-        return [Problem("CKP003", place, what, "an examination on comparisons")]
+        return Problem("CKP003", place, what, "an examination on comparisons")
     if verdict == FAIL and not source.accept:
-        return [failure(key, source.name, source.examination, manifest)]
+        return failure(key, source.name, source.examination, manifest)
     if verdict == FAIL:
-        warnings.append(f"{place}: accepted though it failed, {', '.join(manifest.details.get('failed', []))}")
+        findings.note(f"{place}: accepted though it failed, {', '.join(manifest.details.get('failed', []))}")
     elif verdict != "pass":
-        warnings.append(f"{place}: {verdict}")
-    return []
+        findings.note(f"{place}: {verdict}")
+    return None
 
 
 def _verdict(manifest: Manifest) -> str:

@@ -38,7 +38,7 @@ class Guard:
                 self._check(step, name, figures[key], sign)
 
     def _check(self, step: int, name: str, value: float, sign: int) -> None:
-        limit = getattr(self.section, name)
+        limit = self.section.limits[name]
         side = "above" if sign > 0 else "below"
         beyond = limit.warn is not None and not sign * value <= sign * limit.warn
         if beyond and not self.warned.get(name):

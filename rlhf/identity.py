@@ -6,16 +6,15 @@ version did not know, or that it called by another name, are no difference by th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlhf.config import fields
-from rlhf.config.load import flatten, flattened
+from rlhf.config import fields, keys
+from rlhf.config.keys import ALWAYS
 from rlhf.config.sections import Section
 
 NOT_IDENTITY = ("run_dir", "runtime", "report_to", "save_every", "keep_checkpoints")
-ALWAYS = ""
 
 
 class _Missing:
@@ -67,30 +66,11 @@ class Identity:
 def of(config: Section, digests: dict[str, Any]) -> Identity:
     """The identity of a config with the digests of what it names."""
     kind = type(config)
-    values = {key: value for key, value in flatten(config).items() if key.split(".")[0] not in NOT_IDENTITY}
+    values = {key: value for key, value in keys.flatten(config).items() if key.split(".")[0] not in NOT_IDENTITY}
     values = {key: value for key, value in (values | digests).items() if fields.is_identity(kind, key)}
-    return Identity(values, dict(_defaults("", config, None, ALWAYS)), kind)
+    return Identity(values, keys.defaults(config), kind)
 
 
 def gates(config: Section) -> dict[str, Any]:
     """The gates of a config: dotted key -> value."""
-    return {key: value for key, value in flatten(config).items() if fields.is_gate(type(config), key)}
-
-
-def _defaults(prefix: str, section: Section, given: Section | None, owner: str) -> Iterator[tuple[str, str]]:
-    """Keys of a section that have their default: the field's own, or that of ``given``, the default of the section."""
-    for name, info in type(section).model_fields.items():
-        candidates = [info.get_default(call_default_factory=True)] + ([getattr(given, name)] if given else [])
-        yield from _defaults_below(prefix + name, getattr(section, name), candidates, owner)
-
-
-def _defaults_below(key: str, value: Any, candidates: list[Any], owner: str) -> Iterator[tuple[str, str]]:
-    if value in candidates:
-        yield from ((name, owner) for name, _ in flattened(key, value))
-    elif isinstance(value, Section):
-        given = next((one for one in candidates if isinstance(one, type(value))), None)
-        yield from _defaults(f"{key}.", value, given, key if None in candidates else owner)
-    elif isinstance(value, list):
-        for index, item in enumerate(value):
-            if isinstance(item, Section):
-                yield from _defaults(f"{key}.{index}.", item, None, f"{key}.{index}")
+    return {key: value for key, value in keys.flatten(config).items() if fields.is_gate(type(config), key)}

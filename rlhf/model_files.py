@@ -11,6 +11,7 @@ from typing import Any
 
 from rlhf import storage
 from rlhf.errors import Problem, RlhfError
+from rlhf.findings import Findings
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -75,14 +76,11 @@ def read(directory: Path, where: str) -> dict[str, StoredTensor]:
     if refused := only_pickles(directory, where) or with_adapter(directory, where):
         raise RlhfError(refused)
     tensors: dict[str, StoredTensor] = {}
-    problems: list[Problem] = []
+    findings = Findings()
     for path in weight_files(directory, where):
-        try:
+        with findings.gathering():
             tensors |= header(path, where)
-        except RlhfError as error:
-            problems += error.problems
-    if problems:
-        raise RlhfError(*problems)
+    findings.refuse()
     return tensors
 
 

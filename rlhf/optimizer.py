@@ -11,6 +11,9 @@ from torch import nn
 
 from rlhf.errors import Problem, RlhfError
 
+# In PPO and reward modelling (Huang et al. 2024, details 9 and 10), as the original Adam of TensorFlow effectively had.
+EPSILON = 1e-5
+
 
 def schedule_factor(step: int, total: int, warmup_ratio: float, kind: str) -> float:
     """Share of the peak learning rate at optimizer step ``step`` (from 0) of ``total``.
@@ -35,21 +38,26 @@ class Optimizer:
 
     Args:
         total_steps: optimizer steps the schedule spans.
-        eps: 1e-5 in PPO and reward modelling (Huang et al. 2024, details 9 and 10), as the original Adam of
-            TensorFlow effectively had.
     """
 
     def __init__(
-        self, parameters: Sequence[nn.Parameter], learning_rate: float, total_steps: int, *, weight_decay: float = 0.0,
-        warmup_ratio: float = 0.0, schedule: str = "constant", max_grad_norm: float = 1.0, eps: float = 1e-5,
-    ) -> None:  # fmt: skip
+        self,
+        parameters: Sequence[nn.Parameter],
+        learning_rate: float,
+        total_steps: int,
+        *,
+        weight_decay: float = 0.0,
+        warmup_ratio: float = 0.0,
+        schedule: str = "constant",
+        max_grad_norm: float = 1.0,
+    ) -> None:
         assert parameters, "a trained role has parameters"
         self.parameters = list(parameters)
         self.peak, self.total_steps, self.max_grad_norm = learning_rate, total_steps, max_grad_norm
         self.warmup_ratio, self.schedule = warmup_ratio, schedule
         self.step_count = 0
         self.adamw = torch.optim.AdamW(
-            self.parameters, lr=learning_rate, eps=eps, weight_decay=weight_decay, fused=True
+            self.parameters, lr=learning_rate, eps=EPSILON, weight_decay=weight_decay, fused=True
         )
 
     @property
@@ -64,15 +72,19 @@ class Optimizer:
         """
         norm = float(nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm))
         if not math.isfinite(norm):
-            self.adamw.zero_grad(set_to_none=True)
+            self.clear()
             what = f"gradient norm is {norm}; the step was not applied."
             raise RlhfError(Problem("GRD001", where, what, "a lower learning rate, or look at the rows of this step"))
         for group in self.adamw.param_groups:
             group["lr"] = self.learning_rate
         self.adamw.step()
-        self.adamw.zero_grad(set_to_none=True)
+        self.clear()
         self.step_count += 1
         return norm
+
+    def clear(self) -> None:
+        """Drop the gradients that have been accumulated; nothing is applied."""
+        self.adamw.zero_grad(set_to_none=True)
 
     def release(self) -> None:
         """Forget the moments: nothing more is learnt with them, and they take twice the memory of the weights."""

@@ -12,24 +12,23 @@ from rlhf.config.rewards import ClassifierSection, RewardSource
 from rlhf.config.sections import ModelSection
 from rlhf.demo import registry as demo
 from rlhf.errors import Problem, RlhfError
+from rlhf.findings import Findings
 
 START = "init_from"
 CONSENT = "RLHF_TRUST_REMOTE_CODE"
 
 
-def other_bases(parents: Mapping[str, Manifest], unchecked: list[str]) -> list[Problem]:
+def check_other_bases(parents: Mapping[str, Manifest], findings: Findings) -> None:
     """A parent on another base than the first one's gets a model of its own, which must be what it was made on."""
     bases = [(key, manifest.base) for key, manifest in parents.items() if manifest.base]
-    problems: list[Problem] = []
     for key, base in bases[1:]:
         if base.digest == bases[0][1].digest or demo.is_demo(base.source):
             continue
         if not names.exists(base.source):
-            unchecked.append(f"{key}: its base {base.source} is not a local directory, taken for a hub id")
+            findings.not_checked(f"{key}: its base {base.source} is not a local directory, taken for a hub id")
         elif (found := artifacts.model_digest(Path(base.source))) != base.digest:
             what = f"{base.source} is not the base of this run: digest {found[:12]}, made on {base.digest[:12]}."
-            problems.append(Problem("MOD020", key, what, "restore the model, or make the run again"))
-    return problems
+            findings.add(Problem("MOD020", key, what, "restore the model, or make the run again"))
 
 
 def libraries(model: ModelSection | None, parents: Mapping[str, Manifest]) -> list[Problem]:
@@ -85,7 +84,7 @@ def heads(sources: Mapping[str, RewardSource], parents: Mapping[str, Manifest]) 
         problem
         for key, source in sources.items()
         if source.head is not None
-        for place in (key, *(f"{key}.runs.{index}" for index in range(len(source.runs or ()))))
+        for place in source.runs_below(key)
         if place in parents
         for problem in missing_heads(f"{place}.head", parents[place], (source.head,))
     ]
@@ -102,7 +101,7 @@ def aggregates(sources: Mapping[str, RewardSource], parents: Mapping[str, Manife
     """CFG031 where the members of a reward run are to be aggregated, and it has one."""
     return [
         Problem(
-            "CFG031", f"{key}.aggregate", f"{source.aggregate} needs several members, and {source.run} has one.",
+            "CFG031", f"{key}.aggregate", f"{source.aggregate} needs several members, and {source.name} has one.",
             "a reward run with members: 3 or more, or runs: several of them",
         )
         for key, source in sources.items()
@@ -110,25 +109,33 @@ def aggregates(sources: Mapping[str, RewardSource], parents: Mapping[str, Manife
     ]  # fmt: skip
 
 
-def model_digest(
-    key: str, model: ModelSection | ClassifierSection, problems: list[Problem], unchecked: list[str]
-) -> str | None:
-    """Of the files of a model that is here; None for one that is not, or that is refused."""
-    if demo.is_demo(model.path) and isinstance(model, ModelSection):
+def base_digest(key: str, model: ModelSection, findings: Findings) -> str | None:
+    """Of the files of a base that is here; None for one that is not, or that is refused."""
+    if demo.is_demo(model.path):
         return artifacts.model_digest(demo.resolve_model(model.path))
-    refused = (
+    return _digest(key, model, findings)
+
+
+def classifier_digest(key: str, model: ClassifierSection, findings: Findings) -> str | None:
+    """The same for a model from elsewhere."""
+    digest = _digest(key, model, findings)
+    if digest is not None:
+        findings.add(model_files.no_classifier(Path(model.path), key))
+    return digest
+
+
+def _digest(key: str, model: ModelSection | ClassifierSection, findings: Findings) -> str | None:
+    refused = [
         names.refused(model.path, f"{key}.path", "MOD001"),
         names.refused_revision(model.revision, f"{key}.revision"),
         names.unpinned_code(model.trust_remote_code, model.revision, f"{key}.trust_remote_code"),
-    )
-    if found := [problem for problem in refused if problem]:
-        problems += found
+    ]
+    findings.add(*refused)
+    if any(refused):
         return None
     if names.exists(model.path):
-        if isinstance(model, ClassifierSection) and (other := model_files.no_classifier(Path(model.path), key)):
-            problems.append(other)
         return artifacts.model_digest(Path(model.path))
-    unchecked.append(f"{key} {model.path}: not a local directory, taken for a hub id")
+    findings.not_checked(f"{key} {model.path}: not a local directory, taken for a hub id")
     return None
 
 
@@ -169,10 +176,10 @@ def not_reached(
     return [problem for problem in found if problem]
 
 
-def directory_digest(key: str, path: str, problems: list[Problem]) -> str | None:
+def directory_digest(key: str, path: str, findings: Findings) -> str | None:
     """Of all files of a directory; None where one cannot be read."""
     try:
         return artifacts.directory_digest(Path(path))
     except OSError as error:
-        problems.append(Problem("CKP001", f"{key}: {path}", f"cannot be read: {error.strerror}.", "name a directory"))
+        findings.add(Problem("CKP001", f"{key}: {path}", f"cannot be read: {error.strerror}.", "name a directory"))
         return None

@@ -75,8 +75,9 @@ def own(manifest: Manifest | None) -> Own:
 def sentence(policy: str, own: Own, given: Mapping[str, Any], top_p: float = 1.0) -> str:
     """What is used, and where it comes from."""
     parts = []
+    settings = dict(own.section)
     for name in SETTINGS:
-        theirs = getattr(own.section, name)
+        theirs = settings[name]
         value = given.get(name, theirs)
         if value != theirs:
             parts.append(f"{name} {value} (asked for, instead of {theirs})")

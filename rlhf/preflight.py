@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from rlhf import artifacts, examined, identity, installed, names, origins, resources, room, runs
 from rlhf.artifacts import Manifest
-from rlhf.config.rewards import ClassifierSection, RewardSource
-from rlhf.config.sections import DataSection, ModelSection
+from rlhf.config.sections import ModelSection
 from rlhf.config.stages import StageConfig
 from rlhf.data.records import count_shared_prompts
 from rlhf.data.settings import NOT_REACHED
 from rlhf.data.sources import Loaded
 from rlhf.demo import registry as demo
 from rlhf.errors import Problem, RlhfError
+from rlhf.findings import Findings
 from rlhf.identity import Identity
+from rlhf.needs import Input, Needs
 from rlhf.neighbours import Nearby, command
 from rlhf.planning.phases import Spec
 from rlhf.progress import waiting
@@ -25,44 +26,6 @@ from rlhf.progress import waiting
 MISSING = ("CKP001", "CKP002")
 TOO_MANY_DROPPED = "DAT020"
 DATA_FILES = (".jsonl", ".ndjson", ".json", ".gz", ".parquet", ".csv", ".tsv", ".txt", ".arrow", ".zst", ".zip")
-
-
-@dataclass(frozen=True)
-class Parent:
-    """A run that a stage is made from."""
-
-    key: str
-    run_dir: str
-    kinds: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Input:
-    """A data set that a stage reads, and the reader of its form."""
-
-    key: str
-    section: DataSection
-    read: Callable[[DataSection, int], Loaded]
-
-
-@dataclass(frozen=True)
-class Needs:
-    """All that a stage reads from outside its config.
-
-    Args:
-        settled: from the parents to the config keys, with their values, that the config leaves to them.
-    """
-
-    parents: tuple[Parent, ...] = ()
-    inputs: tuple[Input, ...] = ()
-    model: ModelSection | None = None
-    scorers: tuple[tuple[str, ClassifierSection], ...] = ()
-    directories: tuple[tuple[str, str], ...] = ()
-    rewards: Mapping[str, RewardSource] = field(default_factory=dict)
-    members: int = 1
-    trains_whole: bool = False
-    heads: tuple[str, ...] = ()
-    settled: Callable[[Mapping[str, Manifest]], Mapping[str, Any]] = lambda _: {}
 
 
 @dataclass(frozen=True)
@@ -136,49 +99,59 @@ def prepare(config: StageConfig, needs: Needs, parents_may_be_missing: bool = Fa
             so is a hub that cannot be reached.
         nearby: configs around this one, by which a message can name the command that makes what is missing.
     """
-    unchecked: list[str] = []
-    problems = installed.missing_trackers(getattr(config, "report_to", None))
-    beyond: list[Problem] = []
-    loose = beyond if artifacts.is_finished(Path(config.run_dir)) else None
-    data = _read_data(needs, config.seed, parents_may_be_missing, nearby, problems, unchecked, loose)
-    parents = _read_parents(needs, parents_may_be_missing, nearby, problems, unchecked)
+    findings = Findings()
+    findings.extend(installed.missing_trackers(needs.report_to))
+    # Whether too many rows are dropped is judged by the manifest of a finished run, if that run is current.
+    beyond = Findings() if artifacts.is_finished(Path(config.run_dir)) else findings
+    data = _read_data(needs, config.seed, parents_may_be_missing, nearby, findings, beyond)
+    parents = _read_parents(needs, parents_may_be_missing, nearby, findings)
     data |= _overlaps(data, parents)
-    problems += origins.libraries(needs.model, parents)
-    models: list[tuple[str, ModelSection | ClassifierSection]] = [*needs.scorers]
-    models += [("model", needs.model)] if needs.model else []
-    problems += origins.other_bases(parents, unchecked)
-    problems += origins.adapter_of_another(needs.model, parents)
-    problems += origins.aggregates(needs.rewards, parents)
-    problems += origins.heads(needs.rewards, parents)
-    problems += origins.missing_heads("head", parents["reward"], needs.heads) if "reward" in parents else []
-    problems += origins.start_of_another(parents, needs.members, needs.trains_whole, needs.heads)
-    digests = {key: origins.model_digest(key, model, problems, unchecked) for key, model in models}
-    digests |= {key: origins.directory_digest(key, path, problems) for key, path in needs.directories}
-    warnings, unnamed = examined.check(needs.rewards, parents, digests, problems, unchecked, nearby)
-    warnings += dict.fromkeys(mark for manifest in parents.values() for mark in examined.marks(manifest))
+    digests = _check_models(needs, parents, findings)
+    unnamed = examined.check(examined.Rewards(needs.rewards, parents, digests), findings, nearby)
+    findings.note(*dict.fromkeys(mark for manifest in parents.values() for mark in examined.marks(manifest)))
     more = {**_digests(data, parents, digests), **needs.settled(parents)}
-    inputs = Identity({}) if problems else identity.of(config, more)
-    figures: list[str] = []
+    inputs = Identity({}) if findings.problems else identity.of(config, more)
     spec: Spec | None = None
-    if problems or not _is_current(config.run_dir, inputs):
-        problems += beyond
-        figures, spec = _resources(config, needs, data, parents, problems, unchecked)
-        problems += [] if parents_may_be_missing else origins.not_reached(models, parents)
-    if problems:
-        raise RlhfError(*problems)
-    unchecked.append("token lengths and model weights (a --dry-run counts tokens)")
-    return Plan(parents, data, inputs, tuple(unchecked), tuple(figures), spec, tuple(warnings), tuple(beyond), unnamed)
+    too_many_dropped = () if beyond is findings else tuple(beyond.problems)
+    if findings.problems or not _is_current(config.run_dir, inputs):
+        findings.extend(too_many_dropped)
+        spec = _resources(config.run_dir, needs, data, parents, findings)
+        if not parents_may_be_missing:
+            findings.extend(origins.not_reached([*needs.scorers, *_own_model(needs)], parents))
+    findings.refuse()
+    findings.not_checked("token lengths and model weights (a --dry-run counts tokens)")
+    return Plan(
+        parents, data, inputs, tuple(findings.unchecked), tuple(findings.figures), spec, tuple(findings.notes),
+        too_many_dropped, unnamed,
+    )  # fmt: skip
+
+
+def _own_model(needs: Needs) -> list[tuple[str, ModelSection]]:
+    return [("model", needs.model)] if needs.model else []
+
+
+def _check_models(needs: Needs, parents: Mapping[str, Manifest], findings: Findings) -> dict[str, str | None]:
+    """Whether the models that a stage starts from belong together; the digests of those that are not runs."""
+    findings.extend(origins.libraries(needs.model, parents))
+    origins.check_other_bases(parents, findings)
+    findings.extend(origins.adapter_of_another(needs.model, parents))
+    findings.extend(origins.aggregates(needs.rewards, parents))
+    findings.extend(origins.heads(needs.rewards, parents))
+    findings.extend(origins.missing_heads("head", parents["reward"], needs.heads) if "reward" in parents else [])
+    findings.extend(origins.start_of_another(parents, needs.members, needs.trains_whole, needs.heads))
+    digests = {key: origins.classifier_digest(key, model, findings) for key, model in needs.scorers}
+    digests |= {key: origins.base_digest(key, model, findings) for key, model in _own_model(needs)}
+    return digests | {key: origins.directory_digest(key, path, findings) for key, path in needs.directories}
 
 
 def _read_data(
-    needs: Needs, seed: int, hub_may_be_away: bool, nearby: Nearby, problems: list[Problem],
-    unchecked: list[str], beyond: list[Problem] | None,
-) -> dict[str, Loaded]:  # fmt: skip
+    needs: Needs, seed: int, hub_may_be_away: bool, nearby: Nearby, findings: Findings, beyond: Findings
+) -> dict[str, Loaded]:
     """The rows of every data set that can be read.
 
     Args:
-        beyond: takes what says that more rows would be dropped than allowed, where a finished run stands: if that run
-            is current, its manifest is judged instead. None: such a problem is a problem like any other.
+        beyond: takes what says that more rows would be dropped than allowed; where these are not ``findings``, the
+            rows are read all the same.
     """
     data: dict[str, Loaded] = {}
     for item in needs.inputs:
@@ -188,12 +161,12 @@ def _read_data(
             data[item.key] = item.read(item.section, seed)
         except RlhfError as error:
             if hub_may_be_away and error.problems[0].code == NOT_REACHED:
-                unchecked.append(f"{item.key}: the rows of {item.section.path}, as the hub cannot be reached")
-            elif beyond is not None and {problem.code for problem in error.problems} == {TOO_MANY_DROPPED}:
-                beyond += error.problems
+                findings.not_checked(f"{item.key}: the rows of {item.section.path}, as the hub cannot be reached")
+            elif beyond is not findings and {problem.code for problem in error.problems} == {TOO_MANY_DROPPED}:
+                beyond.extend(error.problems)
                 data[item.key] = item.read(item.section.model_copy(update={"max_dropped_fraction": 1.0}), seed)
             else:
-                problems += [_with_command(problem, item, nearby) for problem in error.problems]
+                findings.extend(_with_command(problem, item, nearby) for problem in error.problems)
     return data
 
 
@@ -218,29 +191,27 @@ def _refused_data(item: Input) -> list[Problem]:
     return [problem for problem in found if problem]
 
 
-def _read_parents(
-    needs: Needs, may_be_missing: bool, nearby: Nearby, problems: list[Problem], unchecked: list[str]
-) -> dict[str, Manifest]:
+def _read_parents(needs: Needs, may_be_missing: bool, nearby: Nearby, findings: Findings) -> dict[str, Manifest]:
     parents: dict[str, Manifest] = {}
     for parent in needs.parents:
         if may_be_missing and not artifacts.is_finished(Path(parent.run_dir)):
-            unchecked.append(f"{parent.key}: {parent.run_dir} has not been run yet")
+            findings.not_checked(f"{parent.key}: {parent.run_dir} has not been run yet")
             continue
         try:
             manifest = artifacts.read(parent.run_dir, *parent.kinds, where=parent.key)
             artifacts.verify(Path(parent.run_dir), manifest)
             parents[parent.key] = manifest
         except RlhfError as error:
-            problems += [
+            findings.extend(
                 replace(one, fix=command(parent.run_dir, parent.kinds, nearby())) if one.code in MISSING else one
                 for one in error.problems
-            ]
+            )
             continue
         failed = artifacts.failed_gates(manifest, f"{parent.key}: {parent.run_dir}")
         if may_be_missing:
-            unchecked += [f"{problem.where}: has not passed its gate yet: {problem.what}" for problem in failed]
+            findings.not_checked(*(f"{one.where}: has not passed its gate yet: {one.what}" for one in failed))
         else:
-            problems += failed
+            findings.extend(failed)
     return parents
 
 
@@ -258,32 +229,29 @@ def _overlaps(data: Mapping[str, Loaded], parents: Mapping[str, Manifest]) -> di
 
 
 def _resources(
-    config: StageConfig,
+    run_dir: str,
     needs: Needs,
     data: Mapping[str, Loaded],
     parents: Mapping[str, Manifest],
-    problems: list[Problem],
-    unchecked: list[str],
-) -> room.Found:
-    """Rights, disk and memory; what is found wrong goes to ``problems``, and the figures come back for the plan."""
-    unwritable = resources.run_dir_problem(config.run_dir)
-    problems += [unwritable] if unwritable else []
+    findings: Findings,
+) -> Spec | None:
+    """Rights, disk and memory; what memory and time are predicted from."""
+    unwritable = resources.run_dir_problem(run_dir)
+    findings.add(unwritable)
     base = _base_of(needs, parents)
     if base is None or len(parents) < len(needs.parents):
         why = "they follow from the runs that this one is made from"
         why = "not predicted for a model from elsewhere" if needs.scorers and not needs.parents else why
-        unchecked.append(f"disk and memory: {why}")
-        return [], None
-    source, where = base
-    return room.check(config, source, where, not needs.model, data, parents, unwritable is None, problems, unchecked)
+        findings.not_checked(f"disk and memory: {why}")
+        return None
+    return room.check(needs, base, None if unwritable else run_dir, data, parents, findings)
 
 
-def _base_of(needs: Needs, parents: Mapping[str, Manifest]) -> tuple[str, str] | None:
-    """Source of the base, and the key that names it."""
+def _base_of(needs: Needs, parents: Mapping[str, Manifest]) -> room.NamedBase | None:
     if needs.model:
-        return needs.model.path, "model.path"
-    found = ((manifest.base.source, f"{key}: base") for key, manifest in parents.items() if manifest.base)
-    return next(found, None)
+        return room.NamedBase(needs.model.path, "model.path", is_checked=True)
+    bases = [(key, manifest.base.source) for key, manifest in parents.items() if manifest.base]
+    return room.NamedBase(bases[0][1], f"{bases[0][0]}: base", is_checked=False) if bases else None
 
 
 def _is_current(run_dir: str, inputs: Identity) -> bool:

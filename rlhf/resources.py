@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 import os
 import re
@@ -14,8 +13,7 @@ from pathlib import Path
 
 from rlhf import artifacts, names
 from rlhf.artifacts import Manifest
-from rlhf.config.stages import PpoConfig, SftConfig, StageConfig
-from rlhf.config.train_rm import RewardConfig
+from rlhf.config.stages import HeldOutSection
 from rlhf.errors import Problem
 from rlhf.model_files import StoredTensor
 
@@ -25,9 +23,7 @@ WITH_MOMENTS = 3  # a trained parameter and its two Adam moments
 SPARE = 1.2  # the checkpoint that is being written stands beside those that are kept, and a margin
 BESIDES = 32 << 20  # tokenizer, log, metrics and samples
 MAX_NAME = 255
-ADAPTER_WEIGHTS, ADAPTER_CONFIG = (
-    f"{artifacts.ADAPTER}/{name}" for name in ("adapter_model.safetensors", "adapter_config.json")
-)
+ADAPTER_WEIGHTS = f"{artifacts.ADAPTER}/adapter_model.safetensors"
 FIRST_MEMBER = f"{artifacts.MEMBERS}/0"
 NOT_ADAPTED = ("embed", "wte", "wpe", "lm_head")
 MEMINFO = Path("/proc/meminfo")
@@ -56,47 +52,10 @@ def lora_parameters(tensors: Mapping[str, StoredTensor], rank: int, target_modul
     )
 
 
-def written(
-    config: StageConfig, tensors: Mapping[str, StoredTensor], parents: Mapping[str, Manifest], num_rows: int
-) -> Written:
-    """An estimate of what the stage writes, from the base's layers and the sizes of the parents' adapters."""
-    hidden = _hidden_size(tensors)
-    head = FLOAT32 * (hidden + 1)
-    if isinstance(config, SftConfig):
-        if config.lora is None:
-            whole = FLOAT32 * sum(tensor.num_elements for tensor in tensors.values())
-            return _with_checkpoints(whole, config, num_rows)
-        tokens = 2 * hidden * len(config.lora.train_tokens)
-        adapter = FLOAT32 * (lora_parameters(tensors, config.lora.r, config.lora.target_modules) + tokens)
-        return _with_checkpoints(adapter, config, num_rows)
-    if isinstance(config, RewardConfig):
-        start = config.init_from or config.policy
-        slot = _slot(tensors, parents["init_from" if config.init_from else "policy"], config.lora is None) + head
-        own = _rank(start) if config.lora and artifacts.adapter_of(start) else 0
-        members = [math.ceil(slot * rank / own) if rank and own else slot for rank in config.ranks]
-        largest, num_saved = sum(members) + 2 * max(members), _num_checkpoints(config, num_rows)
-        # of members that are trained already the best weights stay the same, from one checkpoint to the next
-        best = sum(members) + (num_saved - 1) * max(members) if _keeps_best(config) else 0
-        return Written(largest, sum(members) + best + num_saved * largest)
-    if isinstance(config, PpoConfig):
-        policy = _slot(tensors, parents["policy"], config.lora is None)
-        rewards = [
-            manifest for key, manifest in parents.items() if key.startswith("rewards.") and manifest.kind == "reward"
-        ]
-        critic, role, num_saved = FLOAT32 * FEATURES * hidden, 0, _num_checkpoints(config, num_rows)
-        if config.value.fit == "gradient":
-            starts = rewards[0] if rewards and config.value.start == "reward" else parents["policy"]
-            critic, role = 0, _slot(tensors, starts, config.lora is None) + head
-        largest, saved = WITH_MOMENTS * (policy + role) + critic, policy + role + critic
-        # the result, best and last, and the best roles so far that belong to each checkpoint
-        return Written(largest, policy + (2 + num_saved) * saved + num_saved * largest)
-    return Written(0, 0)
-
-
-def _slot(tensors: Mapping[str, StoredTensor], start: Manifest, trains_whole: bool) -> int:
+def slot(tensors: Mapping[str, StoredTensor], start: Manifest, trains_whole: bool) -> int:
     """Bytes of a role that starts from a run: its adapter, a fresh one of rank 16, or every weight in float32."""
     if trains_whole:
-        return FLOAT32 * sum(tensor.num_elements for tensor in tensors.values())
+        return whole(tensors)
     return _stored_adapter(start) or FLOAT32 * lora_parameters(tensors, 16, "all-linear")
 
 
@@ -197,21 +156,19 @@ def _disk_parts(need: Written) -> str:
     return f"{size(need.kept)} kept, {SPARE} x the largest checkpoint of {size(need.largest)}, {size(BESIDES)} besides"
 
 
-def _num_checkpoints(config: SftConfig | RewardConfig | PpoConfig, num_rows: int) -> int:
+def num_checkpoints(num_steps: int, save_every: int | None, keep: int) -> int:
     """How many stand at the end. Rows may still be dropped or held out, so that this is the most."""
-    epochs = 0 if isinstance(config, PpoConfig) else config.epochs or 0
-    steps = config.steps or math.ceil(num_rows * epochs / config.batch.batch_size)
-    return min(config.keep_checkpoints, 1 + steps // config.save_every) if config.save_every else 1
+    return min(keep, 1 + num_steps // save_every) if save_every else 1
 
 
-def _with_checkpoints(trained: int, config: SftConfig, num_rows: int) -> Written:
-    """What is trained as the result, and each checkpoint with the best weights so far, where these are kept."""
-    largest, num_saved = WITH_MOMENTS * trained, _num_checkpoints(config, num_rows)
-    return Written(largest, trained + num_saved * (largest + (trained if _keeps_best(config) else 0)))
+def keeps_best(evaluation: HeldOutSection, use: str, steps: int | None) -> bool:
+    """Whether a training keeps the weights of its best step so far."""
+    return evaluation.every is not None and use == "best" and steps != 0
 
 
-def _keeps_best(config: SftConfig | RewardConfig) -> bool:
-    return config.evaluation.every is not None and config.use == "best" and config.steps != 0
+def whole(tensors: Mapping[str, StoredTensor]) -> int:
+    """Bytes of every weight in float32."""
+    return FLOAT32 * sum(tensor.num_elements for tensor in tensors.values())
 
 
 def _stored_adapter(manifest: Manifest) -> int:
@@ -220,11 +177,7 @@ def _stored_adapter(manifest: Manifest) -> int:
     return int(found.get("size", 0))
 
 
-def _rank(run_dir: str) -> int:
-    return int(json.loads((artifacts.members_of(run_dir)[0] / ADAPTER_CONFIG).read_text("utf-8"))["r"])
-
-
-def _hidden_size(tensors: Mapping[str, StoredTensor]) -> int:
+def hidden_size(tensors: Mapping[str, StoredTensor]) -> int:
     """Width of the embeddings, by the names that the architectures give them; 0 where none is known."""
     known = (tensor.shape[-1] for name, tensor in tensors.items() if re.search(r"embed_tokens|wte|embed_in", name))
     return next(known, 0)

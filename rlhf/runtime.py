@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import logging
+import os
 import random
 import resource
 import sys
@@ -20,6 +21,7 @@ from rlhf.progress import ONCE_A_CHAIN
 
 log = logging.getLogger("rlhf")
 SMALL_MODEL = 10_000_000
+WORKSPACE, WORKSPACES = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")  # that give cuBLAS one order of summation
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, KEPT_BYTES = -1, -3, 1 << 30
 
 
@@ -50,8 +52,14 @@ def set_up(section: RuntimeSection, seed: int) -> torch.device:
 
     Gradients of a head that reads one token are denormal nearly everywhere else; flushing them makes reward training
     about three times as fast on a CPU and changes no digit that matters. Deterministic kernels need no memory filled
-    with NaN before it is written, which torch would do beside: a pass over what many operations give.
+    with NaN before it is written, which torch would do as well: a pass over what many operations give.
+
+    On a CPU the same seed gives the same bits. On CUDA it does not in training, and nothing here says so: attention's
+    backward pass adds up in the order in which its blocks finish, unless an operation without a deterministic kernel
+    is an error everywhere, and the sums that choose a token have none (docs/determinism.md). What can be had is asked
+    for, before cuBLAS starts and reads its variable.
     """
+    _ask_cublas()
     random.seed(seed)
     numpy.random.seed(seed)
     torch.manual_seed(seed)
@@ -59,7 +67,16 @@ def set_up(section: RuntimeSection, seed: int) -> torch.device:
     keep_freed_memory()
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    return choose_device(section)
+    device = choose_device(section)
+    if device.type == "cuda":
+        log.info("On CUDA nothing is claimed bit for bit: see docs/determinism.md.", extra=ONCE_A_CHAIN)
+    return device
+
+
+def _ask_cublas() -> None:
+    """Give CUDA's matrix products one order of summation; a value of the user's stands, and is named if it has none."""
+    if os.environ.setdefault(WORKSPACE, WORKSPACES[0]) not in WORKSPACES:
+        log.warning("%s=%s: cuBLAS may sum in another order at each call.", WORKSPACE, os.environ[WORKSPACE])
 
 
 def keep_freed_memory() -> None:

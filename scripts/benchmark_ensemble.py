@@ -24,7 +24,7 @@ from benchmark_memory import SIZES
 from measuring import SHORT, Case, Peak, WithoutProducts, random_base, token_rows
 
 from rlhf.config.sections import LoraSection
-from rlhf.data.batches import collate
+from rlhf.data.batches import PassSize, collate
 from rlhf.data.records import Message
 from rlhf.models import adapters, forward
 from rlhf.models.base import Base
@@ -77,7 +77,7 @@ def scoring_seconds(case: Case, members: int, rows: int, rounds: int) -> dict[st
     """CPU seconds for ``rows`` responses, by one member and by all, in turn."""
     base = opened(case)
     roles, slots = ensemble(base, members)
-    each = [SharedScorer(roles, slot, rows) for slot in slots]
+    each = [SharedScorer(roles, slot, PassSize(rows)) for slot in slots]
     scorers = {"single": each[0], "ensemble": EnsembleScorer(each)}
     prompts, responses = token_rows(LENGTH, LENGTH, case.shape[-1], rows)
     samples = [

@@ -63,19 +63,24 @@ def ours(size: str, changes: list[str]) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     from rlhf import runtime
+    from rlhf.algorithms.base import algorithm_of
     from rlhf.config import load
     from rlhf.config.stages import PpoConfig
+    from rlhf.data.batches import PassSize
     from rlhf.data.chat import ChatFormat
     from rlhf.data.records import Message
     from rlhf.data.tokenised import PromptRow
+    from rlhf.evaluation.policy import SampledPolicy, sampling_of
     from rlhf.models.base import Base, load_tokenizer, settle
     from rlhf.models.heads import ScalarHead
     from rlhf.models.roles import SharedBase
     from rlhf.optimizer import Optimizer
-    from rlhf.ppo import experience as experiences
+    from rlhf.ppo.collector import Collector, CollectorSettings
+    from rlhf.ppo.critics import Critic
+    from rlhf.ppo.experience import Passes
     from rlhf.ppo.least_squares import LeastSquares
-    from rlhf.ppo.update import update
-    from rlhf.ppo.value_role import ValueRole
+    from rlhf.ppo.update import PolicySettings, PolicyUpdate
+    from rlhf.ppo.value_role import ValueRole, ValueSettings
     from rlhf.rollouts.hf import HfEngine
     from rlhf.scoring.shared import SharedScorer
 
@@ -104,11 +109,26 @@ def ours(size: str, changes: list[str]) -> dict[str, Any]:
         head = ScalarHead(base.hidden_size) if name in ("reward/0", "value") else None
         roles.add(name, adapter=lora, head=head, trained=name in ("policy", "value"))
     optimizer = Optimizer(roles.trained_parameters("policy"), 1e-5, 10_000)
-    critic: experiences.Critic = LeastSquares(base.hidden_size, device)
+    section, algorithm = config.batch, algorithm_of(config.update)
+    size = PassSize(section.micro_batch_size, section.micro_batch_tokens)
+    passes = Passes(size, chat.pad_id, device)
+    critic: Critic = LeastSquares(base.hidden_size, device)
     if trains_value:
-        critic = ValueRole(config, roles, base, Optimizer(roles.trained_parameters("value"), 1e-5, 10_000))
+        learning = ValueSettings(config.update.epochs, section.minibatch_size, config.update.value_clip_range)
+        critic = ValueRole(roles, Optimizer(roles.trained_parameters("value"), 1e-5, 10_000), passes, learning)
     engine = HfEngine(roles, "policy", chat, config.sampling.concurrency)
-    scorer = SharedScorer(roles, "reward/0", config.batch.micro_batch_size)
+    scorer = SharedScorer(roles, "reward/0", PassSize(config.batch.micro_batch_size))
+    collector = Collector(
+        SampledPolicy(roles, engine, chat, size), scorer, critic, algorithm,
+        CollectorSettings(
+            sampling_of(config.sampling, 0), config.missing_eos, config.kl, config.update, config.samples_per_prompt,
+            config.reads_reference(),
+        ),
+    )  # fmt: skip
+    learned = PolicySettings(
+        config.update, section.minibatch_size, config.sampling.temperature, config.kl.place == "loss"
+    )
+    policy = PolicyUpdate(roles, optimizer, algorithm, passes, learned)
     chance = random.Random(0)
     message = (Message("user", "x"),)
 
@@ -129,11 +149,9 @@ def ours(size: str, changes: list[str]) -> dict[str, Any]:
     engine.generate = timed  # type: ignore[method-assign]
     for step in range(steps + 1):
         started = time.process_time()
-        batch = experiences.collect(
-            config, roles, critic, engine, scorer, base, [prompt() for _ in range(N)], 0, step * N, 0.05
-        )
+        batch = collector.collect([prompt() for _ in range(N)], step * N, 0.05)
         collected = time.process_time()
-        figures = update(config, roles, optimizer, base, batch, step, step, 0.05)
+        figures = policy.learn(batch, step, step, 0.05)
         critic.learn(batch, step, step)
         ended = time.process_time()
         assert figures["update/optimizer_steps"] == EPOCHS * MINIBATCHES

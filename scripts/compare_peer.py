@@ -85,13 +85,14 @@ def measure_ours(args: argparse.Namespace, seed: int, out: Path) -> None:
         with mock.patch.object(ppo, "Training", like_trl.LikeTrl if args.compatibility else like_trl.Measured):
             training = ppo._set_up(config, plan, run)
         training.tracker = Tracker(run.path, "none")
-        prompts = q.test_prompts(training.base, q.NUM_PROMPTS, seed)
-        engine = HfEngine(training.roles, "policy", training.base.chat, 100)
+        base = training.roles.host("policy").base
+        prompts = q.test_prompts(base, q.NUM_PROMPTS, seed)
+        engine = HfEngine(training.roles, "policy", base.chat, 100)
         started, excluded = time.process_time(), 0.0
         while True:
             if training.progress.step % args.every == 0:
                 now = time.process_time()
-                samples = measure.respond(engine, training.base.chat, prompts, evaluation_sampling(config))
+                samples = measure.respond(engine, base.chat, prompts, evaluation_sampling(config))
                 responses = [sample.response_ids for sample in samples]
                 lines.append(
                     {"step": training.progress.step, "cpu_s": now - started - excluded, "responses": responses}
@@ -104,7 +105,7 @@ def measure_ours(args: argparse.Namespace, seed: int, out: Path) -> None:
                 while training.progress.pretraining is None:
                     training.pretrain_value()
             training.step()
-    write_judged(training.base, seed, lines, out / f"{args.side}.json", curves.means(runs.read_metrics(run.path)))
+    write_judged(base, seed, lines, out / f"{args.side}.json", curves.means(runs.read_metrics(run.path)))
 
 
 def measure_peer(args: argparse.Namespace, seed: int, out: Path) -> None:

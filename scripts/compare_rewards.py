@@ -22,6 +22,7 @@ from quickstart_gold import MAX_NEW_TOKENS
 from rlhf import artifacts, progress, runtime, storage
 from rlhf.config.sections import DataSection, RuntimeSection
 from rlhf.data import sources, tokenised
+from rlhf.data.batches import PassSize
 from rlhf.data.dropped import DroppedRows
 from rlhf.data.fitting import Limit
 from rlhf.data.records import prompt_key
@@ -103,7 +104,7 @@ def _on_comparisons(run: Path, rankings: Any, device: Any) -> dict[str, Any]:
     dropped = DroppedRows("data", 0.0, False, len(rankings))
     groups, _ = tokenised.groups(rankings, base.chat, Limit(MAX_LENGTH), dropped)
     assert not dropped.total, dropped.sentence()
-    scores = examine.score(open_run(str(run), SharedBase(base), 32, raw=True), groups)
+    scores = examine.score(open_run(str(run), SharedBase(base), PassSize(32), raw=True), groups)
     pairs = examine.pairs_of(groups, scores)
     said = figures.report(pairs, examine.responses_of(groups, scores), HOW)
     fitted = said["temperature"]

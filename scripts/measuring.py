@@ -132,9 +132,9 @@ class Case:
     def spec(self, stage: str, shape: Shape, device: str) -> Spec:
         """What the planner is told of it."""
         return Spec(
-            stage, shape, self.held, micro=self.micro, batch=self.rows, minibatch=2 * self.micro, prompt=self.prompt,
-            response=self.response, length=self.prompt + self.response, concurrency=self.rows,
-            checkpointing=self.checkpointing, device=device,
+            stage, shape, dataclasses.replace(self.held, on_gpu=device == "cuda"), micro=self.micro, batch=self.rows,
+            minibatch=2 * self.micro, prompt=self.prompt, response=self.response, length=self.prompt + self.response,
+            concurrency=self.rows, checkpointing=self.checkpointing, device=device,
         )  # fmt: skip
 
 

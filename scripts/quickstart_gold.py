@@ -13,6 +13,7 @@ import numpy
 from rlhf import artifacts, progress, runs, runtime
 from rlhf.config.sections import DataSection, RuntimeSection
 from rlhf.data import sources, tokenised
+from rlhf.data.batches import PassSize
 from rlhf.data.fitting import Limit
 from rlhf.data.turns import prompt_of
 from rlhf.demo import gold, probes
@@ -119,7 +120,7 @@ def probe_accuracies(roles: SharedBase, base: Base, seed: int) -> dict[str, floa
             ids = [*base.chat.response_ids(prompt, text), base.chat.end_id]
             samples.append(Sample(prompt, text, base.chat.prompt_ids(prompt), ids, True, ids))
     with progress.waiting("The reward model on pairs of replies that differ in one thing"):
-        scores = SharedScorer(roles, "reward", 32).score(samples).mean
+        scores = SharedScorer(roles, "reward", PassSize(32)).score(samples).mean
     for pair, difference in zip(pairs, (scores[0::2] - scores[1::2]).tolist(), strict=True):
         hits.setdefault(pair["fact"], []).append(0.5 + 0.5 * float(numpy.sign(difference)))
     return {fact: float(numpy.mean(values)) for fact, values in hits.items()}
@@ -138,7 +139,7 @@ def measure_chain(out: Path, seed: int) -> Outcome:
         f"SFT, T={best:g}": by_temperature[best], "PPO": judge(answers),
     }  # fmt: skip
     roles.slots |= {"policy": roles.slots["ppo"], "reference": roles.slots["sft"]}
-    kl = measure.exact_kl(roles, answers, base.chat.pad_id, 1.0, 32)
+    kl = measure.exact_kl(roles, answers, base.chat.pad_id, 1.0, PassSize(32))
     runs.write_samples(out / "samples.jsonl", measure.sample_rows(answers, gold=policies["PPO"].axes["gold"]))
     with progress.waiting("Working out the intervals"):
         intervals = {name: judged.intervals() for name, judged in policies.items()}

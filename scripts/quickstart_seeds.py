@@ -26,6 +26,7 @@ from quickstart_gold import NUM_PROMPTS, judge, open_roles, sample, test_prompts
 from rlhf import artifacts, progress, runs, runtime, storage
 from rlhf.config.sections import DataSection
 from rlhf.data import sources, tokenised
+from rlhf.data.batches import PassSize
 from rlhf.data.fitting import Limit
 from rlhf.models.roles import SharedBase
 from rlhf.scoring.shared import SharedScorer
@@ -63,7 +64,7 @@ def best_of(roles: SharedBase, base: Any, prompts: Any, seed: int) -> list[Any]:
     """Of ``BEST_OF`` SFT answers to each prompt, the one that the reward model scores highest."""
     repeated = [prompt for prompt in prompts for _ in range(BEST_OF)]
     samples = sample(roles, "sft", base, repeated, 1.0, runtime.derived_seed(seed, "best of n"))
-    scores = SharedScorer(roles, "reward", 32).score(samples).mean
+    scores = SharedScorer(roles, "reward", PassSize(32)).score(samples).mean
     scores = scores.masked_fill(~torch.tensor([sample.finished for sample in samples]), -1e9)
     chosen = scores.view(-1, BEST_OF).argmax(1).tolist()
     return [samples[index * BEST_OF + best] for index, best in enumerate(chosen)]

@@ -62,6 +62,10 @@ def manifest(home, stage):
     return json.loads((home / "runs" / stage / "manifest.json").read_text())
 
 
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def test_the_pipeline_runs_every_stage_and_then_skips_them(chain):
     assert {row["outcome"] for row in json.loads((chain / "first.json").read_text())} == {"run"}
     again = rlhf("pipeline", "--json", cwd=chain)
@@ -92,7 +96,7 @@ def test_a_run_directory_holds_what_it_should(chain, stage, files):
 
 
 def test_the_rounds_of_ppo_say_what_matters(chain):
-    rows = [json.loads(line) for line in (chain / "runs/ppo/metrics.jsonl").read_text().splitlines()]
+    rows = rows_of(chain / "runs/ppo/metrics.jsonl")
     steps = [row for row in rows if "update/policy_loss" in row]
     assert [row["step"] for row in steps] == [1, 2, 3]
     assert all(row["update/optimizer_steps"] == 4 for row in steps)
@@ -218,8 +222,13 @@ def test_every_other_way_of_ppo_runs_too(chain):
     details = manifest(chain, "other-ppo")["details"]
     assert details["used_step"] == 2 and details["kl_coef_at_the_end"] != 0.1
     assert (chain / "runs/other-ppo/checkpoints/best/value/head/head.safetensors").is_file()
-    rows = [json.loads(line) for line in (chain / "runs/other-ppo/metrics.jsonl").read_text().splitlines()]
-    assert all(row["update/value_grad_norm"] > 0 for row in rows if "update/policy_loss" in row)
+    rows = rows_of(chain / "runs/other-ppo/metrics.jsonl")
+    steps = [row for row in rows if "update/policy_loss" in row]
+    assert all(row["update/value_grad_norm"] > 0 for row in steps)
+    for row in steps:  # the terms add up to the score before a penalty of 1 for each missing end
+        terms = row["rollout/score/train-rm"] + row["rollout/score/my_reward.short"]
+        assert row["rollout/score"] == pytest.approx(terms - (1 - row["rollout/end_token_rate"]), abs=1e-5)
+        assert row["rollout/score/my_reward.short"] < 0
     assert not (chain / "runs/other-ppo/tensorboard").exists() and (chain / "runs/ppo/tensorboard").is_dir()
     rlhf(
         "ppo", "run_dir=runs/loss-ppo", "steps=2", "kl.place=loss", "update.normalise_advantages=false",
@@ -248,6 +257,11 @@ def test_a_signal_ends_a_run_after_its_step_and_resume_ends_it_with_the_same_fil
     assert "CKP008" in other.stderr and "optim.learning_rate: 0.0015 -> 0.0001" in other.stderr
     assert "Resumed from runs/cut/checkpoints/step-" in rlhf("resume", "runs/cut", cwd=chain).stderr
     assert manifest(chain, "cut")["files"] == manifest(chain, "ppo")["files"]
+    name = "rollout/score/train-rm"
+    cut, whole = (
+        [row[name] for row in rows_of(chain / f"runs/{run}/metrics.jsonl") if name in row] for run in ("cut", "ppo")
+    )
+    assert cut == whole and len(cut) == 3
     assert "up to date" in rlhf("resume", "runs/cut", cwd=chain).stderr
 
 

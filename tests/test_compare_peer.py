@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,19 +17,21 @@ sys.path.insert(0, str(SCRIPTS))
 
 from peer import curves, like_trl  # noqa: E402
 
+from rlhf.algorithms.base import algorithm_of  # noqa: E402
 from rlhf.config.stages import PpoConfig  # noqa: E402
-from rlhf.data.batches import collate  # noqa: E402
+from rlhf.data.batches import PassSize, collate  # noqa: E402
 from rlhf.data.records import Message  # noqa: E402
 from rlhf.data.tokenised import PromptRow  # noqa: E402
+from rlhf.evaluation.policy import SampledPolicy, sampling_of  # noqa: E402
 from rlhf.models import forward  # noqa: E402
 from rlhf.models.heads import ScalarHead  # noqa: E402
 from rlhf.models.roles import SharedBase  # noqa: E402
 from rlhf.optimizer import Optimizer  # noqa: E402
-from rlhf.ppo import experience as experiences  # noqa: E402
 from rlhf.ppo import training as trainings  # noqa: E402
-from rlhf.ppo import update as updates  # noqa: E402
-from rlhf.ppo import value_role  # noqa: E402
-from rlhf.ppo.value_role import ValueRole  # noqa: E402
+from rlhf.ppo.collector import Collector, CollectorSettings  # noqa: E402
+from rlhf.ppo.experience import Experience, Passes  # noqa: E402
+from rlhf.ppo.update import PolicySettings, PolicyUpdate  # noqa: E402
+from rlhf.ppo.value_role import ValueRole, ValueSettings  # noqa: E402
 from rlhf.rollouts.engine import Rollout  # noqa: E402
 from rlhf.scoring.function import FunctionScorer  # noqa: E402
 
@@ -101,16 +104,27 @@ def training(tmp_path, monkeypatch):
     prompts = [PromptRow((Message("user", "p" * n),), [70 + n] * (n + 1)) for n in range(6)]
     end = opened.chat.end_id
     tokens = [[end], [80, 81, 82, end], [80, 81, 82, 83, 84, 85, end], [80, end], [90] * 7, [90, 91, end]]
-    written = Rollout(tokens, [row[-1] == end for row in tokens], 0)
+    written = Rollout(tokens, [row[-1] == end for row in tokens])
     engine = SimpleNamespace(generate=lambda *_: written)
     scorer = FunctionScorer(f"{__name__}:lengths_reward")
     optimizer = Optimizer(roles.trained_parameters("value"), 1e-3, 9)
-    critic = ValueRole(config, roles, opened, optimizer)
-    batch = experiences.collect(config, roles, critic, engine, scorer, opened, prompts, 3, 0, 0.1)
+    passes, algorithm = Passes(PassSize(2), opened.chat.pad_id, opened.device), algorithm_of(config.update)
+    critic = ValueRole(roles, optimizer, passes, ValueSettings(config.update.epochs, 3, 0.2))
+    collector = Collector(
+        SampledPolicy(roles, engine, opened.chat, passes.size), scorer, critic, algorithm,
+        CollectorSettings(
+            sampling_of(config.sampling, 3), config.missing_eos, config.kl, config.update, 1, config.reads_reference()
+        ),
+    )  # fmt: skip
+    policy = PolicyUpdate(
+        roles, Optimizer(roles.trained_parameters("policy"), 1e-3, 9), algorithm, passes,
+        PolicySettings(config.update, 3, 1.0, False),
+    )  # fmt: skip
+    batch = collector.collect(prompts, 0, 0.1)
     monkeypatch.setattr(trainings.Training, "roll_out", lambda self: batch)
     found = object.__new__(like_trl.LikeTrl)
     progress = SimpleNamespace(kl_coef=0.1)
-    vars(found).update(config=config, roles=roles, base=opened, progress=progress, before=batch, critic=critic)
+    vars(found).update(collector=collector, policy=policy, progress=progress, before=batch)
     return found
 
 
@@ -123,7 +137,7 @@ def test_scores_and_values_stand_one_state_later_and_nothing_else_moves(training
         last = min(length, width - 1)
         ids = [*sample.response_ids, 0][: last + 1]
         with torch.no_grad(), training.roles.acting_as("value") as (model, head):
-            alone = collate([sample.prompt_ids], [ids], 0, training.base.device)
+            alone = collate([sample.prompt_ids], [ids], 0, training.roles.device)
             values = forward.state_values(model, head, alone)[0].tolist()
         penalties = [float(before.old_logprobs[row, t] - before.ref_logprobs[row, t]) for t in range(length)]
         rewards = [-0.1 * penalty for penalty in penalties] + [0.0] * (last + 1 - length)
@@ -142,22 +156,23 @@ def test_the_value_role_learns_from_the_late_states_and_the_policy_from_the_toke
 
     def step(self):
         batch = self.roll_out()
-        optimizer = Optimizer(self.roles.trained_parameters("policy"), 1e-3, 9)
-        updates.update(self.config, self.roles, optimizer, self.base, batch, 5, 1, 0.1)
+        self.policy.learn(batch, 5, 1, 0.1)
         self.critic.learn(batch, 5, 1)
 
-    def watched(config, base, experience, rows):
-        for part, sequences, mask in updates.micro_batches_of(config, base, experience, rows):
-            seen.append(int(mask.sum()))
-            yield part, sequences, mask
+    def watched(batch, rows, passes):
+        for part in micro_batches(batch, rows, passes):
+            if batch is training.late:
+                seen.append(int(part.mask.sum()))
+            yield part
 
+    micro_batches, learn = Experience.micro_batches, ValueRole.learn
     monkeypatch.setattr(trainings.Training, "step", step)
-    monkeypatch.setattr(value_role, "micro_batches_of", watched)
-    learn = training.critic.learn
+    monkeypatch.setattr(Experience, "micro_batches", watched)
     training.step()
-    assert sum(seen) == training.config.update.epochs * int(training.late.mask.sum())
+    epochs = training.critic.settings.epochs
+    assert sum(seen) == epochs * int(training.late.mask.sum())
     assert int(training.late.mask.sum()) > int(training.before.mask.sum())
-    assert training.critic.learn == learn
+    assert ValueRole.learn is learn
 
 
 def test_the_weight_of_the_value_loss_is_an_epsilon(training):
@@ -173,7 +188,8 @@ def test_the_weight_of_the_value_loss_is_an_epsilon(training):
         ways.append(x.tolist())
     assert ways[0] == pytest.approx(ways[1], rel=1e-9)
     optimizers = [Optimizer([torch.nn.Parameter(torch.zeros(1))], 1e-3, 9) for _ in range(2)]
-    training.optimizer, training.critic.optimizer = optimizers
+    training.policy = replace(training.policy, optimizer=optimizers[0])
+    training.collector = replace(training.collector, critic=replace(training.critic, optimizer=optimizers[1]))
     training.set_epsilons()
     found = [optimizer.adamw.param_groups[0]["eps"] for optimizer in optimizers]
     assert found == [1e-8, pytest.approx(1e-7)]

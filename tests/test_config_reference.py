@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import Field
 
-from rlhf.config import load, reference, stages, yaml_reader
+from rlhf.config import keys, load, reference, stages, yaml_reader
 from rlhf.config.sections import Section
 from rlhf.errors import RlhfError
 from rlhf.stages import inspection
@@ -61,7 +61,7 @@ def test_every_key_stands_in_the_reference_and_says_what_it_means(stage):
 
 
 def test_the_defaults_are_those_of_a_config_that_sets_nothing():
-    config = load.flatten(stages.PpoConfig.model_validate({"prompts": {"path": "p"}}))
+    config = keys.flatten(stages.PpoConfig.model_validate({"prompts": {"path": "p"}}))
     entries = {entry.key: entry.default for entry in reference.entries(stages.PpoConfig)}
     for key in ("optim.learning_rate", "guards.kl_nats.warn", "kl.coef", "steps", "update.normalise_advantages"):
         assert json.loads(entries[key]) == config[key]

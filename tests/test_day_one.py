@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -156,7 +157,7 @@ def test_padding_that_is_the_end_token_takes_no_loss_from_it(tmp_path, pad):
     records = [Demonstration((*USER, Message("assistant", text)), "x:1") for text in ("a", "a long answer")]
     rows, _ = tokenised.dialogues(records, base.chat, False, Limit(64), DroppedRows("data", 0.0, True))
     model = get_peft_model(base.model, tiny.lora(base))
-    trainer = sft._trainer(config, model, base, rows, SimpleNamespace(path=tmp_path))
+    trainer = sft._trainer(config, model, base, rows, SimpleNamespace(path=tmp_path), 2)
     batch = next(iter(trainer.get_train_dataloader()))
     assert base.chat.pad_id == base.chat.end_id == 2
     for ids, labels in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True):
@@ -241,3 +242,14 @@ def test_on_a_mac_auto_is_the_cpu_and_says_so_and_mps_is_no_device(tmp_path, mon
     (tmp_path / "sft.yaml").write_text("data: {path: x}\nepochs: 1\nruntime: {device: mps}\n")
     with pytest.raises(RlhfError, match="CFG003.*runtime.device: must be 'auto', 'cpu' or 'cuda', got 'mps'"):
         load.load(SftConfig, tmp_path / "sft.yaml")
+
+
+def test_cublas_is_asked_for_one_order_of_summation_and_another_wish_of_the_user_is_named(monkeypatch, caplog):
+    monkeypatch.delenv(runtime.WORKSPACE, raising=False)
+    for given, held, said in ((None, ":4096:8", False), (":16:8", ":16:8", False), (":0:0", ":0:0", True)):
+        if given:
+            monkeypatch.setenv(runtime.WORKSPACE, given)
+        caplog.clear()
+        runtime.set_up(RuntimeSection(device="cpu"), 0)
+        assert os.environ[runtime.WORKSPACE] == held
+        assert ("may sum in another order" in caplog.text) == said and "bit for bit" not in caplog.text

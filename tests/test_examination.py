@@ -7,13 +7,13 @@ import random
 
 import numpy
 import pytest
+import tiny
 import torch
 
 from rlhf import artifacts, examined
 from rlhf.artifacts import Manifest
 from rlhf.commands import verdict as verdict_command
 from rlhf.config.examination import Bound, ProbesSection, ThresholdSection
-from rlhf.config.rewards import RewardSource
 from rlhf.config.sections import DataSection
 from rlhf.data import benchmarks as data_benchmarks
 from rlhf.data import sources
@@ -22,6 +22,7 @@ from rlhf.data.rows import RowError
 from rlhf.data.tokenised import Group
 from rlhf.errors import RlhfError
 from rlhf.evaluation import benchmarking, figures, probes, probing, reward, verdicts
+from rlhf.findings import Findings
 from rlhf.metrics import benchmarks, calibration, correlation, curve, intervals, pairs
 from rlhf.scoring.scorer import Scores
 
@@ -376,10 +377,10 @@ def made(kind, **changes):
 
 def looked_at(source, examination=None, run=None, digests=None):
     parents = {"rewards.0": run or made("reward"), **({"rewards.0.examination": examination} if examination else {})}
-    problems, unchecked = [], []
-    rewards = {"rewards.0": RewardSource.model_validate(source)}
-    warnings, _ = examined.check(rewards, parents, digests or {}, problems, unchecked, tuple)
-    return warnings, problems, unchecked
+    findings = Findings()
+    rewards = examined.Rewards({"rewards.0": tiny.reward(source)}, parents, digests or {})
+    examined.check(rewards, findings, tuple)
+    return findings.notes, findings.problems, findings.unchecked
 
 
 def test_ppo_asks_for_the_examination_of_that_very_reward_model():
@@ -417,7 +418,7 @@ def test_a_model_from_elsewhere_is_known_by_its_files_and_its_label():
 def test_an_examination_belongs_to_a_run_or_a_model():
     for wrong in ({"function": "a:b", "examination": "runs/e"}, {"run": "r", "accept": "failed"}):
         with pytest.raises(ValueError, match="examin"):
-            RewardSource.model_validate(wrong)
+            tiny.reward(wrong)
     assert looked_at({"function": "a:b"}) == ([], [], [])
 
 

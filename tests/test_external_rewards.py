@@ -20,8 +20,9 @@ from transformers import (
 )
 
 from rlhf import artifacts
-from rlhf.config.rewards import ClassifierSection, RewardSource
+from rlhf.config.rewards import ClassifierSection, RunReward
 from rlhf.config.sections import ModelSection
+from rlhf.data.batches import PassSize
 from rlhf.data.records import Message
 from rlhf.errors import RlhfError
 from rlhf.models import classifier, opening
@@ -30,7 +31,7 @@ from rlhf.models.roles import SharedBase
 from rlhf.scoring.rerendered import Rerendered
 from rlhf.scoring.scorer import Sample, Scores, StandardisedScorer
 from rlhf.scoring.shared import SharedScorer
-from rlhf.scoring.sources import add_reward, open_classifier, open_source
+from rlhf.scoring.sources import Host, add_reward, open_classifier, open_source
 from rlhf.stages.export import export
 
 CPU = torch.device("cpu")
@@ -136,7 +137,7 @@ def test_an_exported_reward_model_gives_the_scores_of_its_run_again(tmp_path):
         prompt, ids = opened.chat.prompt_ids(one.prompt), opened.chat.response_ids(one.prompt, one.response)
         ids = [*ids, opened.chat.end_id] if one.finished else ids
         own.append(Sample(one.prompt, one.response, prompt, ids, one.finished, ids))
-    wanted = SharedScorer(roles, "reward", 2).score(own).mean
+    wanted = SharedScorer(roles, "reward", PassSize(2)).score(own).mean
     found = scored(tmp_path / "exported", [*SAMPLES, sample("cut", "off he", finished=False)])
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
@@ -197,15 +198,15 @@ def reward_run(home, **settings):
     roles.save("role", home / "run")
     identity = opening.identity_of(opened, ModelSection(path=str(home / "other")))
     artifacts.write(home / "run", artifacts.Manifest("reward", "train-rm", 0, {}, {}, 1.0, base=identity))
-    return home / "run", SharedScorer(roles, "role", 2), opened.chat
+    return home / "run", SharedScorer(roles, "role", PassSize(2)), opened.chat
 
 
 def test_a_reward_run_on_another_base_reads_the_text_in_tokens_of_its_own(tmp_path):
     run, inner, chat = reward_run(tmp_path)
     policy = base(tmp_path / "policy", "llama")
     shared = SharedBase(policy)
-    source = RewardSource(run=str(run))
-    scorer = open_source(source, "reward/0", artifacts.read(run), policy, shared, 2)
+    source = RunReward(run=str(run))
+    scorer = open_source(source, "reward/0", artifacts.read(run), Host(policy, shared, PassSize(2)))
     assert isinstance(scorer, Rerendered) and "reward/0" not in shared.slots
     own = []
     for one in SAMPLES:
@@ -224,7 +225,7 @@ def test_a_reward_run_on_the_policys_base_becomes_one_of_its_roles(tmp_path):
     run, _, _ = reward_run(tmp_path)
     policy = base(tmp_path / "other", "qwen2")
     shared = SharedBase(policy)
-    scorer = open_source(RewardSource(run=str(run)), "reward/0", artifacts.read(run), policy, shared, 2)
+    scorer = open_source(RunReward(run=str(run)), "reward/0", artifacts.read(run), Host(policy, shared, PassSize(2)))
     assert isinstance(scorer, SharedScorer) and "reward/0" in shared.slots
 
 

@@ -15,7 +15,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rlhf.config import load, stages
+from rlhf.config import keys, load, stages
 from rlhf.config.sections import DataSection, Section
 from rlhf.data import sources
 from rlhf.errors import MAX_SHOWN, RlhfError, render_json
@@ -72,7 +72,7 @@ def check_config(folder, stage, text, overrides=()):
     path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
     config = settled(lambda: load.load(CLASSES[stage], path, overrides), (2, 8))
     if config is not None:
-        assert isinstance(config, Section) and load.flatten(config)
+        assert isinstance(config, Section) and keys.flatten(config)
         path.write_text(load.dump(config), "utf-8")
         assert load.load(CLASSES[stage], path) == config
     return config

@@ -8,7 +8,7 @@ from tiny import build, lora, shake
 
 from rlhf.data.batches import collate
 from rlhf.models import forward
-from rlhf.models.base import load_base
+from rlhf.models.base import Loading, load_base
 from rlhf.models.roles import SeparateModels, SharedBase
 from rlhf.rollouts.engine import Sampling, draw, uniforms
 from rlhf.rollouts.hf import HfEngine
@@ -19,7 +19,7 @@ PROMPTS, RESPONSES = [[5, 6, 7], [8], [9, 10, 11, 12]], [[13, 14, 15], [16, 17, 
 
 
 def two_roles(directory, device, double=True):
-    base = load_base(str(directory), device=device)
+    base = load_base(str(directory), Loading(device=device))
     if double:
         base.model.double()
     roles = SharedBase(base)
@@ -53,7 +53,7 @@ def test_roles_that_take_turns_under_checkpointing_have_the_gradients_of_separat
     build(tmp_path)
     shared, separate = two_roles(tmp_path, GPU), SeparateModels(GPU)
     for seed, name in enumerate(("policy", "reference")):
-        own = load_base(str(tmp_path), device=GPU)
+        own = load_base(str(tmp_path), Loading(device=GPU))
         own.model.double()
         separate.add(name, own, adapter=lora(own), trained=name == "policy")
         shake(separate, name, seed)

@@ -28,9 +28,22 @@ def run(script, monkeypatch, directory, *arguments):
 
 
 def test_a_step_is_timed_measured_and_checked_a_phase_at_a_time(script, monkeypatch, tmp_path, capsys):
+    """And single claims; resuming, whose processes take half a minute, by a stand-in."""
     monkeypatch.setattr(script, "TINY", script.TINY[:1])
+    resumed = importlib.import_module("gpu_resume")
+    monkeypatch.setattr(resumed, "outcome", lambda at, same_bits: (same_bits, "a stand-in"))
     rc, found = run(script, monkeypatch, tmp_path)
-    assert rc == 0 and found["failed"] == [] and len(found["checks"]) >= 5
+    assert rc == 0 and found["failed"] == []
+    names = {check["check"] for check in found["checks"]}
+    assert names >= {
+        "sampler and trainer agree in bfloat16", "logits are float32", "two equal updates agree",
+        "packed documents need no mask", "float32 with shared keys holds no scores", "a resumed run goes on",
+        "tiny float32: the peak is as planned", "tiny float32: update sees the rollout's policy",
+    }  # fmt: skip
+    last = capsys.readouterr().out.splitlines()[-1]
+    pasted = json.loads(last)
+    assert pasted["failed"] == [] and {"device", "versions", "commit"} <= set(pasted["machine"])
+    assert len(pasted["checks"]) == len(names) and len(pasted["phases"]) == len(PHASES)
     rows = {row["phase"]: row for row in found["phases"]}
     assert list(rows) == PHASES
     case = script.TINY[0]
@@ -41,12 +54,12 @@ def test_a_step_is_timed_measured_and_checked_a_phase_at_a_time(script, monkeypa
     assert rows["value fit"]["tokens"] == 2 * sampled
     for name in ("rollout", "rescoring", "policy update", "value update"):
         assert rows[name]["predicted_bytes"] == pytest.approx(rows[name]["measured_bytes"], rel=0.1), name
-    assert "tokens/s" in capsys.readouterr().out
 
 
 def test_a_check_that_fails_is_the_exit_code(script, monkeypatch, tmp_path):
     monkeypatch.setattr(script, "TINY", script.TINY[:1])
     monkeypatch.setattr(script, "RATIO_TOLERANCE", -1.0)
+    monkeypatch.setattr(script.Claims, "run", lambda self: None)
     rc, found = run(script, monkeypatch, tmp_path)
     assert rc == 1 and found["failed"] == ["tiny float32: update sees the rollout's policy"]
 
@@ -55,4 +68,21 @@ def test_what_is_not_run_is_named_with_its_reason(script, monkeypatch, tmp_path)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     rc, found = run(script, monkeypatch, tmp_path, "--minutes", "0")
     assert rc == 0 and found["phases"] == []
-    assert [row["why"].split(",")[0] for row in found["skipped"]] == ["0 s are left", "bitsandbytes is not installed"]
+    whys = ["0 s are left", "0 s are left", "bitsandbytes is not installed"]
+    assert [row["why"].split(",")[0] for row in found["skipped"]] == whys
+
+
+@pytest.mark.slow
+def test_a_run_of_the_embedded_world_that_is_cut_off_goes_on_bit_for_bit(script, tmp_path):
+    assert importlib.import_module("gpu_resume").outcome(tmp_path, same_bits=True)[0]
+
+
+def test_a_resumed_run_is_held_to_bits_on_a_cpu_and_to_its_first_rollout_elsewhere(script, monkeypatch):
+    resume = importlib.import_module("gpu_resume")
+
+    def rows(apart, time):
+        return [{"step": step, "rollout/score": step + apart * (step == 2), "time/rollout_s": time} for step in (1, 2)]
+
+    for apart, same_bits, holds in ((0.0, True, True), (1e-4, True, False), (1e-4, False, True), (0.1, False, False)):
+        monkeypatch.setattr(resume, "run", lambda at, apart=apart: (rows(0.0, 1.0), rows(apart, 2.0)))
+        assert resume.outcome(Path(), same_bits)[0] == holds, (apart, same_bits)

@@ -117,7 +117,7 @@ def test_one_head_by_name_is_the_plain_objective_to_the_last_bit():
     generator = torch.Generator().manual_seed(3)
     scores = [torch.randn(len(one.responses), generator=generator) for one in records]
     config = RewardConfig.model_validate({"data": {"path": "x"}, "steps": 1, "run_dir": "r", "heads": ["score"]})
-    heads = asked.heads_of(config, records)
+    heads = asked.heads_of(rubric.heads_of(config), config.combination, records)
     found = objective(heads, records, [values[:, None] for values in scores], compare)
     wanted = bradley_terry(records, scores)
     assert torch.equal(found.loss, wanted.loss) and torch.equal(found.accuracy, wanted.accuracy)

@@ -16,14 +16,15 @@ from safetensors.torch import load_file
 
 from rlhf import artifacts
 from rlhf.config import rubric
-from rlhf.config.rewards import ClassifierSection, RewardSource
+from rlhf.config.rewards import ClassifierSection, RunReward
+from rlhf.data.batches import PassSize
 from rlhf.data.records import Message
 from rlhf.models import opening
 from rlhf.models.heads import ScalarHead
 from rlhf.models.roles import SharedBase
 from rlhf.scoring.rerendered import Rerendered
 from rlhf.scoring.scorer import Sample
-from rlhf.scoring.sources import open_classifier, open_source
+from rlhf.scoring.sources import Host, open_classifier, open_source
 
 home = rewards.home
 rlhf, train, cut, rows_of, fingerprint = rewards.rlhf, rewards.train, rewards.cut, rewards.rows_of, rewards.fingerprint
@@ -217,7 +218,8 @@ def scores_of(**source):
     """By a reward source of the summed run."""
     manifest = artifacts.read("runs/summed")
     base = opening.reopen_base(manifest, torch.device("cpu"))
-    scorer = open_source(RewardSource(run="runs/summed", **source), "reward", manifest, base, SharedBase(base), 8)
+    host = Host(base, SharedBase(base), PassSize(8))
+    scorer = open_source(RunReward(run="runs/summed", **source), "reward", manifest, host)
     return Rerendered(scorer, base.chat, "runs/summed").score(samples()).mean.tolist()
 
 

@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf import artifacts, examined, identity, runs, settling
+from rlhf import artifacts, examined, identity, runs
 from rlhf.config import fields, load
 from rlhf.config.rewards import RewardSource
 from rlhf.config.sections import DataSection, LoraSection
 from rlhf.config.stages import CollectConfig, EvalRmConfig, PipelineConfig, PpoConfig, SftConfig
 from rlhf.config.train_rm import RewardConfig
 from rlhf.errors import RlhfError
-from rlhf.stages import starting
+from rlhf.stages import settling, starting
 from rlhf.stages.registry import STAGES
 
 GOLDEN = Path(__file__).parent / "golden/runs-690edaa"
@@ -258,7 +258,8 @@ def test_rows_dropped_for_any_reason_count_together_and_so_do_those_that_only_re
     for bound, codes in ((0.1, []), (0.099, ["GRD021"])):
         prompts = {"path": "p", "max_dropped_fraction": bound}
         config = PpoConfig.model_validate({"run_dir": "none", "prompts": prompts, "rewards": [{"run": "a"}]})
-        assert [problem.code for problem in settling.judge(config, manifest)] == codes
+        needs = STAGES["ppo"].needs(config)
+        assert [problem.code for problem in settling.judge(config, needs, manifest)] == codes
 
     manifest = artifacts.read("runs/train-rm")
     manifest.details["rows"]["num_dropped"] = 0  # 690edaa counted only what was too long; one pair of 50 is equal

@@ -253,6 +253,12 @@ def test_the_end_rate_that_is_asked_for_follows_from_the_answers_that_fit(
     assert found == wanted and (as_it_is or f"{share:.1%} of the answers in the data fit" in why)
 
 
+def test_the_fixed_score_of_a_cut_off_answer_is_for_data_whose_answers_fit():
+    assert choose.missing_end(0.95, False)[0] == choose.missing_end(1.0, False)[0] == 1.0
+    assert choose.missing_end(0.8, False)[0] == 0.25 and choose.missing_end(1.0, True)[0] == 0.1
+    assert "20.0% of the answers in the data" in choose.missing_end(0.8, False)[1]
+
+
 def test_more_than_a_few_passes_are_for_few_rows_and_for_bases_that_were_never_pretrained():
     assert choose.least_steps(facts()) == (120, 10) and choose.least_steps(facts(is_initialised=True)) == (300, 30)
 
@@ -577,6 +583,7 @@ def test_answers_are_as_long_as_the_context_holds_behind_the_prompts_and_the_gat
     share = sum(len(row["completion"]) + 1 <= sft.sampling.max_new_tokens for row in demos) / len(demos)
     assert 0.5 < share < 1 and sft.min_end_token_rate == math.floor(20 * share) / 100  # a base without pretraining
     assert f"{share:.1%} of those in the data fit max_new_tokens" in dict(made.figures)["answers"]
+    assert ppo.missing_eos.mode == "subtract" and (1 - share) * ppo.missing_eos.penalty <= 0.05
 
 
 def test_a_row_is_as_long_as_its_stage_reads_it():

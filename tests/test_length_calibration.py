@@ -13,7 +13,8 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from rlhf import artifacts, examined
-from rlhf.config.rewards import RewardSource
+from rlhf.config.rewards import RunReward
+from rlhf.data.batches import PassSize
 from rlhf.data.records import Message
 from rlhf.errors import RlhfError
 from rlhf.evaluation import figures, lengths
@@ -25,6 +26,7 @@ from rlhf.models.roles import SharedBase
 from rlhf.scoring import sources
 from rlhf.scoring.length import LengthCorrected
 from rlhf.scoring.scorer import Sample, Scores
+from rlhf.scoring.sources import Host
 
 HOW = figures.How(num_bins=5, num_resamples=100, seed=0, fit_fraction=0.4)
 
@@ -149,7 +151,7 @@ def test_score_ppo_and_compare_take_the_same_off_and_only_for_the_reward_that_wa
         taken = known["coef"] * (3 + n + 1 - known["mean_length"])  # bytes are tokens, and one is the end
         assert one["score"] - other["score"] == pytest.approx(taken, abs=1e-5)
         assert one["disagreement"] == pytest.approx(other["disagreement"], abs=1e-6)
-    source = RewardSource(run="runs/rm", length_calibration="runs/exam", aggregate="min", reference_samples=0)
+    source = RunReward(run="runs/rm", length_calibration="runs/exam", aggregate="min", reference_samples=0)
     manifest = artifacts.read("runs/rm")
     base = opening.reopen_base(manifest, torch.device("cpu"))
     chat = base.chat
@@ -158,7 +160,7 @@ def test_score_ppo_and_compare_take_the_same_off_and_only_for_the_reward_that_wa
         prompt = (Message("user", one["prompt"]),)
         ids = [*chat.response_ids(prompt, one["response"]), chat.end_id]
         samples.append(Sample(prompt, one["response"], chat.prompt_ids(prompt), ids, True, ids))
-    found = sources.open_source(source, "reward/0", manifest, base, SharedBase(base), 4).score(samples)
+    found = sources.open_source(source, "reward/0", manifest, Host(base, SharedBase(base), PassSize(4))).score(samples)
     assert found.mean.tolist() == pytest.approx([min(one["members"]) for one in corrected], abs=1e-5)
     code, said = here("compare", "runs/sft", "runs/sft", "--prompts", "given.jsonl", "--reward", "runs/exam", "--json")
     assert code == 0, said
@@ -181,7 +183,7 @@ def test_score_ppo_and_compare_take_the_same_off_and_only_for_the_reward_that_wa
     run("eval-rm", "outside", {**EXAMINED, "model": {"path": "classifier"}})
     model = {"model": {"path": "classifier"}}
     one, other = (
-        sources.open_source(RewardSource.model_validate({**model, **more}), "r", None, base, None, 4)
+        sources.open_source(tiny.reward({**model, **more}), "r", None, Host(base, None, PassSize(4)))
         .score(samples)
         .mean
         for more in ({}, {"length_calibration": "runs/outside"})
@@ -196,7 +198,7 @@ def test_score_ppo_and_compare_take_the_same_off_and_only_for_the_reward_that_wa
 @pytest.mark.parametrize("source", [{"function": "a:b"}, {"runs": ["a", "b"]}, {"url": "http://localhost:1"}])
 def test_only_what_can_be_examined_has_a_length_calibration(source):
     with pytest.raises(ValueError, match="length_calibration is of one run or one model"):
-        RewardSource.model_validate({**source, "length_calibration": "runs/exam"})
+        tiny.reward({**source, "length_calibration": "runs/exam"})
 
 
 def test_an_examination_that_fitted_nothing_is_refused(tmp_path):

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from rlhf.config import load, migrations
+from rlhf.config import keys, load, migrations
 from rlhf.errors import RlhfError
 from rlhf.stages import inspection
 from rlhf.stages.registry import STAGES
@@ -199,7 +199,7 @@ def test_a_typical_config_loads_as_ours_with_the_values_that_it_had(name, tmp_pa
     stage, wanted = WANTED[name]
     (tmp_path / "new.yaml").write_text(found.text("old.yaml"))
     config = load.load(STAGES[stage].config_class, tmp_path / "new.yaml")
-    assert found.stage == stage and wanted.items() <= load.flatten(config).items()
+    assert found.stage == stage and wanted.items() <= keys.flatten(config).items()
 
 
 @pytest.mark.parametrize("name", OLD)

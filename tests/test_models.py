@@ -9,12 +9,15 @@ import sys
 import pytest
 import torch
 from peft import get_peft_model
-from tiny import ARCHITECTURES, base, build, exact, lora, shake
+from tiny import ARCHITECTURES, base, both_ways, build, exact, lora, shake
+from torch.overrides import TorchFunctionMode
+from transformers import masking_utils
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from rlhf.config.sections import LoraSection
 from rlhf.data.batches import collate
 from rlhf.errors import RlhfError
-from rlhf.models import adapters, forward, fused_lora, merged, packing
+from rlhf.models import adapters, decoding, forward, fused_lora, grouped, merged, packing
 from rlhf.models.base import load_base, weights_checksum
 from rlhf.models.heads import ScalarHead
 from rlhf.models.roles import SeparateModels, SharedBase
@@ -419,6 +422,71 @@ def test_packed_rows_have_the_values_and_gradients_of_padded_ones(tmp_path, arch
         both = forward.policy_and_reference(roles, collate(PROMPTS, RESPONSES, 0, CPU), 1.0)
         found.append([*vars(both).values(), *gradients(roles)])
     assert all(torch.allclose(a, b, atol=1e-10) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_documents_that_trl_packs_attend_to_themselves_alone_and_no_mask_is_made(tmp_path, monkeypatch, architecture):
+    """As each document alone, states and the gradient of the embedding; in float64."""
+    opened = base(tmp_path / "m", architecture, double=True)
+    inner = opened.model.base_model
+    assert packing.packs(opened.model)
+    packing.take_flattened(opened.model)
+    rows = [{"input_ids": list(range(4, 13)), "labels": [5] * 9, "seq_lengths": [4, 5]},
+            {"input_ids": [7, 7, 3], "labels": [5] * 3, "seq_lengths": [3]}]  # fmt: skip
+    batch = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)(rows)
+    batch.pop("labels")
+    weight = opened.model.get_input_embeddings().weight.requires_grad_(True)
+
+    def states_and_gradient(states):
+        weight.grad = None
+        states.square().sum().backward()
+        return states.detach(), weight.grad.clone()
+
+    documents = batch["input_ids"][0].split([4, 5, 3])
+    alone = states_and_gradient(torch.cat([inner(input_ids=ids[None]).last_hidden_state[0] for ids in documents]))
+    with monkeypatch.context() as patch:
+        patch.setattr(masking_utils, "find_packed_sequence_indices", lambda _: pytest.fail("a mask is made"))
+        found = states_and_gradient(inner(**batch, use_cache=False).last_hidden_state[0])
+    for own, wanted in zip(found, alone, strict=True):
+        torch.testing.assert_close(own, wanted, atol=1e-10, rtol=1e-8)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_where_shared_keys_would_cost_all_scores_each_head_has_its_own_and_the_function_is_the_same(
+    tmp_path, monkeypatch, fused
+):
+    """As float32 takes it on CUDA, in float64 on a CPU: passes with gradient, and a prefill without a mask."""
+    opened = base(tmp_path / "m", double=True)
+    roles = SharedBase(opened)
+    roles.add("policy", adapter=lora(opened), trained=True)
+    shake(roles, "policy")
+    opened.model.knows_blocks = both_ways(fused)
+    shared: list[bool] = []
+
+    class Watched(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is torch.nn.functional.scaled_dot_product_attention and args[0].shape[2] > 1:
+                shared.append((kwargs or {}).get("enable_gqa", False))
+            return func(*args, **(kwargs or {}))
+
+    def figures():
+        with roles.acting_as("policy") as (model, _), Watched():
+            logprobs = forward.response_logprobs(model, collate(PROMPTS, RESPONSES, 0, CPU), 1.0)
+            logprobs.sum().backward()
+            with torch.no_grad(), decoding.in_place_of(model, packing.known_blocks(model)):
+                logits = model(input_ids=torch.tensor([[5, 6, 7], [8, 9, 4]])).logits
+        gradients = [parameter.grad.clone() for parameter in roles.trained_parameters("policy")]
+        for parameter in roles.trained_parameters("policy"):
+            parameter.grad = None
+        return [logprobs.detach(), logits, *gradients]
+
+    plain = figures()
+    assert shared and all(shared)
+    shared.clear()
+    monkeypatch.setattr(grouped, "holds_all_scores", lambda query, key: query.shape[1] != key.shape[1])
+    for found, wanted in zip(figures(), plain, strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-10, rtol=1e-8)
+    assert shared and not any(shared)
 
 
 def test_a_sequence_in_a_row_does_not_see_the_one_before_it(tmp_path):

@@ -19,7 +19,8 @@ from rlhf.config import load
 from rlhf.config.sections import PolicySamplingSection, SamplingSection
 from rlhf.config.stages import CollectConfig
 from rlhf.errors import RlhfError
-from rlhf.planning import specs
+from rlhf.planning.specs import Ground
+from rlhf.stages import ancestry
 from rlhf.stages.registry import STAGES
 
 PROMPTS = [f"where is chair {n} ?" for n in range(12)]
@@ -167,6 +168,31 @@ def test_a_run_says_how_it_samples_or_is_refused():
     )
 
 
+def alike(prompts, responses):
+    return [0.0] * len(responses)
+
+
+def test_collect_says_of_each_prompt_that_it_drops_whether_responses_lack_or_a_preference(run):
+    """Both labellers see the same samples; the second prefers none of them."""
+    found = {}
+    for labeller in ("test_compare:shorter", "test_policy_sampling:alike"):
+        config = {
+            "policy": "runs/short", "prompts": {"path": "p.jsonl"}, "samples_per_prompt": 2, "run_dir": labeller[-5:],
+            "labeller": {"function": labeller}, "sampling": {"max_new_tokens": 12},
+        }  # fmt: skip
+        Path("collect.yaml").write_text(json.dumps(config))
+        shown = run("collect", "-c", "collect.yaml")
+        counts = artifacts.read(labeller[-5:]).metrics
+        ranked, short, equal = found[labeller] = [
+            counts[f"collect/{name}"] for name in ("prompts", "groups_short", "groups_alike")
+        ]
+        assert f"{ranked} prompts ranked; {short} dropped because fewer than two different responses" in shown
+        assert f"to them were left, {equal} because all that were left scored the same" in shown
+        assert ranked + short + equal == 12
+    (ranked, short, equal), (none, as_short, all_equal) = found.values()
+    assert 0 < short < 12 and (none, as_short, all_equal) == (0, short, ranked + equal)
+
+
 def test_what_collect_left_open_is_no_change_to_a_run_that_wrote_it_down(world):
     """Runs made before a null meant the policy's own had the same keys with these values."""
     config = load.load_text(CollectConfig, "policy: runs/long\nprompts: {path: p.jsonl}\n", "c.yaml")
@@ -188,7 +214,8 @@ def test_what_is_planned_for_collect_is_as_long_as_the_policy_is_sampled(world, 
 
     def planned(policy, sampling=""):
         config = load.load_text(CollectConfig, f"policy: {policy}\nprompts: {{path: d}}\n{sampling}", "c.yaml")
-        return specs.spec(config, specs.find(policy, tmp_path), {}, "cpu", "base").response
+        ground = Ground(ancestry.find(policy, tmp_path), {}, "cpu", "base")
+        return STAGES["collect"].needs(config).memory(ground).response
 
     assert (planned("runs/a"), planned("runs/b"), planned(str(world / "runs/short"))) == (24, 48, 4)
     assert planned("runs/b", "sampling: {max_new_tokens: 7}\n") == 7

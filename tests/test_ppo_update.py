@@ -12,20 +12,25 @@ import torch
 from tiny import base, lora, shake
 
 from rlhf import runtime
+from rlhf.algorithms.base import algorithm_of
 from rlhf.config.stages import PpoConfig
+from rlhf.data.batches import PassSize
 from rlhf.data.records import Message
 from rlhf.data.tokenised import PromptRow
+from rlhf.evaluation.policy import SampledPolicy, sampling_of
 from rlhf.models import forward, packing
 from rlhf.models.base import weights_checksum
 from rlhf.models.heads import ScalarHead
 from rlhf.models.roles import SharedBase
 from rlhf.optimizer import Optimizer
-from rlhf.ppo import experience as experiences
 from rlhf.ppo import least_squares, tensors, value_role
 from rlhf.ppo import training as trainings
 from rlhf.ppo import update as updates
+from rlhf.ppo.collector import Collector, CollectorSettings
+from rlhf.ppo.experience import Passes
 from rlhf.ppo.least_squares import LeastSquares
-from rlhf.ppo.value_role import ValueRole
+from rlhf.ppo.update import PolicySettings, PolicyUpdate
+from rlhf.ppo.value_role import ValueRole, ValueSettings
 from rlhf.rollouts.engine import Rollout
 from rlhf.rollouts.hf import HfEngine
 from rlhf.scoring.function import FunctionScorer
@@ -44,8 +49,36 @@ def config(**changes):
     return PpoConfig.model_validate({**values, **changes})
 
 
+def passes_of(chosen, opened):
+    size = PassSize(chosen.batch.micro_batch_size, chosen.batch.micro_batch_tokens)
+    return Passes(size, opened.chat.pad_id, opened.device)
+
+
 def critic_of(chosen, roles, opened, rate=1e-3):
-    return ValueRole(chosen, roles, opened, Optimizer(roles.trained_parameters("value"), rate, 100))
+    optimizer = Optimizer(roles.trained_parameters("value"), rate, 100)
+    update = chosen.update
+    settings = ValueSettings(update.epochs, chosen.batch.minibatch_size, update.value_clip_range)
+    return ValueRole(roles, optimizer, passes_of(chosen, opened), settings)
+
+
+def policy_of(chosen, roles, opened, rate=1e-3):
+    optimizer = Optimizer(roles.trained_parameters("policy"), rate, 100)
+    settings = PolicySettings(
+        chosen.update, chosen.batch.minibatch_size, chosen.sampling.temperature, chosen.kl.place == "loss"
+    )
+    return PolicyUpdate(roles, optimizer, algorithm_of(chosen.update), passes_of(chosen, opened), settings)
+
+
+def collector_of(chosen, roles, opened, critic, seed=3, engine=None):
+    engine = engine or HfEngine(roles, "policy", opened.chat, chosen.sampling.concurrency)
+    return Collector(
+        SampledPolicy(roles, engine, opened.chat, passes_of(chosen, opened).size),
+        FunctionScorer(f"{__name__}:lengths"), critic, algorithm_of(chosen.update),
+        CollectorSettings(
+            sampling_of(chosen.sampling, seed), chosen.missing_eos, chosen.kl, chosen.update,
+            chosen.samples_per_prompt, chosen.reads_reference(),
+        ),
+    )  # fmt: skip
 
 
 @pytest.fixture
@@ -61,9 +94,7 @@ def world(tmp_path):
 
     def collect(chosen, coef=0.1, critic=None, seed=3, engine=None):
         critic = critic or critic_of(chosen, roles, opened)
-        engine = engine or HfEngine(roles, "policy", opened.chat, chosen.sampling.concurrency)
-        scorer = FunctionScorer(f"{__name__}:lengths")
-        return experiences.collect(chosen, roles, critic, engine, scorer, opened, prompts, seed, 0, coef)
+        return collector_of(chosen, roles, opened, critic, seed, engine).collect(prompts, 0, coef)
 
     return opened, roles, collect
 
@@ -90,7 +121,7 @@ def test_the_explained_variance_is_of_real_outcomes_by_thirds_and_does_not_depen
     opened, _, collect = world
     end = opened.chat.end_id
     tokens = [[end], [80, 81, 82, end], [80, 81, 82, 83, 84, 85, end], [80, end], [90] * 7, [90, 91, end]]
-    engine = SimpleNamespace(generate=lambda *_: Rollout(tokens, [row[-1] == end for row in tokens], 0))
+    engine = SimpleNamespace(generate=lambda *_: Rollout(tokens, [row[-1] == end for row in tokens]))
     update = {"gamma": 0.9, "lam": 0.3, "normalise_advantages": place == "reward"}
     name, found = "rollout/explained_variance", []
     for value_lam in (0.2, 1.0):
@@ -118,8 +149,8 @@ def test_the_first_minibatch_has_ratio_one_and_nothing_clipped(world):
     opened, roles, collect = world
     chosen = config()
     batch = collect(chosen)
-    advantages = updates.prepare_advantages(chosen, batch)
-    figures = updates._policy_gradient(chosen, roles, opened, batch, advantages, [0, 1, 2], 0.1)
+    policy = policy_of(chosen, roles, opened)
+    figures = policy.accumulate(batch, policy.prepare(batch), [0, 1, 2], 0.1)
     assert figures["ratio"] == pytest.approx(1, abs=1e-6)
     assert figures["approx_kl"] == pytest.approx(0, abs=1e-10) and figures["clip_fraction"] == 0
 
@@ -138,8 +169,8 @@ def test_micro_batches_packing_and_checkpointing_change_no_gradient(world, place
         batch = collect(chosen) if not found else batch  # noqa: F821
         if size == 2:
             roles.enable_gradient_checkpointing()
-        advantages = updates.prepare_advantages(chosen, batch)
-        updates._policy_gradient(chosen, roles, opened, batch, advantages, list(range(6)), 0.1)
+        policy = policy_of(chosen, roles, opened)
+        policy.accumulate(batch, policy.prepare(batch), list(range(6)), 0.1)
         found.append(torch.cat([p.grad.flatten().clone() for p in roles.trained_parameters("policy")]))
         for parameter in roles.trained_parameters("policy"):
             parameter.grad = None
@@ -152,12 +183,12 @@ def test_micro_batches_packing_and_checkpointing_change_no_gradient(world, place
 def test_an_update_takes_epochs_times_minibatches_steps_whatever_the_accumulation(world, micro):
     opened, roles, collect = world
     chosen = config(batch={"batch_size": 6, "minibatch_size": 2, "micro_batch_size": micro}, update={"epochs": 3})
-    policy, critic = Optimizer(roles.trained_parameters("policy"), 1e-3, 100), critic_of(chosen, roles, opened)
+    policy, critic = policy_of(chosen, roles, opened), critic_of(chosen, roles, opened)
     checksum, reference = weights_checksum(opened.model), roles.state("reference").state_dict()["adapter"]
     batch = collect(chosen)
-    figures = updates.update(chosen, roles, policy, opened, batch, 5, 1, 0.1)
+    figures = policy.learn(batch, 5, 1, 0.1)
     critic.learn(batch, 5, 1)
-    assert policy.step_count == critic.optimizer.step_count == 9 == figures["update/optimizer_steps"]
+    assert policy.optimizer.step_count == critic.optimizer.step_count == 9 == figures["update/optimizer_steps"]
     assert weights_checksum(opened.model) == checksum
     after = roles.state("reference").state_dict()["adapter"]
     assert all(torch.equal(reference[key], after[key]) for key in reference)
@@ -166,9 +197,9 @@ def test_an_update_takes_epochs_times_minibatches_steps_whatever_the_accumulatio
 def test_a_target_for_the_update_kl_ends_the_epochs_before_the_step(world):
     opened, roles, collect = world
     chosen = config(update={"epochs": 5, "target_kl": 1e-6})
-    policy = Optimizer(roles.trained_parameters("policy"), 1e-2, 100)
-    figures = updates.update(chosen, roles, policy, opened, collect(chosen), 5, 1, 0.1)
-    assert policy.step_count == 1 == figures["update/optimizer_steps"]
+    policy = policy_of(chosen, roles, opened, 1e-2)
+    figures = policy.learn(collect(chosen), 5, 1, 0.1)
+    assert policy.optimizer.step_count == 1 == figures["update/optimizer_steps"]
     assert all(parameter.grad is None for parameter in roles.trained_parameters("policy"))
 
 
@@ -177,13 +208,13 @@ def test_the_update_raises_what_is_rewarded_and_lowers_the_value_loss(world):
     opened, roles, collect = world
     chosen = config(update={"epochs": 4}, kl={"coef": 0.0})
     batch = collect(chosen, 0.0)
-    policy, critic = Optimizer(roles.trained_parameters("policy"), 3e-3, 100), critic_of(chosen, roles, opened, 3e-3)
+    policy, critic = policy_of(chosen, roles, opened, 3e-3), critic_of(chosen, roles, opened, 3e-3)
     sequences = batch.sequences(range(6), opened.chat.pad_id, opened.device)
     losses = [float(critic.learn(batch, 1, 0)["update/value_loss"]) for _ in range(3)]
-    updates.update(chosen, roles, policy, opened, batch, 5, 1, 0.0)
+    policy.learn(batch, 5, 1, 0.0)
     with torch.no_grad(), roles.acting_as("policy") as (model, _):
         new = forward.response_logprobs(model, sequences, 1.0)
-    advantages = updates.prepare_advantages(chosen, batch)
+    advantages = policy.prepare(batch)
     assert float(tensors.masked_sum((new - batch.old_logprobs) * advantages, batch.mask)) > 0
     assert losses[2] < losses[0]
 
@@ -216,7 +247,7 @@ def test_without_a_penalty_no_step_runs_the_reference_and_nothing_else_changes(w
     assert alone.ref_logprobs is None and alone.exact_kl is None
     assert set(both.metrics) - set(alone.metrics) == {"rollout/kl_nats", "rollout/exact_kl_nats"}
     for batch in (alone, both):
-        updates._policy_gradient(chosen, roles, opened, batch, batch.advantages, [0, 1, 2], 0.0)
+        policy_of(chosen, roles, opened).accumulate(batch, batch.advantages, [0, 1, 2], 0.0)
         found.append(torch.cat([p.grad.flatten().clone() for p in roles.trained_parameters("policy")]))
         for parameter in roles.trained_parameters("policy"):
             parameter.grad = None
@@ -301,16 +332,16 @@ def test_the_batch_that_ends_the_pretraining_is_the_first_to_be_learnt_from(worl
     chosen = config(value={"pretrain_steps": 2, "min_explained_variance": 1.0})
     made, recorded, batch, critic = [], [], collect(chosen), critic_of(chosen, roles, opened)
 
-    def counted(*arguments):
-        made.append((*arguments[6:9], random.random()))
+    def counted(self, *arguments):
+        made.append((*arguments, random.random()))
         return replace(batch)
 
-    monkeypatch.setattr(trainings.experiences, "collect", counted)
+    monkeypatch.setattr(Collector, "collect", counted)
     training = object.__new__(trainings.Training)
     vars(training).update(
-        config=chosen, roles=roles, base=opened, train=list(range(60)), ready=None, engine=None, scorer=None,
-        order=trainings.DataOrder(60, 6, 0), progress=trainings.Progress(0.1), critic=critic,
-        record=lambda step, values: recorded.append(values),
+        prompts=trainings.Prompts(list(range(60)), []), ready=None, order=trainings.DataOrder(60, 6, 0),
+        progress=trainings.Progress(0.1), collector=collector_of(chosen, roles, opened, critic),
+        settings=SimpleNamespace(seed=0, pretraining=chosen.value), record=lambda step, values: recorded.append(values),
     )  # fmt: skip
     while training.progress.pretraining is None:
         training.pretrain_value()

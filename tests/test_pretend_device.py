@@ -13,17 +13,21 @@ import torch
 from tiny import build, exact, lora, shake
 
 from rlhf import snapshots
+from rlhf.algorithms import ppo
 from rlhf.config.stages import PpoConfig
+from rlhf.data.batches import PassSize
 from rlhf.data.records import Message
 from rlhf.data.tokenised import PromptRow
-from rlhf.evaluation.policy import answering, sampling_of
-from rlhf.models.base import load_base
+from rlhf.evaluation.policy import SampledPolicy, answering, sampling_of
+from rlhf.models.base import Loading, load_base
 from rlhf.models.heads import ScalarHead
 from rlhf.models.roles import SharedBase
 from rlhf.optimizer import Optimizer
-from rlhf.ppo import experience, update
+from rlhf.ppo.collector import Collector, CollectorSettings
+from rlhf.ppo.experience import Passes
 from rlhf.ppo.least_squares import LeastSquares
-from rlhf.ppo.value_role import ValueRole
+from rlhf.ppo.update import PolicySettings, PolicyUpdate
+from rlhf.ppo.value_role import ValueRole, ValueSettings
 from rlhf.rollouts.engine import Sampling
 from rlhf.rollouts.hf import HfEngine
 from rlhf.scoring.ensemble import EnsembleScorer, References
@@ -58,7 +62,7 @@ class World:
         kind = {**PLAIN, **kind}
         torch.manual_seed(7)
         self.config = PpoConfig.model_validate(CONFIG)
-        self.base = load_base(str(directory), device=device)
+        self.base = load_base(str(directory), Loading(device=device))
         if kind["double"]:
             exact(self.base.model)
         self.base.model.tie_weights()
@@ -76,13 +80,14 @@ class World:
         self.engine = HfEngine(self.roles, "policy", self.base.chat, 4)
         self.scorer = self._scorer(kind["reward"])
         self.optimizer = Optimizer(self.roles.trained_parameters("policy"), 1e-3, 10)
+        self.passes = Passes(PassSize(2), self.base.chat.pad_id, device)
         self.critic = LeastSquares(32, device)
         if kind["critic"] == "gradient":
             optimizer = Optimizer(self.roles.trained_parameters("value"), 1e-3, 10)
-            self.critic = ValueRole(self.config, self.roles, self.base, optimizer)
+            self.critic = ValueRole(self.roles, optimizer, self.passes, ValueSettings(1, 4, 0.2))
 
     def _scorer(self, kind):
-        members = [SharedScorer(self.roles, name, 2) for name in ("first", "second")]
+        members = [SharedScorer(self.roles, name, PassSize(2)) for name in ("first", "second")]
         if kind != "ensemble":
             return members[0]
         reference = HfEngine(self.roles, "reference", self.base.chat, 4)
@@ -90,12 +95,18 @@ class World:
         return EnsembleScorer(members, "mean", 0.0, References(answer, 1))
 
     def collect(self, step: int):
-        arguments = self.config, self.roles, self.critic, self.engine, self.scorer, self.base, PROMPTS
-        self.batch = experience.collect(*arguments, 0, 4 * step, 0.05)
+        config = self.config
+        policy = SampledPolicy(self.roles, self.engine, self.base.chat, self.passes.size)
+        settings = CollectorSettings(
+            sampling_of(config.sampling, 0), config.missing_eos, config.kl, config.update, 1, reads_reference=True
+        )
+        collector = Collector(policy, self.scorer, self.critic, ppo, settings)
+        self.batch = collector.collect(PROMPTS, 4 * step, 0.05)
         return self.batch.metrics
 
     def update(self, step: int):
-        return update.update(self.config, self.roles, self.optimizer, self.base, self.batch, 0, step, 0.05)
+        settings = PolicySettings(self.config.update, 4, self.config.sampling.temperature, kl_in_loss=False)
+        return PolicyUpdate(self.roles, self.optimizer, ppo, self.passes, settings).learn(self.batch, 0, step, 0.05)
 
     def step(self, step: int) -> dict[str, float]:
         figures = self.collect(step)

@@ -25,7 +25,7 @@ from rlhf.config.sections import ModelSection
 from rlhf.data.batches import collate
 from rlhf.errors import RlhfError
 from rlhf.models import forward, opening, quantised
-from rlhf.models.base import load_base, weights_checksum
+from rlhf.models.base import Loading, load_base, weights_checksum
 from rlhf.models.roles import SharedBase
 from rlhf.scoring import sources
 
@@ -87,7 +87,7 @@ def plain_twin(base, directory):
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_roles_on_a_quantised_base_are_those_on_the_numbers_it_stands_for(tmp_path, architecture, kind):
-    base = load_base(str(build_wide(tmp_path / "m", architecture)), quantize=kind)
+    base = load_base(str(build_wide(tmp_path / "m", architecture)), Loading(quantize=kind))
     whole = plain_twin(base, tmp_path / "m")
     found, wanted = with_roles(base), with_roles(whole)
     ours, theirs = (forward.policy_and_reference(roles, SEQUENCES, 0.7) for roles in (found, wanted))
@@ -102,7 +102,7 @@ def test_roles_on_a_quantised_base_are_those_on_the_numbers_it_stands_for(tmp_pa
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_sampling_and_checkpointing_between_roles_change_no_gradient_and_no_weight(tmp_path, kind, dtype):
-    base = load_base(str(build_wide(tmp_path / "m")), quantize=kind, dtype=dtype)
+    base = load_base(str(build_wide(tmp_path / "m")), Loading(quantize=kind, dtype=dtype))
     roles = with_roles(base)
     assert {p.dtype for name in ("policy", "value") for p in roles.trained_parameters(name)} == {torch.float32}
     checksum, first = weights_checksum(base.model), gradients(roles)
@@ -123,7 +123,7 @@ def test_sampling_and_checkpointing_between_roles_change_no_gradient_and_no_weig
 @needs_library
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_checksum_sees_a_changed_code_and_a_changed_scale(tmp_path, kind):
-    base = load_base(str(build_wide(tmp_path / "m")), quantize=kind)
+    base = load_base(str(build_wide(tmp_path / "m")), Loading(quantize=kind))
     checksum = weights_checksum(base.model)
     layer = base.model.model.layers[1].mlp.up_proj
     layer.weight.data[0] += 1
@@ -138,7 +138,7 @@ def test_the_checksum_sees_a_changed_code_and_a_changed_scale(tmp_path, kind):
 @needs_library
 @pytest.mark.parametrize("kind", KINDS)
 def test_lora_beside_a_quantised_layer_has_the_values_and_gradients_of_pefts_form(tmp_path, kind):
-    roles = with_roles(load_base(str(build_wide(tmp_path / "m")), quantize=kind))
+    roles = with_roles(load_base(str(build_wide(tmp_path / "m")), Loading(quantize=kind)))
     adapted = [layer for layer in roles._layers if hasattr(layer, "lora_A")]
     found = []
     for own in (True, False):
@@ -165,14 +165,14 @@ def test_a_broken_weight_is_named_though_quantising_would_hide_it(tmp_path, kind
     tensors["model.layers.0.mlp.up_proj.weight"][3, 3] = float("nan")
     save_file(tensors, weights, metadata={"format": "pt"})
     with pytest.raises(RlhfError, match="MOD008.*1 in model.layers.0.mlp.up_proj.weight"):
-        load_base(str(tmp_path / "m"), quantize=kind)
+        load_base(str(tmp_path / "m"), Loading(quantize=kind))
 
 
 def test_without_the_library_one_error_names_it_before_any_compute(tmp_path, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "bitsandbytes" else find(name))
     with pytest.raises(RlhfError, match=r"RES005.*nf4 needs bitsandbytes.*rlhf-pipeline\[quantized\]") as caught:
-        load_base(str(build(tmp_path / "m")), quantize="nf4")
+        load_base(str(build(tmp_path / "m")), Loading(quantize="nf4"))
     assert caught.value.exit_code == 6
     section = ModelSection(path=str(tmp_path / "m"), quantize="int8")
     assert [problem.code for problem in origins.libraries(section, {})] == ["RES005"]

@@ -20,7 +20,6 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from rlhf import artifacts, cli, snapshots, storage
 from rlhf.artifacts import BaseIdentity, Manifest
 from rlhf.config import load
-from rlhf.config.rewards import RewardSource
 from rlhf.config.sections import DataSection
 from rlhf.config.train_rm import RewardConfig
 from rlhf.data import sources
@@ -30,11 +29,14 @@ from rlhf.metrics import members as shared
 from rlhf.models.base import load_base
 from rlhf.models.roles import SharedBase
 from rlhf.planning import phases, specs
+from rlhf.planning.specs import Ground
 from rlhf.reward import aggregate, training
 from rlhf.reward.length import LengthPenalty, correlation
 from rlhf.reward.members import all_but_fold, bootstrapped
 from rlhf.scoring.ensemble import EnsembleScorer, References
 from rlhf.scoring.scorer import Sample, Scores, WeightedScorer
+from rlhf.stages import ancestry
+from rlhf.stages.registry import STAGES
 
 REWARD = {
     "policy": "runs/sft", "data": {"path": "pairs.jsonl"}, "max_length": 64, "steps": 4, "holdout_fraction": 0.3,
@@ -371,7 +373,7 @@ def test_settings_of_an_ensemble_that_say_nothing_are_refused(changes, said):
 )  # fmt: skip
 def test_a_source_that_cannot_be_aggregated_is_refused(source):
     with pytest.raises(ValueError):
-        RewardSource.model_validate(source)
+        tiny.reward(source)
 
 
 def test_members_cost_memory_by_their_adapters_alone(ensemble):
@@ -379,8 +381,8 @@ def test_members_cost_memory_by_their_adapters_alone(ensemble):
     for count in (1, 5):
         Path("sized.yaml").write_text(yaml.safe_dump({**REWARD, "run_dir": "r", "members": count}))
         config = load.load(RewardConfig, Path("sized.yaml"))
-        origin = specs.find("runs/sft", Path())
-        found[count] = phases.peak(specs.spec(config, origin, {}, "cpu", "here"))
+        ground = Ground(ancestry.find("runs/sft", Path()), {}, "cpu", "here")
+        found[count] = phases.peak(STAGES["train-rm"].needs(config).memory(ground))
     own = sum(tensor.numel() for tensor in load_file("runs/sft/adapter/adapter_model.safetensors").values()) + 33
     assert found[5].total - found[1].total == 4 * 4 * own
     assert specs.of_run(str(ensemble), artifacts.read(ensemble)).rank == 4

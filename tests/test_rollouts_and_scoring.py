@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
 from test_decoding import Recorded
 from tiny import base, exact, lora, shake
 
+from rlhf.config.rewards import term_names
 from rlhf.config.sections import SamplingSection
-from rlhf.data.batches import collate
+from rlhf.data.batches import PassSize, collate
 from rlhf.data.records import Message
 from rlhf.data.tokenised import PromptRow
 from rlhf.errors import RlhfError
@@ -21,6 +24,7 @@ from rlhf.models.heads import ScalarHead
 from rlhf.models.roles import SeparateModels, SharedBase
 from rlhf.optimizer import Optimizer, schedule_factor
 from rlhf.planning import memory
+from rlhf.rollouts import continuous
 from rlhf.rollouts.continuous import ContinuousEngine
 from rlhf.rollouts.engine import DRAWN_VALUES, Sampling, draw, uniforms
 from rlhf.rollouts.hf import HfEngine
@@ -94,6 +98,36 @@ def test_several_samples_of_a_prompt_share_its_prefill_and_differ(narrow_roles):
         wanted = forward.response_logprobs(model, sequences, 1.0)
     for said, row in zip(found.logprobs, wanted, strict=True):
         assert torch.allclose(torch.tensor(said), row[: len(said)], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "installed", "version"),
+    [("cuda", torch.bfloat16, (True, True), 3), ("cuda", torch.bfloat16, (False, True), 2),
+     ("cuda", torch.bfloat16, (False, False), None), ("cuda", torch.float32, (True, True), None),
+     ("cpu", torch.bfloat16, (True, True), None)],
+)  # fmt: skip
+def test_continuous_batching_takes_the_flash_attention_that_is_installed_and_runs(
+    monkeypatch, device, dtype, installed, version
+):
+    def of(found):
+        return lambda kernels_fallback_ok: pytest.fail("would fetch a kernel") if kernels_fallback_ok else found
+
+    for number, found in zip((3, 2), installed, strict=True):
+        monkeypatch.setattr(continuous, f"is_flash_attn_{number}_available", of(found))
+    model = SimpleNamespace(device=torch.device(device), dtype=dtype, _supports_flash_attn=True)
+    assert continuous.flash_version(model) == version
+    assert continuous.flash_version(SimpleNamespace(device=torch.device(device), dtype=dtype)) is None
+
+
+def test_flash_attention_that_cannot_be_used_is_said_and_sdpa_samples(narrow_roles, monkeypatch, caplog):
+    monkeypatch.setattr(continuous, "flash_version", lambda model: 2)  # which is not installed here
+    caplog.set_level("INFO", logger="rlhf")
+    engine = ContinuousEngine(narrow_roles, "policy", narrow_roles.base.chat, 8)
+    found = [engine.generate(PROMPTS, Sampling(3, 1.0, seed=1), range(4)).tokens for _ in range(2)]
+    assert found[0] == found[1]
+    assert "flash-attn is installed and cannot be used" in caplog.text
+    assert caplog.text.count("Continuous batching attends by sdpa.") == 1
+    assert narrow_roles.base.model.config._attn_implementation == packing.ATTENTION
 
 
 def test_a_continuous_engine_that_samples_from_another_policy_is_refused(narrow_roles, monkeypatch):
@@ -199,7 +233,7 @@ def samples():
 
 
 def test_a_shared_scorer_reads_the_head_at_the_last_token(roles):
-    found = SharedScorer(roles, "policy", 1).score(samples()).mean
+    found = SharedScorer(roles, "policy", PassSize(1)).score(samples()).mean
     with torch.no_grad(), roles.acting_as("policy") as (model, head):
         for score, sample in zip(found, samples(), strict=True):
             hidden = model.model(input_ids=torch.tensor([sample.prompt_ids + sample.response_ids])).last_hidden_state
@@ -221,8 +255,22 @@ def not_numbers(prompts, responses):
 def test_functions_are_scorers_and_sums_are_weighted():
     scorer = FunctionScorer(f"{__name__}:lengths")
     assert scorer.score(samples()).mean.tolist() == [1.0, 2.0]
-    both = WeightedScorer([(scorer, 2.0), (scorer, -0.5)]).score(samples())
+    both = WeightedScorer([(scorer, 2.0), (scorer, -0.5)], ["a", "b"]).score(samples())
     assert both.mean.tolist() == [1.5, 3.0] and both.members.tolist() == [[1, 1], [2, 2]]
+    assert {name: term.tolist() for name, term in both.terms.items()} == {"a": [2.0, 4.0], "b": [-0.5, -1.0]}
+
+
+@pytest.mark.parametrize(
+    ("sources", "names"),
+    [([{"run": "runs/rm/"}, {"function": "my.rules:brevity"}, {"url": "http://[::1]:8300/v1/"},
+       {"model": {"path": "org/a model"}}, {"runs": ["a/x", "b/y"], "head": "safe"}],
+      ["rm", "my.rules.brevity", "_1_8300_v1", "a_model", "x.y.safe"]),
+     ([{"run": "a/rm"}, {"run": "b/rm"}, {"run": "c"}], ["rm.0", "rm.1", "c"]),
+     ([{"run": "rm"}, {"run": "rm"}, {"run": "rm.0"}], ["rm.0", "rm.1", "rm.0.2"]),
+     ([{"run": "rm", "head": "safe"}, {"run": "rm", "head": "helpful"}], ["rm.safe", "rm.helpful"])],
+)  # fmt: skip
+def test_no_two_terms_of_a_reward_share_a_name_in_the_metrics(sources, names):
+    assert term_names([tiny.reward(source) for source in sources]) == names
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ from rlhf.demo import registry as demo
 from rlhf.errors import RlhfError
 from rlhf.identity import Identity
 from rlhf.models import adapters, opening
-from rlhf.models.base import load_base, load_tokenizer
+from rlhf.models.base import Loading, load_base, load_tokenizer
 from rlhf.stages.registry import STAGES
 
 ROOT = Path(__file__).parents[1]
@@ -289,7 +289,7 @@ def test_a_model_that_brings_code_is_refused(tmp_path):
     assert caught.value.exit_code == 8 and not (tmp_path / "canary").exists()
     for revision in (None, "main", "abc1234"):
         with pytest.raises(RlhfError, match="SEC004"):
-            load_base(str(directory), revision=revision, trust_remote_code=True)
+            load_base(str(directory), Loading(revision=revision, trust_remote_code=True))
         with pytest.raises(RlhfError, match="SEC004"):
             model = {"path": str(directory), "revision": revision, "trust_remote_code": True}
             prepare_sft(tmp_path, model=model)
@@ -414,7 +414,7 @@ def test_revisions_lead_nowhere_else(tmp_path, revision, nothing_is_opened):
     data = {"path": "demo:demonstrations?size=20", "revision": revision}
     settings = {"model": {"path": "org/name", "revision": revision}, "data": data}
     assert [p.code for p in problems_of(lambda: prepare_sft(tmp_path, **settings))] == ["SEC006", "SEC006"]
-    assert problems_of(lambda: load_base("org/name", revision=revision))[0].code == "SEC006"
+    assert problems_of(lambda: load_base("org/name", Loading(revision=revision)))[0].code == "SEC006"
 
 
 def finished_run(run_dir):
@@ -572,8 +572,9 @@ def test_the_estimate_covers_what_a_chain_wrote_and_is_not_far_above(chain, monk
     monkeypatch.chdir(chain)
     for stage in ("sft", "train-rm", "ppo"):
         config = load.load(STAGES[stage].config_class, Path(f"{stage}.yaml"))
-        parents = {parent.key: artifacts.read(parent.run_dir) for parent in STAGES[stage].needs(config).parents}
-        need = resources.written(config, model_files.read(Path("model"), ""), parents, 40)
+        needs = STAGES[stage].needs(config)
+        parents = {parent.key: artifacts.read(parent.run_dir) for parent in needs.parents}
+        need = needs.disk(model_files.read(Path("model"), ""), parents, 40)
         tensors = [
             size for path, size in files_of(Path("runs") / stage).items()
             if path.suffix == ".safetensors" and "tokenizer" not in path.parts
@@ -622,7 +623,8 @@ def test_exactly_enough_is_enough(tmp_path, monkeypatch):
     config = SftConfig.model_validate({"data": {"path": "x"}, "steps": 10, "save_every": 2})
     tensors = {"model.layers.0.q.weight": model_files.StoredTensor("F32", (10, 20), 800)}
     adapter = 4 * 16 * 30
-    assert resources.written(config, tensors, {}, 0) == resources.Written(3 * adapter, adapter + 2 * 3 * adapter)
+    written = STAGES["sft"].needs(config).disk(tensors, {}, 0)
+    assert written == resources.Written(3 * adapter, adapter + 2 * 3 * adapter)
 
 
 def test_what_is_not_known_is_said_and_not_guessed(tmp_path, monkeypatch):

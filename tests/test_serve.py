@@ -22,7 +22,7 @@ import torch
 from pydantic import ValidationError
 
 from rlhf import artifacts, installed
-from rlhf.config.rewards import RewardSource
+from rlhf.config.rewards import ServiceReward
 from rlhf.data.records import Message
 from rlhf.errors import Problem, RlhfError
 from rlhf.scoring.scorer import Sample, Scores
@@ -386,8 +386,8 @@ def test_a_service_that_is_not_there_is_named():
 )
 def test_what_is_no_address_is_refused(url):
     with pytest.raises(ValidationError, match="url (must|is no)"):
-        RewardSource(url=url)
-    assert RewardSource(url="http://127.0.0.1:8300").name == "http://127.0.0.1:8300"
+        ServiceReward(url=url)
+    assert ServiceReward(url="http://127.0.0.1:8300").name == "http://127.0.0.1:8300"
 
 
 def test_serving_without_its_libraries_is_one_message(here, monkeypatch):

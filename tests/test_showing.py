@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,11 @@ from rlhf.data import sources
 from rlhf.data.chat import ChatFormat
 from rlhf.errors import RlhfError
 from rlhf.identity import Identity
-from rlhf.preflight import Checked, Input, Needs, Plan
-from rlhf.stages import inspection, showing, starting
-from rlhf.stages.registry import STAGES, Stage
+from rlhf.needs import Input, Needs
+from rlhf.preflight import Checked, Plan
+from rlhf.stages import inspection, registry, showing, starting
+from rlhf.stages.reading import Reading
+from rlhf.stages.registry import STAGES
 
 TWO_TURNS = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, "abcd", strict=True)]
 
@@ -37,9 +40,11 @@ def rows_of(tmp_path, config_class, rows, kind, count=3, **options):
     config = config_class.model_validate({key: {"path": str(path)}, **options})
     read = getattr(sources, f"load_{kind}")
     section = getattr(config, key)
-    needs = Needs(inputs=(Input(key, section, read),), model=ModelSection())
+    stage = registry.stage_of(config)
+    (rows_of_stage,) = {item.rows for item in stage.needs(config).inputs}
+    needs = Needs(inputs=(Input(key, section, read, rows_of_stage),), model=ModelSection())
     checked = Checked("none", config, needs, Plan({}, {key: read(section)}, Identity({}), ()))
-    return showing.rows(checked, count, needs.model)[key]
+    return showing.rows(checked, count, Reading(needs.model))[key]
 
 
 def marked(row):
@@ -147,6 +152,6 @@ def test_a_limit_sets_the_key_of_every_data_set_and_is_refused_where_there_is_no
     overrides = starting.limits(STAGES["ppo"], path, [], 5)
     config = load.load(PpoConfig, path, overrides)
     assert (config.prompts.limit, config.evaluation.data.limit) == (5, 5)
-    without = Stage("ppo", PpoConfig, "policy", lambda config: Needs(), "Nothing.")
+    without = replace(STAGES["ppo"], needs=lambda config: Needs())
     with pytest.raises(RlhfError, match="--limit: rlhf ppo reads no data set"):
         starting.limits(without, path, [], 5)

@@ -12,7 +12,7 @@ from test_models import bias_and_norms, two_roles
 from tiny import base, build, exact, lora, shake
 
 from rlhf.models import decoding, packing
-from rlhf.models.base import load_base
+from rlhf.models.base import Loading, load_base
 from rlhf.models.roles import SharedBase
 from rlhf.rollouts import hf, static
 from rlhf.rollouts.engine import Sampling
@@ -77,7 +77,7 @@ def test_trained_tokens_are_those_of_their_role_and_of_the_last_update(tmp_path,
 
 
 def trained_rows(where, tie=True, device=None):
-    opened = load_base(str(build(where / "m", tie=tie)), device=device)
+    opened = load_base(str(build(where / "m", tie=tie)), Loading(device=device or torch.device("cpu")))
     exact(opened.model)
     opened.model.tie_weights()
     roles = SharedBase(opened)

@@ -28,7 +28,8 @@ from rlhf.data.tokenised import PromptRow
 from rlhf.errors import RlhfError
 from rlhf.evaluation.policy import respond
 from rlhf.models import opening
-from rlhf.preflight import Needs, Plan
+from rlhf.needs import Needs
+from rlhf.preflight import Plan
 from rlhf.rollouts.engine import Rollout, Sampling
 from rlhf.stages.registry import STAGES
 from rlhf.stages.starting import Ready, Start
@@ -232,7 +233,7 @@ class Says:
         self.ids, self.finished = ids, finished
 
     def generate(self, prompts, sampling, rows):
-        return Rollout([self.ids for _ in prompts], [self.finished for _ in prompts], 0)
+        return Rollout([self.ids for _ in prompts], [self.finished for _ in prompts])
 
 
 @pytest.mark.parametrize("name", sorted(THINKERS))

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -24,6 +25,7 @@ from transformers import (
 
 from rlhf import artifacts
 from rlhf.artifacts import BaseIdentity, Manifest
+from rlhf.config.rewards import AnyReward
 from rlhf.config.sections import LoraSection
 from rlhf.models import adapters
 from rlhf.models.base import Base, load_base
@@ -42,6 +44,10 @@ KINDS: dict[str, tuple] = {
     "llama with biases": (LlamaConfig, LlamaForCausalLM, {"attention_bias": True, "mlp_bias": True}),
     "gelu": (LlamaConfig, LlamaForCausalLM, {"hidden_act": "gelu"}),
 }  # fmt: skip
+
+
+reward = TypeAdapter(AnyReward).validate_python
+"""A reward of the kind that its keys say."""
 
 
 def tokenizer(template: str | None = CHATML, pad: str | None = "<|pad|>") -> PreTrainedTokenizerFast:

@@ -60,10 +60,8 @@ def compare(
     """Compare two policies on the same prompts under a reward. Win rates, slices, worst regressions."""
     asked = sampling("compare", seed, max_new_tokens, temperature, stop_token, top_p)
     module = progress.load("rlhf.stages.compare")
-    found = module.compare(
-        (baseline, candidate), prompts, reward, samples, slice_by or [], chat_template, asked, micro_batch_size, worst,
-        resamples, out, suite,
-    )  # fmt: skip
+    options = module.Options(samples, slice_by or [], chat_template, asked, micro_batch_size, worst, resamples)
+    found = module.compare((baseline, candidate), prompts, reward, options, out, suite)
     if as_json:
         typer.echo(json.dumps(found))
     else:
@@ -97,7 +95,8 @@ def rank(
     _refuse_two_on_stdout(as_json, out)
     asked = sampling("rank", seed, max_new_tokens, temperature, stop_token, top_p)
     module = progress.load("rlhf.stages.rank")
-    found = module.rank(run, prompts, reward, judge, samples, top, chat_template, asked, micro_batch_size, out)
+    options = module.Options(judge, samples, top, chat_template, asked, micro_batch_size)
+    found = module.rank(run, prompts, reward, options, out)
     if as_json:
         typer.echo(json.dumps(found))
     else:

@@ -57,12 +57,25 @@ def places_in(annotation: Any, place: Pattern = ()) -> Iterator[tuple[Pattern, t
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield place, annotation
     elif origin in (typing.Union, types.UnionType):
-        for one in inner:
-            yield from places_in(one, place)
+        found = [item for one in inner for item in places_in(one, place)]
+        yield from (item for item in found if not any(_is_kind_of(item[1], other) for _, other in found))
     elif origin is typing.Annotated:
         yield from places_in(inner[0], place)
     elif origin in (list, dict):
         yield from places_in(inner[-1], (*place, ANY))
+
+
+def default_of(config_class: type[BaseModel], name: str) -> Any:
+    """A field's default; of a field that a kind must have, and that its other kinds need not, the others' default."""
+    owners = [owner for owner in config_class.__mro__ if issubclass(owner, Section) and name in owner.model_fields]
+    declared = [owner.model_fields[name] for owner in owners]
+    field = next((one for one in declared if not one.is_required()), declared[0])
+    return field.get_default(call_default_factory=True)
+
+
+def _is_kind_of(section: type[BaseModel], other: type[BaseModel]) -> bool:
+    """Whether a section is one of the kinds of another, whose keys it has."""
+    return section is not other and issubclass(section, other)
 
 
 @cache

@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from rlhf import artifacts, masking
-from rlhf.config import fields, foreign, yaml_reader
-from rlhf.config.sections import Section
+from rlhf import masking
+from rlhf.config import fields, foreign, recorded, yaml_reader
+from rlhf.config.sections import KIND, Section
 from rlhf.errors import Problem, RlhfError
 
 Config = TypeVar("Config", bound=Section)
@@ -52,7 +52,7 @@ def load(config_class: type[Config], path: Path | None, overrides: Sequence[str]
             stands in it, and without the secret.
     """
     value, places = yaml_reader.read_file(path) if path else ({}, {})
-    if path and artifacts.is_recorded_config(path):
+    if path and recorded.is_recorded(path):
         value = fields.update(config_class, value)
     return _settled(config_class, value, places, str(path) if path else "config", overrides)
 
@@ -86,25 +86,6 @@ def _settled(
 def dump(config: Section) -> str:
     """The resolved config as YAML: every key, in the order of the class."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
-
-
-def flatten(config: Section) -> dict[str, Any]:
-    """Dotted key -> value, for comparing two configs key by key."""
-    return dict(flattened("", config))
-
-
-def flattened(key: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """The same for a value of a config, whose keys stand below ``key``."""
-    if isinstance(value, BaseModel):
-        value = value.model_dump(mode="json")
-    if isinstance(value, dict) and value:
-        for name, item in value.items():
-            yield from flattened(f"{key}.{name}" if key else name, item)
-    elif isinstance(value, list) and any(isinstance(item, dict | BaseModel) for item in value):
-        for index, item in enumerate(value):
-            yield from flattened(f"{key}.{index}", item)
-    else:
-        yield key, value
 
 
 def _override(config: dict[str, Any], item: str, origins: dict[Path_, str]) -> None:
@@ -182,6 +163,8 @@ def _existing(loc: Sequence[str | int], value: Any) -> Path_:
     path: list[str | int] = []
     here = value
     for index, part in enumerate(loc):
+        if str(part).startswith(KIND):
+            continue
         known = (isinstance(here, dict) and part in here) or (isinstance(here, list) and isinstance(part, int))
         if not known and index < len(loc) - 1:
             continue

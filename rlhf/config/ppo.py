@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -73,9 +73,28 @@ class KlSection(Section):
 
 
 class UpdateSection(Section):
-    """The clipped update on one batch of rollouts."""
+    """What every algorithm's update on one batch of rollouts has. A subclass adds the settings of one algorithm."""
+
+    algorithm: ClassVar[str]  # its module in rlhf/algorithms
+    needs_critic: ClassVar[bool] = False
+    smallest_group: ClassVar[int] = 1  # responses to one prompt that it needs at least
 
     epochs: Count = Field(2, description="passes over a batch")
+    normalise_advantages: bool = Field(True, description="over the whole batch; false with kl.place: loss centres only")
+    entropy_coef: NonNegative = Field(0.0, description="weight of an entropy bonus")
+    target_kl: Positive | None = Field(None, description="nats a token of update KL that end a batch's epochs early")
+
+    def value_targets(self) -> tuple[float, float]:
+        """gamma and lambda of what a critic learns and is judged by."""
+        return 1.0, 1.0
+
+
+class PpoUpdateSection(UpdateSection):
+    """The clipped update on one batch of rollouts."""
+
+    algorithm = "ppo"
+    needs_critic = True
+
     clip_range: Annotated[float, Field(gt=0, lt=1)] = Field(0.2, description="of the probability ratio")
     value_clip_range: Positive | None = Field(
         0.2, description="of the value's change, with value.fit: gradient; null: unclipped"
@@ -90,9 +109,9 @@ class UpdateSection(Section):
         1.0,
         description="lambda of the critic's targets; below 1 they are partly the critic's own values; null: lam",
     )
-    normalise_advantages: bool = Field(True, description="over the whole batch; false with kl.place: loss centres only")
-    entropy_coef: NonNegative = Field(0.0, description="weight of an entropy bonus")
-    target_kl: Positive | None = Field(None, description="nats a token of update KL that end a batch's epochs early")
+
+    def value_targets(self) -> tuple[float, float]:
+        return self.gamma, self.lam if self.value_lam is None else self.value_lam
 
 
 class PpoOptimSection(OptimSection):
@@ -146,6 +165,11 @@ class GuardSection(Section):
     clip_fraction: Limit = Field(
         default_factory=lambda: Limit(warn=0.5, stop=None), description="above: share of clipped tokens in an update"
     )
+
+    @property
+    def limits(self) -> dict[str, Limit]:
+        """Figure -> its limit."""
+        return {name: value for name, value in self if isinstance(value, Limit)}
 
 
 class EvaluationSection(Section):

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, Tag, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
-from rlhf.config.sections import GATE, Count, Finite, HeadName, NonNegative, Section, TemplateKwargs, Text
+from rlhf.config.sections import GATE, Count, Finite, HeadName, NonNegative, Section, TemplateKwargs, Text, tag
 from rlhf.data.thinking import Thinking
 
 
@@ -42,6 +47,7 @@ class RewardSource(Section):
     """One term of the reward: exactly one of a reward run, several of them, a model from elsewhere, a function or
     a service."""
 
+    # Every kind has all keys, so that what is recorded of a run names them all. A kind narrows the key that names it.
     run: Text | None = Field(None, description="a finished reward run; on another base it is loaded beside the policy")
     runs: Annotated[list[Text], Field(min_length=2)] | None = Field(
         None, description="several reward runs, also on other bases, whose members are one ensemble"
@@ -78,40 +84,210 @@ class RewardSource(Section):
         None, json_schema_extra=GATE, description="failed: go on with a reward whose examination failed"
     )
 
+    useless: ClassVar[Mapping[str, str]] = {}
+    """Keys that a kind has no use for, each with the reason."""
+    is_learned: ClassVar[bool] = True
+    """Whether it is a trained model, so that using it without an examination is worth a warning."""
+
     @model_validator(mode="after")
-    def _one_source(self) -> RewardSource:
-        if sum(source is not None for source in (self.run, self.runs, self.model, self.function, self.url)) != 1:
+    def _is_of_one_kind(self) -> RewardSource:
+        given = kind_of({key: getattr(self, key) for key in KINDS})
+        if given is RewardSource or given is not type(self):
             raise ValueError("give exactly one of run, runs, model, function and url")
-        if self.url is not None and (wrong := wrong_url(self.url)):
-            raise ValueError(f"url {wrong}")
-        is_run = self.run is not None or self.runs is not None
-        if is_run and self.standardise_samples is not None:
-            raise ValueError("standardise_samples is not for a reward run, which is standardised already")
-        if not is_run and self.head is not None:
-            raise ValueError("head is for run or runs: nothing else has heads")
-        if not is_run and self.aggregate != "mean":
-            raise ValueError("aggregate is for run or runs: nothing else has members")
-        default = RewardSource.model_fields["disagreement_coef"].default
-        if self.disagreement_coef != default and not self.aggregate.startswith("mean_minus"):
-            raise ValueError("disagreement_coef is for aggregate: mean_minus_std or mean_minus_variance")
-        if self.examination is not None and self.run is None and self.model is None:
-            raise ValueError("examination is of one run or one model; nothing else is examined")
-        if self.length_calibration is not None and self.run is None and self.model is None:
-            raise ValueError("length_calibration is of one run or one model; nothing else is examined")
-        if self.accept and self.examination is None:
-            raise ValueError("accept: failed needs the examination that failed")
+        if mistake := self._mistake():
+            raise ValueError(mistake)
         return self
+
+    @model_validator(mode="after")
+    def _keys_are_used(self) -> RewardSource:
+        for key in CHECKED:
+            if getattr(self, key) == RewardSource.model_fields[key].default:
+                continue
+            if key in self.useless:
+                raise ValueError(f"{key} {self.useless[key]}")
+            if key == "disagreement_coef" and not self.aggregate.startswith("mean_minus"):
+                raise ValueError("disagreement_coef is for aggregate: mean_minus_std or mean_minus_variance")
+            if key == "accept" and self.examination is None:
+                raise ValueError("accept: failed needs the examination that failed")
+        return self
+
+    def _mistake(self) -> str | None:
+        """What is wrong with what the kind names."""
+        return None
+
+    @property
+    def name(self) -> str:
+        """What it is called in logs and in the provenance of labels."""
+        raise NotImplementedError
+
+    @property
+    def short_name(self) -> str:
+        """The end of its name, in characters that every tracker takes in the name of a metric."""
+        parts = [*self._short_parts(), *([self.head] if self.head else [])]
+        return re.sub(r"[^A-Za-z0-9_.-]+", "_", ".".join(parts))
+
+    def _short_parts(self) -> list[str]:
+        raise NotImplementedError
+
+    def runs_below(self, key: str) -> dict[str, str]:
+        """The reward runs that it names, by their places where the source stands at ``key``."""
+        return {}
+
+    @property
+    def named_runs(self) -> list[str]:
+        """The same without their places."""
+        return list(self.runs_below("").values())
 
     @property
     def compares(self) -> bool:
         """Whether members are compared with each other, and in differences to a reference."""
         return self.aggregate != "mean" and self.reference_samples > 0
 
+
+def _last_part(path: str) -> str:
+    return Path(path).name or Path(path).resolve().name
+
+
+CHECKED = (
+    "standardise_samples", "head", "aggregate", "disagreement_coef", "examination", "length_calibration", "accept",
+)  # fmt: skip
+NO_SCALE = {"standardise_samples": "is not for a reward run, which is standardised already"}
+NO_MEMBERS = {
+    "head": "is for run or runs: nothing else has heads",
+    "aggregate": "is for run or runs: nothing else has members",
+}
+NOT_ONE = "is of one run or one model; nothing else is examined"
+NOT_EXAMINED = {"examination": NOT_ONE, "length_calibration": NOT_ONE}
+
+
+class RunReward(RewardSource):
+    """A finished reward run."""
+
+    run: Text
+    useless = NO_SCALE
+
     @property
     def name(self) -> str:
-        """What it is called in logs and in the provenance of labels."""
-        named = self.model.path if self.model else " + ".join(self.runs or ())
-        return self.run or self.function or self.url or named
+        return self.run
+
+    def _short_parts(self) -> list[str]:
+        return [_last_part(self.run)]
+
+    def runs_below(self, key: str) -> dict[str, str]:
+        return {key: self.run}
+
+
+class EnsembleReward(RewardSource):
+    """Several reward runs, whose members are one ensemble."""
+
+    runs: Annotated[list[Text], Field(min_length=2)]
+    useless: ClassVar[Mapping[str, str]] = {**NO_SCALE, **NOT_EXAMINED}
+
+    @property
+    def name(self) -> str:
+        return " + ".join(self.runs)
+
+    def _short_parts(self) -> list[str]:
+        return [_last_part(run) for run in self.runs]
+
+    def runs_below(self, key: str) -> dict[str, str]:
+        return {f"{key}.runs.{index}": run for index, run in enumerate(self.runs)}
+
+
+class ModelReward(RewardSource):
+    """A sequence classifier from elsewhere."""
+
+    model: ClassifierSection
+    useless = NO_MEMBERS
+
+    @property
+    def name(self) -> str:
+        return self.model.path
+
+    def _short_parts(self) -> list[str]:
+        return [_last_part(self.model.path)]
+
+
+class FunctionReward(RewardSource):
+    """A Python function."""
+
+    function: Text
+    is_learned = False
+    useless: ClassVar[Mapping[str, str]] = {**NO_MEMBERS, **NOT_EXAMINED}
+
+    @property
+    def name(self) -> str:
+        return self.function
+
+    def _short_parts(self) -> list[str]:
+        return [self.function.replace(":", ".")]
+
+
+class ServiceReward(RewardSource):
+    """A reward over HTTP."""
+
+    url: Text
+    is_learned = False
+    useless: ClassVar[Mapping[str, str]] = {**NO_MEMBERS, **NOT_EXAMINED}
+
+    @property
+    def name(self) -> str:
+        return self.url
+
+    def _short_parts(self) -> list[str]:
+        return [urlsplit(self.url).netloc + urlsplit(self.url).path.rstrip("/")]
+
+    def _mistake(self) -> str | None:
+        wrong = wrong_url(self.url)
+        return f"url {wrong}" if wrong else None
+
+
+KINDS: dict[str, type[RewardSource]] = {
+    "run": RunReward, "runs": EnsembleReward, "model": ModelReward, "function": FunctionReward, "url": ServiceReward,
+}  # fmt: skip
+"""The key that names a source, and its kind."""
+
+
+def kind_of(value: Any) -> type[RewardSource]:
+    """The kind of a source, by the one key of KINDS that it gives; RewardSource, which refuses it, where there is not
+    one."""
+    if isinstance(value, RewardSource):
+        return type(value)
+    given = [key for key in KINDS if isinstance(value, Mapping) and value.get(key) is not None]
+    return KINDS[given[0]] if len(given) == 1 else RewardSource
+
+
+class _WithSchemaOfBase:
+    """Every kind has the keys of RewardSource, so that one JSON schema says which there are."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        self.base = handler.generate_schema(RewardSource)
+        return handler(source)
+
+    def __get_pydantic_json_schema__(self, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return handler(self.base)
+
+
+AnyReward = Annotated[
+    Annotated[RunReward, Tag(tag(RunReward))]
+    | Annotated[EnsembleReward, Tag(tag(EnsembleReward))]
+    | Annotated[ModelReward, Tag(tag(ModelReward))]
+    | Annotated[FunctionReward, Tag(tag(FunctionReward))]
+    | Annotated[ServiceReward, Tag(tag(ServiceReward))]
+    | Annotated[RewardSource, Tag(tag(RewardSource))],
+    Discriminator(lambda value: tag(kind_of(value))),
+    _WithSchemaOfBase(),
+]
+"""A source as a config names it: by one of its five keys."""
+
+
+def term_names(sources: Sequence[RewardSource]) -> list[str]:
+    """Short names of the terms of a reward, no two alike: where two would be, each ends with its place in the list."""
+    names = [source.short_name for source in sources]
+    numbered = [f"{name}.{index}" if names.count(name) > 1 else name for index, name in enumerate(names)]
+    if len(set(numbered)) == len(numbered):
+        return numbered
+    return [f"{name}.{index}" for index, name in enumerate(names)]
 
 
 def wrong_url(url: str) -> str | None:

@@ -87,6 +87,14 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+KIND = "kind:"
+
+
+def tag(kind: type[Section]) -> str:
+    """What pydantic calls a kind in a union of several; no key of a config begins so."""
+    return f"{KIND}{kind.__name__}"
+
+
 class ModelSection(Section):
     path: Text = Field("demo:base", description="directory, hub id, or demo:base")
     revision: str | None = Field(None, description="hub revision (branch, tag or commit)")

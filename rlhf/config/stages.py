@@ -15,11 +15,11 @@ from rlhf.config.ppo import (
     MissingEosSection,
     PpoBatchSection,
     PpoOptimSection,
+    PpoUpdateSection,
     PromptsSection,
-    UpdateSection,
     ValueSection,
 )
-from rlhf.config.rewards import ClassifierSection, RewardSource
+from rlhf.config.rewards import AnyReward, ClassifierSection, FunctionReward, RunReward
 from rlhf.config.sections import (
     GATE,
     BatchSection,
@@ -104,7 +104,11 @@ class SftConfig(StageConfig, TrainedForAWhile, LongRows):
     model: ModelSection = Field(default_factory=ModelSection)
     data: DataSection = Field(description="demonstrations")
     loss_on: Literal["all_turns", "last_turn"] = Field("all_turns", description="assistant turns that carry loss")
-    packing: bool = Field(False, description="several rows in one sequence, without padding between them")
+    packing: bool = Field(
+        False,
+        description="several rows in one sequence, without padding between them; a model that needs a mask to keep "
+        "them apart takes one such sequence a forward pass",
+    )
     group_by_length: bool = Field(False, description="batches of rows of like length: less padding, less mixing")
     lora: LoraSection | None = Field(
         default_factory=LoraSection, description="adapter that is trained; null: every weight of the model is"
@@ -118,8 +122,11 @@ class SftConfig(StageConfig, TrainedForAWhile, LongRows):
         default_factory=SamplingSection, description="how responses are sampled to measure the end-token rate"
     )
     end_token_samples: Count = Field(128, description="held-out prompts sampled to measure the end-token rate")
-    min_end_token_rate: Fraction = Field(
-        0.9, json_schema_extra=GATE, description="fewer responses that end by themselves is an error"
+    min_end_token_rate: Fraction | None = Field(
+        0.9,
+        json_schema_extra=GATE,
+        description="fewer responses that end by themselves is an error; null: 0.9 of the share of the training "
+        "answers that fit sampling.max_new_tokens, less two standard deviations of the samples; 0.5 with steps: 0",
     )
     evaluation: HeldOutSection = Field(default_factory=HeldOutSection)
     use: Literal["best", "last"] = Field(
@@ -171,8 +178,8 @@ class CollectConfig(StageConfig):
     prompts: DataSection = Field(description="prompts to answer")
     samples_per_prompt: Annotated[int, Field(ge=2)] = Field(4, description="responses a prompt")
     sampling: PolicySamplingSection = Field(default_factory=PolicySamplingSection)
-    labeller: RewardSource = Field(
-        default_factory=lambda: RewardSource(function="rlhf.demo.gold:noisy_reward"),
+    labeller: AnyReward = Field(
+        default_factory=lambda: FunctionReward(function="rlhf.demo.gold:noisy_reward"),
         description="what ranks the responses: the higher its number, the better; equal numbers are ties",
     )
 
@@ -185,13 +192,17 @@ class CollectConfig(StageConfig):
         return self
 
 
+def _default_rewards() -> list[AnyReward]:
+    return [RunReward(run="runs/train-rm")]
+
+
 class PpoConfig(StageConfig):
     """PPO with a per-token KL penalty against the SFT reference."""
 
     run_dir: Text = "runs/ppo"
     policy: Text = Field("runs/sft", description="SFT run: the policy's start and the KL reference")
-    rewards: Annotated[list[RewardSource], Field(min_length=1)] = Field(
-        default_factory=lambda: [RewardSource(run="runs/train-rm")], description="weighted sum of reward terms"
+    rewards: Annotated[list[AnyReward], Field(min_length=1)] = Field(
+        default_factory=_default_rewards, description="weighted sum of reward terms"
     )
     lora: RoleLoraSection | None = Field(
         default_factory=RoleLoraSection,
@@ -203,7 +214,7 @@ class PpoConfig(StageConfig):
     missing_eos: MissingEosSection = Field(default_factory=MissingEosSection)
     batch: PpoBatchSection = Field(default_factory=PpoBatchSection)
     kl: KlSection = Field(default_factory=KlSection)
-    update: UpdateSection = Field(default_factory=UpdateSection)
+    update: PpoUpdateSection = Field(default_factory=PpoUpdateSection)
     optim: PpoOptimSection = Field(default_factory=PpoOptimSection)
     value: ValueSection = Field(default_factory=ValueSection)
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
@@ -222,6 +233,11 @@ class PpoConfig(StageConfig):
             raise ValueError(
                 f"samples_per_prompt {self.samples_per_prompt} does not divide batch.batch_size {self.batch.batch_size}"
             )
+        if self.samples_per_prompt < self.update.smallest_group:
+            raise ValueError(
+                f"{self.update.algorithm} compares the responses to one prompt: samples_per_prompt must be "
+                f"{self.update.smallest_group} or more, got {self.samples_per_prompt}"
+            )
         if self.kl.place == "loss" and self.update.normalise_advantages:
             raise ValueError("kl.place: loss needs update.normalise_advantages: false, or it misses its optimum")
         return self
@@ -229,7 +245,12 @@ class PpoConfig(StageConfig):
     def reads_reference(self) -> bool:
         """Whether something in a step reads the reference: the penalty, a guard that stops, or the critic."""
         penalised = self.kl.coef > 0 or self.kl.target is not None
-        return penalised or self.guards.kl_nats.stop is not None or self.value.fit == "least_squares"
+        return penalised or self.guards.kl_nats.stop is not None or self.critic == "least_squares"
+
+    @property
+    def critic(self) -> Literal["none", "least_squares", "gradient"]:
+        """The kind of critic: ``value.fit`` where the algorithm needs one."""
+        return self.value.fit if self.update.needs_critic else "none"
 
     def set_for_gradients(self) -> list[str]:
         """Keys away from their defaults that only a critic trained by gradients has a use for."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
@@ -30,6 +31,27 @@ Heads = Annotated[
 ]
 COMBINED = "score"
 OF_HEADS = ("combine", "gate_penalty", "rating_coef")
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is learned from the labels: the keys of a reward config that say so, which stand at its top level."""
+
+    loss: Literal["bradley_terry", "plackett_luce", "outcome"]
+    use_margins: bool
+    margin_coef: float
+    weight_by_margin: bool
+    label_smoothing: float
+    teacher_weight: float
+
+
+@dataclass(frozen=True)
+class Combination:
+    """What makes several heads one score: the same for those keys."""
+
+    combine: Literal["weights", "fitted", "gate"]
+    gate_penalty: float
+    rating_coef: float
 
 
 class EnsembleSection(Section):
@@ -194,6 +216,17 @@ class RewardConfig(StageConfig, TrainedForAWhile, LongRows):
         if named:
             raise ValueError(f"{named[0]} is about the score, which combine: {self.combine} makes only after training")
         return self
+
+    @property
+    def objective(self) -> Objective:
+        return Objective(
+            self.loss, self.use_margins, self.margin_coef, self.weight_by_margin, self.label_smoothing,
+            self.teacher_weight,
+        )  # fmt: skip
+
+    @property
+    def combination(self) -> Combination:
+        return Combination(self.combine, self.gate_penalty, self.rating_coef)
 
     @property
     def ranks(self) -> list[int | None]:

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from rlhf.errors import Problem, RlhfError
+from rlhf.findings import Findings
 
 MAX_BYTES, MAX_DEPTH, MAX_ALIASES, MAX_DIGITS, MAX_SHOWN = 1 << 20, 32, 100, 100, 80
 MAX_EVENTS = 10_000
@@ -73,10 +74,9 @@ def read_text(text: str, name: str) -> tuple[Any, Places]:
     except yaml.YAMLError as error:
         raise RlhfError(Problem("CFG002", name, f"not valid YAML: {shown(' '.join(str(error).split()))}.")) from None
     places: Places = {}
-    problems: list[Problem] = []
-    value = _value(node, (), name, places, problems) if node is not None else None
-    if problems:
-        raise RlhfError(*problems)
+    findings = Findings()
+    value = _value(node, (), name, places, findings) if node is not None else None
+    findings.refuse()
     return value, places
 
 
@@ -101,49 +101,49 @@ def _check_limits(text: str, name: str) -> None:
             raise RlhfError(Problem("SEC003", where, f"more than {MAX_ALIASES} aliases."))
 
 
-def _value(node: yaml.Node, path: tuple[str | int, ...], name: str, places: Places, problems: list[Problem]) -> Any:
+def _value(node: yaml.Node, path: tuple[str | int, ...], name: str, places: Places, findings: Findings) -> Any:
     places.setdefault(path, _place(node))
     if len(path) > MAX_DEPTH:
         raise RlhfError(Problem("SEC003", name, f"nested deeper than {MAX_DEPTH} levels."))
     if len(places) > 10_000:
         raise RlhfError(Problem("SEC003", name, "aliases expand to more than 10,000 values."))
     if isinstance(node, yaml.ScalarNode):
-        _refuse_unwritable(node, name, problems)
+        _refuse_unwritable(node, name, findings)
         return scalar(node.value) if node.style is None else node.value
     if isinstance(node, yaml.SequenceNode):
-        return [_value(item, (*path, index), name, places, problems) for index, item in enumerate(node.value)]
+        return [_value(item, (*path, index), name, places, findings) for index, item in enumerate(node.value)]
     assert isinstance(node, yaml.MappingNode)
-    return dict(_pairs(node, path, name, places, problems))
+    return dict(_pairs(node, path, name, places, findings))
 
 
 def _pairs(
-    node: yaml.MappingNode, path: tuple[str | int, ...], name: str, places: Places, problems: list[Problem]
+    node: yaml.MappingNode, path: tuple[str | int, ...], name: str, places: Places, findings: Findings
 ) -> Iterator[tuple[str, Any]]:
     first_line: dict[str, int] = {}
     for key_node, value_node in node.value:
         line, column = _place(key_node)
         if not isinstance(key_node, yaml.ScalarNode):
-            problems.append(Problem("CFG002", f"{name}:{line}:{column}", "a key must be a word."))
+            findings.add(Problem("CFG002", f"{name}:{line}:{column}", "a key must be a word."))
             continue
         key = str(key_node.value)
-        if _refuse_unwritable(key_node, name, problems):
+        if _refuse_unwritable(key_node, name, findings):
             continue
         if key in first_line:
             what = f"already set at line {first_line[key]}."
-            problems.append(Problem("CFG004", f"{name}:{line}:{column} {shown(key)}", what, "keep one"))
+            findings.add(Problem("CFG004", f"{name}:{line}:{column} {shown(key)}", what, "keep one"))
             continue
         first_line[key] = line
         places[(*path, key)] = (line, column)
-        yield key, _value(value_node, (*path, key), name, places, problems)
+        yield key, _value(value_node, (*path, key), name, places, findings)
 
 
-def _refuse_unwritable(node: yaml.ScalarNode, name: str, problems: list[Problem]) -> bool:
+def _refuse_unwritable(node: yaml.ScalarNode, name: str, findings: Findings) -> bool:
     """An escape can write what no path and no file can hold."""
     if not (found := UNWRITABLE.search(node.value)):
         return False
     line, column = _place(node)
     what = f"contains the character {found[0]!a}, which no text can hold."
-    problems.append(Problem("CFG002", f"{name}:{line}:{column}", what, "remove it"))
+    findings.add(Problem("CFG002", f"{name}:{line}:{column}", what, "remove it"))
     return True
 
 

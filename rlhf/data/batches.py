@@ -75,6 +75,18 @@ def micro_batches(lengths: Sequence[int], max_sequences: int, max_tokens: int | 
     return parts
 
 
+@dataclass(frozen=True)
+class PassSize:
+    """How many rows a forward pass takes at most, and how many tokens, padding counted (None: no limit)."""
+
+    rows: int
+    tokens: int | None = None
+
+    def split(self, lengths: Sequence[int]) -> list[list[int]]:
+        """As ``micro_batches``."""
+        return micro_batches(lengths, self.rows, self.tokens)
+
+
 class DataOrder:
     """Endless batches of row numbers. Stateful.
 

@@ -15,6 +15,7 @@ from rlhf.data.rows import BadLine
 from rlhf.data.settings import refuse_settings
 from rlhf.data.tables import ATTRIBUTE
 from rlhf.demo import registry as demo
+from rlhf.findings import Findings
 
 LINES, ARRAYS = (".jsonl", ".jsonl.gz", ".ndjson"), (".json", ".json.gz")
 TABLES = (".csv", ".csv.gz", ".tsv", ".tsv.gz")
@@ -28,7 +29,7 @@ def stamp(path: str) -> tuple[int, ...] | None:
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def read(source: SourceSection, notes: list[str]) -> Iterator[tuple[str, dict[str, Any] | BadLine]]:
+def read(source: SourceSection, findings: Findings) -> Iterator[tuple[str, dict[str, Any] | BadLine]]:
     """(place, row or what is wrong with the line) of everything that stands in the source."""
     path = Path(source.path)
     if demo.is_demo(source.path):
@@ -36,13 +37,13 @@ def read(source: SourceSection, notes: list[str]) -> Iterator[tuple[str, dict[st
         yield from ((f"{source.path}[{index}]", row) for index, row in enumerate(demo.rows(source.path)))
     elif source.path.endswith(LINES):
         refuse_settings(source, "a JSONL file", "name", "split", "revision")
-        yield from ((f"{source.path}:{number}", row) for number, row in jsonl.read(path, notes))
+        yield from ((f"{source.path}:{number}", row) for number, row in jsonl.read(path, findings))
     elif source.path.endswith(ARRAYS):
         refuse_settings(source, "a JSON file", "name", "split", "revision")
-        yield from jsonl.read_array(path, notes)
+        yield from jsonl.read_array(path, findings)
     elif source.path.endswith(TABLES):
         refuse_settings(source, "a table", "name", "split", "revision")
-        yield from ((f"{source.path}:{number}", row) for number, row in tables.read(path, source.columns, notes))
+        yield from ((f"{source.path}:{number}", row) for number, row in tables.read(path, source.columns, findings))
     else:
         # The one import inside a function below the command line: `datasets` takes seconds and pulls torch in, and
         # neither `rlhf --help` nor a check of JSONL files should pay for it.

@@ -14,26 +14,27 @@ from typing import Any
 from rlhf.data import opening
 from rlhf.data.rows import NOT_UTF8, BadLine, EndOfReading
 from rlhf.errors import Problem, RlhfError
+from rlhf.findings import Findings
 
 MAX_LINE = 16 << 20
 BOM = b"\xef\xbb\xbf"
 Item = dict[str, Any] | BadLine
 
 
-def read(path: Path, notes: list[str]) -> Iterator[tuple[int, Item]]:
+def read(path: Path, findings: Findings) -> Iterator[tuple[int, Item]]:
     """(line number, object, or what is wrong) of each line.
 
-    A byte order mark is accepted, blank lines are skipped; ``notes`` says how many there were. Reading ends at a line
+    A byte order mark is accepted, blank lines are skipped; a note says how many there were. Reading ends at a line
     that is too long to be one.
 
     Raises:
         RlhfError: DAT010 if the file cannot be opened, or is another format under a JSONL name.
     """
     with opening.binary(path, "JSONL") as stream:
-        yield from _lines(stream, notes)
+        yield from _lines(stream, findings)
 
 
-def read_array(path: Path, notes: list[str]) -> Iterator[tuple[str, Item]]:
+def read_array(path: Path, findings: Findings) -> Iterator[tuple[str, Item]]:
     """(place, object, or what is wrong) of each element of a file that is one array, or of each line of one that is
     not.
 
@@ -43,7 +44,7 @@ def read_array(path: Path, notes: list[str]) -> Iterator[tuple[str, Item]]:
     with opening.binary(path, "JSON") as stream:
         head = stream.peek(1).removeprefix(BOM).lstrip()
         if head[:1] != b"[":
-            yield from ((f"{path}:{number}", item) for number, item in _lines(stream, notes))
+            yield from ((f"{path}:{number}", item) for number, item in _lines(stream, findings))
             return
         text = stream.read().removeprefix(BOM).decode("utf-8", "surrogateescape")
     for index, item in enumerate(_elements(text, str(path))):
@@ -72,7 +73,7 @@ def parse(line: bytes) -> dict[str, Any]:
     return value
 
 
-def _lines(stream: io.BufferedReader, notes: list[str]) -> Iterator[tuple[int, Item]]:
+def _lines(stream: io.BufferedReader, findings: Findings) -> Iterator[tuple[int, Item]]:
     number = num_blank = 0
     while line := stream.readline(MAX_LINE + 1):
         number += 1
@@ -86,7 +87,7 @@ def _lines(stream: io.BufferedReader, notes: list[str]) -> Iterator[tuple[int, I
             continue
         yield number, _item(line)
     if num_blank:
-        notes.append(f"blank lines skipped: {num_blank}")
+        findings.note(f"blank lines skipped: {num_blank}")
 
 
 def _item(text: bytes) -> Item:

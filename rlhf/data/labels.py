@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from rlhf import installed
-from rlhf.config import rubric
 from rlhf.config.sections import DataSection
-from rlhf.config.train_rm import RewardConfig
+from rlhf.config.train_rm import Combination, Objective
 from rlhf.data import attributes, consensus, sources
 from rlhf.data.records import Comparison, Judgement
 from rlhf.data.sources import Loaded
@@ -17,28 +17,37 @@ from rlhf.errors import Problem, RlhfError
 MAX_NAMED = 5
 
 
+@dataclass(frozen=True)
 class ForReward:
-    """Reads comparisons for ``config``.
+    """Reads comparisons for a reward model.
+
+    Args:
+        heads: name -> weight; empty for one score.
+        consensus: what makes one label of several annotators' rows; None: every row as it stands.
+        held_out: annotators whose rows are not trained on.
 
     Raises:
         RlhfError: DAT053 to DAT062 where they do not have what it asks for, RES024 where a library for annotators is
             missing.
     """
 
-    def __init__(self, config: RewardConfig) -> None:
-        self.config, self.heads = config, rubric.heads_of(config)
+    objective: Objective
+    combination: Combination
+    heads: Mapping[str, float]
+    consensus: Literal["majority", "dawid_skene"] | None = None
+    held_out: Sequence[str] = ()
 
     def __call__(self, data: DataSection, seed: int = 0) -> Loaded:
-        load = sources.load_outcomes if self.config.loss == "outcome" else sources.load_comparisons
+        load = sources.load_outcomes if self.objective.loss == "outcome" else sources.load_comparisons
         loaded = load(data, seed)
-        if self.config.loss == "outcome" and all(record.ratings is None for record in loaded.records):
+        if self.objective.loss == "outcome" and all(record.ratings is None for record in loaded.records):
             what = "no row has a label of its own, which loss: outcome asks for."
             raise RlhfError(Problem("DAT055", loaded.source, what, "rows with prompt, completion and label"))
-        if self.config.consensus or self.config.hold_out_annotators:
+        if self.consensus or self.held_out:
             loaded = self._of_annotators(loaded)
-        problems = margins(self.config, loaded.records, loaded.source)
-        problems += rankings(self.config, loaded.records, loaded.source)
-        problems += attributes.problems(self.heads, self.config.combine, loaded.records, loaded.source)
+        problems = margins(self.objective, loaded.records, loaded.source)
+        problems += rankings(self.objective, loaded.records, loaded.source)
+        problems += attributes.problems(self.heads, self.combination.combine, loaded.records, loaded.source)
         if problems:
             raise RlhfError(*problems)
         return replace(loaded, warnings=(*loaded.warnings, *attributes.notes(loaded.records)))
@@ -47,12 +56,11 @@ class ForReward:
         if missing := installed.missing_for_annotators():
             raise RlhfError(*missing)
         rated = [record.where for record in loaded.records if record.attributes and record.judgements]
-        if self.config.consensus and rated:
+        if self.consensus and rated:
             what = f"{len(rated)} rows, the first {', '.join(rated[:MAX_NAMED])}, have votes and ratings of attributes."
             fix = "ratings in rows of their own: a consensus is of votes"
             raise RlhfError(Problem("DAT062", loaded.source, what, fix))
-        held_out = self.config.hold_out_annotators or []
-        found = consensus.put_together(loaded.records, self.config.consensus, held_out, loaded.source)
+        found = consensus.put_together(loaded.records, self.consensus, self.held_out, loaded.source)
         notes = (*loaded.warnings, *found.notes())
         return replace(loaded, records=found.records, warnings=notes, annotated=found)
 
@@ -67,11 +75,11 @@ def noted(load: Callable[[DataSection, int], Loaded]) -> Callable[[DataSection, 
     return read
 
 
-def margins(config: RewardConfig, records: Sequence[Comparison], source: str) -> list[Problem]:
+def margins(objective: Objective, records: Sequence[Comparison], source: str) -> list[Problem]:
     """Where margins are asked for: none anywhere, or as weights one that is missing or below 0."""
-    if not config.use_margins and not config.weight_by_margin:
+    if not objective.use_margins and not objective.weight_by_margin:
         return []
-    key = "weight_by_margin" if config.weight_by_margin else "use_margins"
+    key = "weight_by_margin" if objective.weight_by_margin else "use_margins"
     given = [judgement.margin for record in records for judgement in record.judgements]
     if all(margin is None for margin in given):
         return [Problem("DAT053", source, f"no comparison has a margin, which {key} asks for.", f"{key}: false")]
@@ -80,15 +88,15 @@ def margins(config: RewardConfig, records: Sequence[Comparison], source: str) ->
         for record in records
         if any(judgement.margin is None or judgement.margin < 0 for judgement in record.judgements)
     ]
-    if not config.weight_by_margin or not bad:
+    if not objective.weight_by_margin or not bad:
         return []
     what = f"{len(bad)} rows, the first {', '.join(bad[:MAX_NAMED])}, have no margin, or one below 0."
     return [Problem("DAT053", source, what, "weigh with margins that every row has")]
 
 
-def rankings(config: RewardConfig, records: Sequence[Comparison], source: str) -> list[Problem]:
+def rankings(objective: Objective, records: Sequence[Comparison], source: str) -> list[Problem]:
     """Rows that are no ranking, where Plackett-Luce asks for one."""
-    if config.loss != "plackett_luce":
+    if objective.loss != "plackett_luce":
         return []
     bad = [record.where for record in records if levels(record.judgements, len(record.responses)) is None]
     if not bad:

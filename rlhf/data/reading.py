@@ -14,8 +14,9 @@ from rlhf.data.forms import FORMS, Form
 from rlhf.data.labelled import Labelled, compared, rated
 from rlhf.data.rows import UNCOMPARED, BadLine, CutOff, EndOfReading, MissingField, RowError, names
 from rlhf.errors import Problem, RlhfError
+from rlhf.findings import Findings
 
-OF_ATTRIBUTES = ("ratings", "attributes")
+NO_TURNS = ("ratings", "attributes", "provenance")
 TURN_KEYS = {"role", "content", "from", "value"}
 FIX, OR_DROP = "fix the row, or remove it", "; on_bad_row: drop leaves it out"
 OTHER_NAMES = "columns maps other names: {ours: theirs}; form says which form the rows have"
@@ -34,14 +35,14 @@ class Reading:
         self.records: list[Any] = []
         self.dropped = DroppedRows(source.path, data.max_dropped_fraction, data.on_bad_row == "drop")
         self.faults: list[tuple[str, RowError]] = []
-        self.notes: list[str] = []
+        self.findings = Findings()
         self.joined: list[str] = []
         self.ignored: set[str] = set()
         self.present: set[str] = set()
 
     def all_notes(self) -> list[str]:
         """What a person should know of the rows, other than those that are dropped."""
-        said = list(self.notes)
+        said = list(self.findings.notes)
         if self.joined:
             turns = "turns of one speaker in a row were joined, a blank line between them"
             said.append(f"{len(self.joined):,} rows (first: {self.joined[0]}): {turns}")
@@ -82,12 +83,12 @@ class Reading:
             self.dropped.add(UNCOMPARED, where, fix="label good and bad responses to one prompt")
         self.records = [record for record in self.records if not isinstance(record, Labelled)] + made
         used = len(labelled) - len(alone) - len(equal)
-        self.notes.append(f"{used} labelled responses give {len(made)} comparisons, one a prompt")
+        self.findings.note(f"{used} labelled responses give {len(made)} comparisons, one a prompt")
 
     def _ignored(self, row: Mapping[str, Any], form: Form) -> None:
         self.ignored.update(row.keys() - set(form.fields))
         for name in form.fields:
-            if not isinstance(value := row.get(name), str) and name not in OF_ATTRIBUTES:
+            if not isinstance(value := row.get(name), str) and name not in NO_TURNS:
                 self.ignored.update(f"{name}[].{key}" for key in _extra_keys(value))
 
 
@@ -100,7 +101,7 @@ def read(source: MixtureSource, data: DataSection, kind: str) -> Reading:
     """
     _check_choice(source, kind)
     found = Reading(source, data)
-    for where, row in islice(files.read(source, found.notes), source.limit):
+    for where, row in islice(files.read(source, found.findings), source.limit):
         found.dropped.num_rows += 1
         if isinstance(row, BadLine):
             found.fault(where, row)
@@ -157,7 +158,7 @@ def _refuse(found: Reading) -> None:
             what = f"no field '{theirs}' (columns.{ours}) in any row; found {present or 'none'}."
             raise RlhfError(Problem("DAT003", source.path, what, "name a field that is there"))
     if not num_rows:
-        what = "; ".join(("no rows", *found.notes)) + "."
+        what = "; ".join(("no rows", *found.findings.notes)) + "."
         raise RlhfError(Problem("DAT013", source.path, what, "rows, one a line, or another path"))
     if not found.records and found.faults:
         _refuse_all(found, present)

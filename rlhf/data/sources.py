@@ -15,6 +15,7 @@ from rlhf.data.dropped import DroppedRows
 from rlhf.data.mixture import Drawn
 from rlhf.data.rows import BadLine
 from rlhf.errors import Problem, RlhfError
+from rlhf.findings import Findings
 
 COLLECTED = "preferences.jsonl"
 
@@ -103,31 +104,27 @@ def raw_rows(data: DataSection) -> Iterator[tuple[str, dict[str, Any]]]:
     Raises:
         RlhfError: DAT011 in the end, for lines that hold no row, whatever ``on_bad_row`` says.
     """
-    problems: list[Problem] = []
-    for where, row in files.read(data, []):
+    findings = Findings()
+    for where, row in files.read(data, findings):
         if isinstance(row, BadLine):
-            problems.append(reading.problem(where, row, data))
+            findings.add(reading.problem(where, row, data))
         else:
             yield where, row
-    if problems:
-        raise RlhfError(*problems)
+    findings.refuse()
 
 
 def _load(data: DataSection, kind: str, seed: int) -> Loaded:
     """All sources, whose problems are raised together, as one data set. A collect run's directory stands for the
     preferences in it."""
     parts: list[Loaded] = []
-    problems: list[Problem] = []
+    findings = Findings()
     for source in data.sources:
         collected = Path(source.path) / COLLECTED
         if storage.is_file(collected):
             source = source.model_copy(update={"path": str(collected)})
-        try:
+        with findings.gathering():
             parts.append(_loaded(source, data, kind))
-        except RlhfError as error:
-            problems += error.problems
-    if problems:
-        raise RlhfError(*problems)
+    findings.refuse()
     loaded = _mixed(parts, data.sources, data.mixture_rows, seed) if data.mixture else parts[0]
     if problems := loaded.dropped.problems():
         raise RlhfError(*problems)

@@ -12,6 +12,7 @@ from typing import Any
 from rlhf.data import opening
 from rlhf.data.rows import NOT_UTF8, BadLine, names
 from rlhf.errors import Problem, RlhfError
+from rlhf.findings import Findings
 
 LONGEST_CELL = 16 << 20
 ATTRIBUTE = "attributes."
@@ -20,7 +21,7 @@ TRUTHS = {"label", "finished"}
 SAID = {"true": True, "false": False}
 
 
-def read(path: Path, columns: Mapping[str, str], notes: list[str]) -> Iterator[tuple[int, dict[str, Any] | BadLine]]:
+def read(path: Path, columns: Mapping[str, str], findings: Findings) -> Iterator[tuple[int, dict[str, Any] | BadLine]]:
     """(line number, row by the names of the header, or what is wrong) of each row; an empty cell is no field.
 
     Args:
@@ -55,7 +56,7 @@ def read(path: Path, columns: Mapping[str, str], notes: list[str]) -> Iterator[t
             else:
                 yield start, _row(header, cells, ours)
         if num_blank:
-            notes.append(f"blank lines skipped: {num_blank}")
+            findings.note(f"blank lines skipped: {num_blank}")
 
 
 def _header(cells: list[str], where: str) -> list[str]:

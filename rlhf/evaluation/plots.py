@@ -12,7 +12,6 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from rlhf import artifacts, runs
-from rlhf.held_out import METRIC
 from rlhf.metrics.intervals import Interval
 
 BLUE, ORANGE, GREY = "#3465a4", "#d9822b", "#888888"
@@ -81,13 +80,16 @@ def curves(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str], path: Pa
     _write(figure, path)
 
 
-def held_out(run_dir: Path, best: Sequence[tuple[int, float]]) -> None:
+def held_out(run_dir: Path, metric: str, best: Sequence[tuple[int, float]]) -> None:
     """RUN/plots/held_out.png: training and held-out loss over the steps that metrics.jsonl tells, and ``best`` ones.
 
     An ensemble has a held-out curve a member, one after the other as they were trained.
+
+    Args:
+        metric: what the names of the held-out losses begin with.
     """
     rows = runs.read_metrics(run_dir)
-    names = sorted({name for row in rows for name in row if name.startswith(METRIC)})
+    names = sorted({name for row in rows for name in row if name.startswith(metric)})
     figure, axes = plt.subplots(figsize=(5.5, 3.6))
     axes.plot(*_points(rows, "train/loss"), color=GREY, linewidth=1, label="training, each step's batch")
     for index, name in enumerate(names):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.config.sections import SamplingSection
-from rlhf.data.batches import collate, micro_batches
+from rlhf.data.batches import PassSize, Sequences, collate
 from rlhf.data.chat import ChatFormat
 from rlhf.data.tokenised import PromptRow, Turn
 from rlhf.models import forward
@@ -22,6 +22,29 @@ from rlhf.scoring.ensemble import Answer
 from rlhf.scoring.scorer import Sample, Scorer
 
 ScoreRule = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class SampledPolicy:
+    """A policy next to its reference.
+
+    Args:
+        roles: at least "policy" and "reference"; engine: samples the policy.
+        size: of the forward passes that read its responses.
+    """
+
+    roles: Roles
+    engine: RolloutEngine
+    chat: ChatFormat
+    size: PassSize
+
+    def respond(self, prompts: Sequence[PromptRow], how: Sampling, rows: Sequence[int] | None = None) -> list[Sample]:
+        """As the function ``respond``."""
+        return respond(self.engine, self.chat, prompts, how, rows)
+
+    def batched(self, samples: Sequence[Sample]) -> Iterator[tuple[list[int], Sequences]]:
+        """As the function ``batched``."""
+        return batched(samples, self.chat.pad_id, self.roles.device, self.size)
 
 
 @dataclass(frozen=True)
@@ -73,20 +96,20 @@ def answering(engine: RolloutEngine, chat: ChatFormat, how: Sampling) -> Answer:
 
 
 def evaluate(
-    roles: Roles, engine: RolloutEngine, scorer: Scorer, rule: ScoreRule, chat: ChatFormat,
-    prompts: Sequence[PromptRow], sampling: SamplingSection, seed: int, micro_batch_size: int,
-    max_tokens: int | None = None,
-) -> Evaluation:  # fmt: skip
+    policy: SampledPolicy, scorer: Scorer, rule: ScoreRule, prompts: Sequence[PromptRow], how: Sampling
+) -> Evaluation:
     """Mean score (after the missing-EOS rule), exact KL to the reference in nats a response, length, end-token rate."""
-    samples = respond(engine, chat, prompts, sampling_of(sampling, seed))
+    samples = policy.respond(prompts, how)
     scores = score_by_rule(scorer, rule, samples)
-    kl = exact_kl(roles, samples, chat.pad_id, sampling.temperature, micro_batch_size, max_tokens)
+    kl = exact_kl(policy.roles, samples, policy.chat.pad_id, how.temperature, policy.size)
     lengths = torch.tensor([len(sample.response_ids) for sample in samples], dtype=torch.float64)
     finished = torch.tensor([sample.finished for sample in samples], dtype=torch.float64)
     metrics = {
-        "eval/score": float(scores.double().mean()), "eval/exact_kl_nats": float(kl.mean()),
-        "eval/response_tokens": float(lengths.mean()), "eval/end_token_rate": float(finished.mean()),
-    }  # fmt: skip
+        "eval/score": float(scores.double().mean()),
+        "eval/exact_kl_nats": float(kl.mean()),
+        "eval/response_tokens": float(lengths.mean()),
+        "eval/end_token_rate": float(finished.mean()),
+    }
     return Evaluation(metrics, sample_rows(samples, score=scores.tolist(), exact_kl=kl.tolist()))
 
 
@@ -96,29 +119,24 @@ def score_by_rule(scorer: Scorer, rule: ScoreRule, samples: Sequence[Sample]) ->
     return rule(scorer.score(samples).mean.cpu(), finished)
 
 
-def exact_kl(
-    roles: Roles, samples: Sequence[Sample], pad_id: int, temperature: float, micro_batch_size: int,
-    max_tokens: int | None = None,
-) -> Tensor:  # fmt: skip
+def exact_kl(roles: Roles, samples: Sequence[Sample], pad_id: int, temperature: float, size: PassSize) -> Tensor:
     """[B] float64: KL(policy || reference) of the tempered policies, over the vocabulary, summed over the response."""
     kl = torch.zeros(len(samples), dtype=torch.float64)
-    for rows, sequences in batched(samples, pad_id, roles.device, micro_batch_size, max_tokens):
+    for rows, sequences in batched(samples, pad_id, roles.device, size):
         both = forward.policy_and_reference(roles, sequences, temperature)
         kl[rows] = both.exact_kl.double().sum(1).cpu()
     return kl
 
 
 @torch.no_grad()
-def response_loss(
-    model: Any, turns: Sequence[Turn], pad_id: int, device: torch.device, micro_batch_size: int
-) -> float:  # fmt: skip
+def response_loss(model: Any, turns: Sequence[Turn], pad_id: int, device: torch.device, size: PassSize) -> float:
     """Mean negative log-likelihood a response token (end token included), in nats, at temperature 1.
 
     A model in training is measured without its dropout and given back in the mode that it was in.
     """
     total, num_tokens = 0.0, 0
     with in_eval_mode(model):
-        for _, sequences in batched(turns, pad_id, device, micro_batch_size):
+        for _, sequences in batched(turns, pad_id, device, size):
             total -= float(forward.response_logprobs(model, sequences, 1.0).double().sum())
             num_tokens += int(sequences.mask.sum())
     return total / num_tokens
@@ -137,12 +155,10 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def batched(
-    items: Sequence[Sample] | Sequence[Turn], pad_id: int, device: torch.device, micro_batch_size: int,
-    max_tokens: int | None = None,
-) -> Iterator[tuple[list[int], Any]]:  # fmt: skip
+    items: Sequence[Sample] | Sequence[Turn], pad_id: int, device: torch.device, size: PassSize
+) -> Iterator[tuple[list[int], Sequences]]:
     """Length-sorted micro-batches: the rows' indices and their padded sequences."""
-    lengths = [len(item.prompt_ids) + len(item.response_ids) for item in items]
-    parts = micro_batches(lengths, micro_batch_size, max_tokens)
+    parts = size.split([len(item.prompt_ids) + len(item.response_ids) for item in items])
     for rows in track(parts, "Measuring", len(parts)):
         prompts, responses = [items[i].prompt_ids for i in rows], [items[i].response_ids for i in rows]
         yield rows, collate(prompts, responses, pad_id, device)

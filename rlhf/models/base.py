@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -72,11 +72,21 @@ def load_context_length(source: str, revision: str | None = None, trust_remote_c
         raise cannot_load(source, "config", error) from None
 
 
-def load_base(
-    source: str, *, revision: str | None = None, dtype: str = "float32", device: torch.device | None = None,
-    template: str | None = None, trust_remote_code: bool = False, attn_implementation: str | None = None,
-    quantize: str | None = None, rendering: Rendering = Rendering(),
-) -> Base:  # fmt: skip
+@dataclass(frozen=True)
+class Loading:
+    """How a base is loaded; as the keys of a config's model section, and where to."""
+
+    revision: str | None = None
+    dtype: str = "float32"
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    template: str | None = None
+    trust_remote_code: bool = False
+    attn_implementation: str | None = None
+    quantize: str | None = None
+    rendering: Rendering = field(default_factory=Rendering)
+
+
+def load_base(source: str, loading: Loading | None = None) -> Base:
     """Load, freeze, put in eval mode, switch dropout and the model's own generation settings off.
 
     A quantised base is made on its device and stays there: it is never moved, merged into or saved.
@@ -88,18 +98,24 @@ def load_base(
             RES005 where the library for ``quantize`` is missing, SEC004 for remote code that is not pinned, SEC005 for
             pickle, SEC006 for names that lead elsewhere, SEC007 for remote code.
     """
-    device = device or torch.device("cpu")
-    tokenizer = load_tokenizer(source, revision, trust_remote_code)
-    path = resolve(source, revision, trust_remote_code)
+    loading = loading or Loading()
+    revision, device, quantize = loading.revision, loading.device, loading.quantize
+    tokenizer = load_tokenizer(source, revision, loading.trust_remote_code)
+    path = resolve(source, revision, loading.trust_remote_code)
     if Path(path).is_dir():
         model_files.read(Path(path), source)
-    rendering = with_ends(rendering, tokenizer, path, revision)
+    rendering = with_ends(loading.rendering, tokenizer, path, revision)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            path, revision=revision, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code,
-            attn_implementation=attn_implementation, use_safetensors=True, output_loading_info=True,
-            **_quantisation(quantize, dtype, device),
-        )  # fmt: skip
+            path,
+            revision=revision,
+            dtype=getattr(torch, loading.dtype),
+            trust_remote_code=loading.trust_remote_code,
+            attn_implementation=loading.attn_implementation,
+            use_safetensors=True,
+            output_loading_info=True,
+            **_quantisation(loading),
+        )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise cannot_load(source, "model", error) from None
     refuse_incomplete(source, report["missing_keys"], "a causal language model")
@@ -117,7 +133,7 @@ def load_base(
         refuse_not_finite(source, model.named_parameters())
     _refuse_other_logits(source, model)
     settle(model, self_checks.text_ids(tokenizer))
-    chat = ChatFormat(tokenizer, template, context_length(model.config), rendering)
+    chat = ChatFormat(tokenizer, loading.template, context_length(model.config), rendering)
     return Base(model, tokenizer, chat, source, artifacts.model_digest(directory), device, quantize)
 
 
@@ -133,10 +149,11 @@ def with_ends(rendering: Rendering, tokenizer: Any, path: str, revision: str | N
     return rendering
 
 
-def _quantisation(quantize: str | None, dtype: str, device: torch.device) -> dict[str, Any]:
-    if quantize is None:
+def _quantisation(loading: Loading) -> dict[str, Any]:
+    if loading.quantize is None:
         return {}
-    return {"quantization_config": quantised.settings(quantize, getattr(torch, dtype)), "device_map": {"": device}}
+    settings = quantised.settings(loading.quantize, getattr(torch, loading.dtype))
+    return {"quantization_config": settings, "device_map": {"": loading.device}}
 
 
 def settle(model: Any, text_ids: Sequence[int] | None = None) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention, silu
 
-from rlhf.models import fused_lora
+from rlhf.models import fused_lora, grouped
 from rlhf.models.fused_lora import Adapted
 
 KINDS = ("Llama", "Mistral", "Qwen2", "Qwen3")
@@ -57,9 +57,10 @@ def hidden_states(
         lengths: of the sequences, each of which attends to itself alone.
         positions: [n] of each token in its sequence.
     """
-    x = inner.embed_tokens(ids[None])
+    x = inner.embed_tokens(ids[None])  # [1, n, d]
+    # [1, n, D] -> [n, 1, D], which is the same for every head
     cos, sin = (part[0, :, None] for part in inner.rotary_emb(x, position_ids=positions[None]))
-    x = x[0]
+    x = x[0]  # [n, d]
     for number, (block, layers) in enumerate(zip(inner.layers, blocks, strict=True)):
         rows = wanted if number == len(blocks) - 1 else None
         run = partial(_block, block, layers, lengths, cos, sin, rows)
@@ -73,6 +74,7 @@ def _block(
 ) -> Tensor:
     mixed = _attended(block, layers[0], lengths, cos, sin, x)
     if wanted is not None:
+        # [n, q], [n, d] -> the wanted rows alone: what follows looks at no other token
         mixed, x = mixed[wanted], x[wanted]
     norm = block.post_attention_layernorm
     return _apply(OutputAndMlp, (mixed, x, norm.weight, norm.variance_epsilon), layers[1])  # type: ignore[no-any-return]
@@ -86,7 +88,7 @@ def _attended(
     projected = _apply(NormedProducts, (x, norm.weight, norm.variance_epsilon), layers)
     q, k, v = heads(own, projected, cos, sin)
     dropout = own.attention_dropout if block.training else 0.0
-    settings = {"is_causal": True, "dropout_p": dropout, "scale": own.scaling, "enable_gqa": q.shape[1] != k.shape[1]}
+    settings = {"is_causal": True, "dropout_p": dropout, "scale": own.scaling}
     parts = zip(*(part.split(lengths) for part in (q, k, v)), strict=True)
     return torch.cat([_attention(*part, **settings) for part in parts]).flatten(1)
 
@@ -107,7 +109,9 @@ def heads(own: Any, projected: Sequence[Tensor], cos: Tensor, sin: Tensor) -> tu
 def _attention(q: Tensor, k: Tensor, v: Tensor, **settings: Any) -> Tensor:
     """[S, heads, D] of one sequence."""
     q, k, v = (part.transpose(0, 1)[None] for part in (q, k, v))
-    return scaled_dot_product_attention(q, k, v, **settings)[0].transpose(0, 1)
+    k, v = grouped.every_head(q, k, v)
+    shares = q.shape[1] != k.shape[1]
+    return scaled_dot_product_attention(q, k, v, enable_gqa=shares, **settings)[0].transpose(0, 1)
 
 
 def _apply(node: Any, arguments: Sequence[Any], layers: Sequence[Adapted]) -> Any:
@@ -129,8 +133,8 @@ class NormedProducts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, norm: Tensor, eps: float, scalings: list[float], *tensors: Any) -> Any:
-        normed, scale = rms_norm(x, norm, eps)
-        found, inner = fused_lora.products(normed, _layers(scalings, tensors))
+        normed, scale = rms_norm(x, norm, eps)  # [n, d], [n, 1]
+        found, inner = fused_lora.products(normed, _layers(scalings, tensors))  # [n, o] each, [n, all ranks]
         ctx.save_for_backward(x, norm, scale, inner, *tensors)
         ctx.scalings = scalings
         return tuple(found)
@@ -155,12 +159,12 @@ class OutputAndMlp(torch.autograd.Function):
         ctx: Any, mixed: Tensor, x: Tensor, norm: Tensor, eps: float, scalings: list[float], *tensors: Any
     ) -> Any:
         output, *both, down = _layers(scalings, tensors)
-        (h,), inner_output = fused_lora.products(mixed, [output])
+        (h,), inner_output = fused_lora.products(mixed, [output])  # [n, q] -> [n, d]
         h.add_(x)
-        normed, scale = rms_norm(h, norm, eps)
-        (gate, up), inner = fused_lora.products(normed, both)
-        del normed
-        (y,), inner_down = fused_lora.products(silu(gate).mul_(up), [down])
+        normed, scale = rms_norm(h, norm, eps)  # [n, d], [n, 1]
+        (gate, up), inner = fused_lora.products(normed, both)  # [n, d] -> [n, f] twice
+        del normed  # the backward pass does without it: one [n, d] a block less is kept
+        (y,), inner_down = fused_lora.products(silu(gate).mul_(up), [down])  # [n, f] -> [n, d]
         ctx.save_for_backward(mixed, h, norm, scale, inner_output, inner, inner_down, gate, up, *tensors)
         ctx.scalings = scalings
         return y.add_(h)
@@ -169,18 +173,19 @@ class OutputAndMlp(torch.autograd.Function):
     def backward(ctx: Any, grad: Any) -> Any:
         mixed, h, norm, scale, inner_output, inner, inner_down, gate, up, *tensors = ctx.saved_tensors
         output, *both, down = _layers(ctx.scalings, tensors)
-        active = silu(gate)
-        of_inner = fused_lora.through([grad], [down])
+        active = silu(gate)  # [n, f]
+        of_inner = fused_lora.through([grad], [down])  # [n, d] -> [n, r]
         of_down = _of_layer(grad, of_inner, active * up, inner_down, down)
-        of_product = fused_lora.grad_of_x([grad], of_inner, [down])
-        of_up = active.mul_(of_product)
+        of_product = fused_lora.grad_of_x([grad], of_inner, [down])  # [n, d] -> [n, f]: of silu(gate) * up
+        # From here active and of_product are overwritten, so that no further [n, f] is made.
+        of_up = active.mul_(of_product)  # [n, f]
         of_gate = torch.ops.aten.silu_backward.grad_input(of_product.mul_(up), gate, grad_input=of_product)
-        of_h, of_norm, of_both = _backward_of_normed((of_gate, of_up), h, norm, scale, inner, both)
+        of_h, of_norm, of_both = _backward_of_normed((of_gate, of_up), h, norm, scale, inner, both)  # [n, f] -> [n, d]
         assert of_h is not None
-        of_h.add_(grad)
-        of_inner = fused_lora.through([of_h], [output])
+        of_h.add_(grad)  # the residual: h also goes past the MLP
+        of_inner = fused_lora.through([of_h], [output])  # [n, d] -> [n, r]
         of_output = _of_layer(of_h, of_inner, mixed, inner_output, output)
-        of_mixed = fused_lora.grad_of_x([of_h], of_inner, [output])
+        of_mixed = fused_lora.grad_of_x([of_h], of_inner, [output])  # [n, d] -> [n, q]
         return (of_mixed, of_h, of_norm, None, None, *of_output, *of_both, *of_down)
 
 
@@ -191,9 +196,9 @@ class Rotated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        (low, high), (sin_low, sin_high) = x.chunk(2, -1), sin.chunk(2, -1)
-        turned = x * cos
-        first, second = turned.chunk(2, -1)
+        (low, high), (sin_low, sin_high) = x.chunk(2, -1), sin.chunk(2, -1)  # [n, heads, D / 2], [n, 1, D / 2]
+        turned = x * cos  # [n, heads, D]
+        first, second = turned.chunk(2, -1)  # views: the sums below go into turned, and (-x2, x1) is never made
         first.addcmul_(high, sin_low, value=-1)
         second.addcmul_(low, sin_high)
         return turned
@@ -201,8 +206,9 @@ class Rotated(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
         cos, sin = ctx.saved_tensors
-        (low, high), (sin_low, sin_high) = grad.chunk(2, -1), sin.chunk(2, -1)
-        turned = grad * cos
+        # The transpose of the rotation: the halves of sin exchange their places and their signs.
+        (low, high), (sin_low, sin_high) = grad.chunk(2, -1), sin.chunk(2, -1)  # [n, heads, D / 2], [n, 1, D / 2]
+        turned = grad * cos  # [n, heads, D]
         first, second = turned.chunk(2, -1)
         first.addcmul_(high, sin_high)
         second.addcmul_(low, sin_low, value=-1)
@@ -212,7 +218,7 @@ class Rotated(torch.autograd.Function):
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """weight x / sqrt(mean x^2 + eps) of x [n, d] (Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467, eq. 4),
     and the factor [n, 1], in float32 at least."""
-    squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=_wide(x)).square_()
+    squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=_wide(x)).square_()  # [n, 1]
     scale = squares.div_(x.shape[-1]).add_(eps).rsqrt_()
     return _scaled(x, weight, scale), scale
 
@@ -230,13 +236,15 @@ def _backward_of_normed(
     With n = norm scale x, g the gradient of n and w = norm g: scale w - scale^3 x mean(w x). The gradient of A is that
     of inner' n = (inner scale)' x norm, for which n need not be made again.
     """
-    of_inner = fused_lora.through(grads, layers)
+    of_inner = fused_lora.through(grads, layers)  # [n, all ranks]
+    # [all ranks, n] @ [n, d] -> [all ranks, d], each column times its norm
     of_a = None if of_inner is None else ((of_inner * scale).to(x.dtype).t() @ x).mul_(norm)
     of_layers = fused_lora.grads_of_layers(grads, of_a, inner, layers, lambda: _scaled(x, norm, scale))
     if not (of_input or norm.requires_grad):
         return None, None, of_layers
-    wide, own = fused_lora.grad_of_x(grads, of_inner, layers).to(_wide(x)), x.to(_wide(x))
-    of_norm = (wide * own).mul_(scale).sum(0).to(norm.dtype) if norm.requires_grad else None
+    wide, own = fused_lora.grad_of_x(grads, of_inner, layers).to(_wide(x)), x.to(_wide(x))  # [n, d]: g and x
+    of_norm = (wide * own).mul_(scale).sum(0).to(norm.dtype) if norm.requires_grad else None  # [d]
+    # [n, 1] scale^3 mean(w x); wide becomes w = norm g on the way, which of_norm had to come before
     share = torch.linalg.vecdot(wide.mul_(norm), own)[:, None] * scale.pow(3).div_(x.shape[-1])
     return wide.mul_(scale).addcmul_(own, share, value=-1).to(x.dtype), of_norm, of_layers
 
@@ -244,7 +252,7 @@ def _backward_of_normed(
 def _of_layer(
     grad: Tensor, of_inner: Tensor | None, x: Tensor, inner: Tensor | None, layer: Adapted
 ) -> list[Tensor | None]:
-    of_a = None if of_inner is None else of_inner.t() @ x
+    of_a = None if of_inner is None else of_inner.t() @ x  # [r, n] @ [n, i] -> [r, i]
     return fused_lora.grads_of_layers([grad], of_a, inner, [layer], lambda: x)
 
 

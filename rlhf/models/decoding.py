@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from rlhf.models import fused_lora, logits, thin, trained_rows
+from rlhf.models import fused_lora, grouped, logits, thin, trained_rows
 from rlhf.models.blocks import Layers, heads, rms_norm
 from rlhf.models.fused_lora import Adapted
 
@@ -202,7 +201,7 @@ def _attend(mask: Tensor | None, cache: Any, own: Any, q: Tensor, k: Tensor, v: 
     """With what transformers' cache holds; see ``Decoder.states``."""
     if cache is not None:
         k, v = cache.update(k, v, own.layer_idx)
-    return sdpa_attention_forward(own, q, k, v, mask, scaling=own.scaling)[0]  # type: ignore[no-any-return]
+    return grouped.sdpa(own, q, k, v, mask, scaling=own.scaling)[0]  # type: ignore[no-any-return]
 
 
 def _normed(x: Tensor, norm: Any) -> Tensor:

@@ -51,12 +51,15 @@ def adapted(layer: Any) -> Adapted | None:
 def products(x: Tensor, layers: Sequence[Adapted]) -> tuple[list[Tensor], Tensor | None]:
     """What layers make of the same ``x`` [n, i]: [n, o] of each, and x A' of all adapted ones, one beside the other."""
     factors = [layer.a for layer in layers if layer.a is not None]
+    # One product for all adapters that read the same x, instead of one a layer.
+    # [n, i] @ [i, all ranks] -> [n, all ranks]
     inner = x @ _together(factors).to(x.dtype).t() if factors else None
     parts = iter(inner.split([len(a) for a in factors], 1)) if inner is not None else iter(())
     found = []
     for layer in layers:
-        y = linear(x, layer.weight, layer.bias)
+        y = linear(x, layer.weight, layer.bias)  # [n, i] -> [n, o]
         if layer.b is not None:
+            # [n, r] @ [r, o], added into y by the product itself: nothing of the size of y is written a second time
             y.addmm_(next(parts), layer.b.to(x.dtype).t(), alpha=layer.scaling)
         found.append(y)
     return found, inner
@@ -65,17 +68,20 @@ def products(x: Tensor, layers: Sequence[Adapted]) -> tuple[list[Tensor], Tensor
 def through(grads: Sequence[Tensor], layers: Sequence[Adapted]) -> Tensor | None:
     """[n, all ranks] gradients of x A' from those of the layers' outputs."""
     found = [
-        g @ layer.b.to(g.dtype) * layer.scaling for g, layer in zip(grads, layers, strict=True) if layer.b is not None
+        g @ layer.b.to(g.dtype) * layer.scaling  # [n, o] @ [o, r] -> [n, r]
+        for g, layer in zip(grads, layers, strict=True)
+        if layer.b is not None
     ]
     return _together(found, 1) if found else None
 
 
 def grad_of_x(grads: Sequence[Tensor], inner: Tensor | None, layers: Sequence[Adapted]) -> Tensor:
     """[n, i] from the gradients of the outputs [n, o] and ``inner`` of x A'."""
-    grad = grads[0] @ layers[0].weight
+    grad = grads[0] @ layers[0].weight  # [n, o] @ [o, i] -> [n, i]
     for g, layer in zip(grads[1:], layers[1:], strict=True):
-        grad.addmm_(g, layer.weight)
+        grad.addmm_(g, layer.weight)  # [n, o] @ [o, i], summed in place over the layers
     if inner is not None:
+        # [n, all ranks] @ [all ranks, i]
         grad.addmm_(inner, _together([layer.a for layer in layers if layer.a is not None]).to(grad.dtype))
     return grad
 
@@ -94,16 +100,16 @@ def grads_of_layers(
     x = read() if any(layer.weight.requires_grad for layer in layers) else None
     at = 0
     for g, layer in zip(grads, layers, strict=True):
-        found.append(g.t() @ x if x is not None and layer.weight.requires_grad else None)
-        found.append(g.sum(0) if layer.bias is not None and layer.bias.requires_grad else None)
+        found.append(g.t() @ x if x is not None and layer.weight.requires_grad else None)  # [o, n] @ [n, i]
+        found.append(g.sum(0) if layer.bias is not None and layer.bias.requires_grad else None)  # [o]
         if layer.a is None or layer.b is None:
             found += [None, None]
             continue
         assert of_a is not None and inner is not None
         part = slice(at, at + len(layer.a))
         at = part.stop
-        of_b = (g.t() @ inner[:, part]).mul_(layer.scaling)
-        found += [of_a[part].to(layer.a.dtype), of_b.to(layer.b.dtype)]
+        of_b = (g.t() @ inner[:, part]).mul_(layer.scaling)  # [o, n] @ [n, r] -> [o, r]
+        found += [of_a[part].to(layer.a.dtype), of_b.to(layer.b.dtype)]  # [r, i], [o, r]
     return found
 
 
@@ -155,18 +161,19 @@ class LoraProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float) -> Any:
-        rows = x.reshape(-1, x.shape[-1])
-        (y,), inner = products(rows, [Adapted(weight, bias, a, b, scaling)])
+        rows = x.reshape(-1, x.shape[-1])  # [..., i] -> [n, i]
+        (y,), inner = products(rows, [Adapted(weight, bias, a, b, scaling)])  # [n, o], [n, r]
         ctx.save_for_backward(rows, inner, weight, a, b)
         ctx.scaling = scaling
-        return y.view(*x.shape[:-1], weight.shape[0])
+        return y.view(*x.shape[:-1], weight.shape[0])  # [n, o] -> [..., o]
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
         rows, inner, weight, a, b = ctx.saved_tensors
-        layers, grads = [Adapted(weight, None, a, b, ctx.scaling)], [grad.reshape(-1, grad.shape[-1])]
-        of_inner = through(grads, layers)
+        layers, grads = [Adapted(weight, None, a, b, ctx.scaling)], [grad.reshape(-1, grad.shape[-1])]  # [n, o]
+        of_inner = through(grads, layers)  # [n, r]
         assert of_inner is not None
+        # of_inner.t() @ rows is the gradient of A: [r, n] @ [n, i] -> [r, i]. The base weight is frozen: it takes none.
         _, _, *of_factors = grads_of_layers(grads, of_inner.t() @ rows, inner, layers, lambda: rows)
         of_x = None
         if ctx.needs_input_grad[0]:
@@ -179,17 +186,19 @@ class LoraSum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Any:
-        rows, own_a, own_b = x.reshape(-1, x.shape[-1]), a.to(x.dtype), b.to(x.dtype)
-        inner = rows @ own_a.t()
+        rows, own_a, own_b = x.reshape(-1, x.shape[-1]), a.to(x.dtype), b.to(x.dtype)  # [..., i] -> [n, i]
+        inner = rows @ own_a.t()  # [n, i] @ [i, r] -> [n, r]
         ctx.save_for_backward(rows, inner, a, b)
         ctx.scaling = scaling
+        # [n, r] @ [r, o] + [n, o] -> [..., o]
         return torch.addmm(y.reshape(-1, y.shape[-1]), inner, own_b.t(), alpha=scaling).view_as(y)
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
         rows, inner, a, b = ctx.saved_tensors
-        g = grad.reshape(-1, grad.shape[-1])
-        of_inner = (g @ b.to(g.dtype)).mul_(ctx.scaling)
+        g = grad.reshape(-1, grad.shape[-1])  # [..., o] -> [n, o]
+        of_inner = (g @ b.to(g.dtype)).mul_(ctx.scaling)  # [n, o] @ [o, r] -> [n, r]
+        # [n, r] @ [r, i] -> [..., i]; [r, n] @ [n, i]; [o, n] @ [n, r]
         grad_x = (of_inner @ a.to(g.dtype)).view(*grad.shape[:-1], a.shape[1]) if ctx.needs_input_grad[1] else None
         grad_a = (of_inner.t() @ rows).to(a.dtype) if ctx.needs_input_grad[2] else None
         grad_b = (g.t() @ inner).mul_(ctx.scaling).to(b.dtype) if ctx.needs_input_grad[3] else None

@@ -14,7 +14,7 @@ from rlhf.config.sections import ModelSection
 from rlhf.data.chat import ChatFormat
 from rlhf.data.rendering import Rendering
 from rlhf.errors import Problem, RlhfError
-from rlhf.models.base import Base, load_base, load_context_length, load_tokenizer, resolve, with_ends
+from rlhf.models.base import Base, Loading, load_base, load_context_length, load_tokenizer, resolve, with_ends
 from rlhf.progress import waiting
 
 log = logging.getLogger("rlhf")
@@ -27,14 +27,16 @@ def open_base(model: ModelSection, device: torch.device) -> Base:
     with waiting(f"Loading the model {model.path}"):
         base = load_base(
             model.path,
-            revision=model.revision,
-            dtype=model.dtype,
-            device=device,
-            template=model.chat_template,
-            trust_remote_code=model.trust_remote_code,
-            attn_implementation=model.attn_implementation,
-            quantize=model.quantize,
-            rendering=rendering_of(model),
+            Loading(
+                revision=model.revision,
+                dtype=model.dtype,
+                device=device,
+                template=model.chat_template,
+                trust_remote_code=model.trust_remote_code,
+                attn_implementation=model.attn_implementation,
+                quantize=model.quantize,
+                rendering=rendering_of(model),
+            ),
         )
     _say_date(base.chat, model)
     _say_thinking(base.chat, model)

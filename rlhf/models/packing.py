@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from rlhf.models import blocks, decoding, quantised, self_checks
+from rlhf.models import blocks, decoding, grouped, quantised, self_checks
 from rlhf.progress import waiting
 
 log = logging.getLogger("rlhf")
@@ -30,10 +29,10 @@ def attention(
     query [1, heads, N, D], key and value [1, key heads, N, D]; returns [1, N, heads, D].
     """
     if packed is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)  # type: ignore[no-any-return]
+        return grouped.sdpa(module, query, key, value, attention_mask, **settings)  # type: ignore[no-any-return]
     lengths, settings = list(packed), {**settings, "is_causal": True}
     parts = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
-    return torch.cat([sdpa_attention_forward(module, *part, None, **settings)[0] for part in parts], 1), None
+    return torch.cat([grouped.sdpa(module, *part, None, **settings)[0] for part in parts], 1), None
 
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attention)
@@ -56,6 +55,38 @@ def enable(model: Any, text_ids: Sequence[int] | None = None) -> None:
     if config._attn_implementation == "sdpa" and not windows and not partial:
         model.set_attn_implementation(ATTENTION)
         model.packs_rows = None if config._attn_implementation == ATTENTION else False
+    if model.packs_rows is False:
+        _warn_of_all_scores(model)
+
+
+def _warn_of_all_scores(model: Any) -> None:
+    """Attention that is not ours may take a kernel whose memory grows with the square of the tokens."""
+    config, weight = model.config.get_text_config(), model.get_input_embeddings().weight
+    heads = getattr(config, "num_attention_heads", None)
+    shares = heads != (getattr(config, "num_key_value_heads", None) or heads)
+    if shares and weight.is_cuda and weight.dtype == torch.float32:
+        log.warning(
+            "%s in float32 on CUDA: query heads share keys, and attention may hold S x S scores a head. model.dtype: "
+            "bfloat16 avoids it.", type(model).__name__,
+        )  # fmt: skip
+
+
+def take_flattened(model: Any) -> None:
+    """Let micro-batches that TRL has flattened into one row [1, N] go the way of packed rows: each document attends to
+    itself alone. transformers would make a mask [N, N] of them: 4.3 GB at 8 rows of 8,192 tokens."""
+    getattr(model, model.base_model_prefix).register_forward_pre_hook(_as_packed, with_kwargs=True)
+
+
+def _as_packed(inner: Any, args: tuple[Any, ...], settings: dict[str, Any]) -> Any:
+    bounds = settings.get("cu_seq_lens_q")
+    if bounds is None or settings.get("attention_mask") is not None:
+        return None
+    return args, {**settings, "attention_mask": _no_mask(bounds), "packed": tuple(bounds.diff().tolist())}
+
+
+def _no_mask(like: Tensor) -> Tensor:
+    """What stops transformers from making a mask: it has four dimensions, as one that is ready."""
+    return like.new_zeros((1, 1, 1, 1), dtype=torch.bool)
 
 
 def packs(model: Any) -> bool:
@@ -64,6 +95,7 @@ def packs(model: Any) -> bool:
         model.packs_rows = _keeps_apart(model)
         if not model.packs_rows:
             model.set_attn_implementation("sdpa")
+            _warn_of_all_scores(model)
             log.info("%s does not take packed rows: its forward passes are padded.", type(model).__name__)
     return bool(getattr(model, "packs_rows", False))
 
@@ -92,9 +124,8 @@ def backbone(
 
 def _packed(inner: Any, ids: Tensor, positions: Tensor, lengths: Sequence[int]) -> Tensor:
     """As the model itself computes them."""
-    no_mask = ids.new_zeros((1, 1, 1, 1), dtype=torch.bool)  # four dimensions: no mask is made of it
     outcome = inner(
-        input_ids=ids[None], position_ids=positions[None], use_cache=False, attention_mask=no_mask,
+        input_ids=ids[None], position_ids=positions[None], use_cache=False, attention_mask=_no_mask(ids),
         packed=tuple(lengths),
     )  # fmt: skip
     return outcome.last_hidden_state[0]  # type: ignore[no-any-return]

@@ -140,7 +140,7 @@ def drawn_factors(inner: Any) -> Iterator[None]:
             factor.data = data
 
 
-def _deviation(layer: nn.Module) -> float:
+def _deviation(layer: Any) -> float:
     """Of a layer's weights; of packed ones, as a quantised layer has them, what is usual."""
     weight = layer.weight
     return float(weight.detach().float().std()) if weight.is_floating_point() else 0.02

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from rlhf.planning.memory import Numbers
 from rlhf.planning.phases import Spec, peak
 
 
@@ -46,9 +45,9 @@ def _changes(spec: Spec) -> Iterator[Change]:
         key = "micro_batch_size" if spec.stage == "eval-rm" else "batch.micro_batch_size"
         yield Change(f"{key}={smaller}", spec.with_(micro=smaller * spec.group))
     if spec.held.e == 4:
-        yield Change("model.dtype=bfloat16", spec.with_(held=Numbers(2, spec.held.quantize)))
+        yield Change("model.dtype=bfloat16", spec.with_(held=replace(spec.held, e=2)))
     if spec.held.quantize is None:
-        yield Change("model.quantize=nf4", spec.with_(held=Numbers(spec.held.e, "nf4")))
+        yield Change("model.quantize=nf4", spec.with_(held=replace(spec.held, quantize="nf4")))
 
 
 def _key(change: Change) -> str:

@@ -51,15 +51,21 @@ SUMMED_BYTES = 1 << 28  # up to here sampling keeps W + s B A: rlhf.models.decod
 
 @dataclass(frozen=True)
 class Numbers:
-    """The base as it is held: bytes a number that it computes in, and how its linear layers are stored."""
+    """The base as it is held: bytes a number that it computes in, how its linear layers are stored, and whether that
+    is on a GPU."""
 
     e: int = FLOAT32
     quantize: str | None = None
+    on_gpu: bool = False
 
     @property
     def mixed(self) -> bool:
         """Whether float32 adapters meet activations of another dtype, and copies are made."""
         return self.e != FLOAT32
+
+    def attended(self, shape: Shape) -> int:
+        """Width of the keys that attention reads: in float32 on a GPU one for each query head (models.grouped)."""
+        return shape.q if self.on_gpu and not self.mixed else shape.k
 
 
 def weights(shape: Shape, held: Numbers) -> int:
@@ -87,7 +93,7 @@ def saved_per_token(shape: Shape, held: Numbers, rank: int) -> float:
     Both norms' inputs and outputs (4 d, of which bfloat16 keeps the inputs as float32 copies), query, key, value, the
     attention's output of each row and of all in one, four MLP activations and LoRA's inner ones.
     """
-    d, f, q, k = shape.d, shape.f, shape.q, shape.k
+    d, f, q, k = shape.d, shape.f, shape.q, held.attended(shape)
     inner, logsumexp = rank * len(shape.linears), FLOAT32 * shape.heads
     if shape.family == "gpt2":
         own = FLOAT32 * (4 * d + 2 * q + 2 * k + 6 * f)
@@ -105,8 +111,8 @@ def saved_by_fused(shape: Shape, held: Numbers, rank: int) -> tuple[float, float
     What comes in and query, key, value, attention's output of each row; that in one, what the MLP comes to, gate and
     up; LoRA's inner ones, and each norm's factor. Qwen3's norms of queries and keys keep what they read in float32.
     """
-    d, f, q, k, e = shape.d, shape.f, shape.q, shape.k, held.e
-    normed = FLOAT32 * (q + k) if shape.family == "qwen3" else 0
+    d, f, q, k, e = shape.d, shape.f, shape.q, held.attended(shape), held.e
+    normed = FLOAT32 * (q + shape.k) if shape.family == "qwen3" else 0
     up_to = e * (d + 2 * q + 2 * k + 3 * rank) + FLOAT32 * (shape.heads + 1) + normed
     return up_to, e * (d + q + 2 * f + 4 * rank) + FLOAT32
 

@@ -1,33 +1,33 @@
-"""What PPO does in one step, and what it carries from step to step."""
+"""What the RL loop does in one step, and what it carries from step to step."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rlhf import runtime, storage
 from rlhf.checkpoints import BEST, Checkpoints
-from rlhf.config.stages import PpoConfig
+from rlhf.config.ppo import EvaluationSection, GuardSection, KlSection, ValueSection
 from rlhf.data.batches import DataOrder
 from rlhf.data.tokenised import PromptRow
 from rlhf.evaluation import policy as measure
 from rlhf.guards import Guard
-from rlhf.models.base import Base
 from rlhf.models.roles import Roles
-from rlhf.optimizer import Optimizer
-from rlhf.ppo import experience as experiences
 from rlhf.ppo import objective
-from rlhf.ppo.update import update
+from rlhf.ppo.collector import Collector, settle
+from rlhf.ppo.critics import Critic
+from rlhf.ppo.experience import Experience
+from rlhf.ppo.update import PolicyUpdate
 from rlhf.progress import waiting
-from rlhf.rollouts.engine import RolloutEngine
+from rlhf.rollouts.engine import Sampling
 from rlhf.runs import Run, plain
 from rlhf.scoring.ensemble import references_of
-from rlhf.scoring.scorer import Scorer, StandardisedScorer
+from rlhf.scoring.scorer import StandardisedScorer
 from rlhf.snapshots import Stateful
 from rlhf.tracking import Tracker
 
@@ -36,7 +36,7 @@ log = logging.getLogger("rlhf")
 
 @dataclass
 class Progress:
-    """What a run carries from step to step beside roles and optimizers. Stateful.
+    """What a run carries from step to step besides roles and optimizers. Stateful.
 
     Args:
         num_pretrained: batches that the critic learnt from before step 1; ``pretraining`` is the outcome.
@@ -61,38 +61,87 @@ class Progress:
         vars(self).update(state)
 
 
-class Training:
-    """The roles, critic, optimizer and data of a run, and what is done with them in one step.
+@dataclass(frozen=True)
+class TrainingSettings:
+    """What the loop reads of the config.
 
     Args:
-        train, held_out: prompts that are answered, and those that the policy is measured on.
+        prompts_per_step: of one batch.
+        pretraining: of the critic, before the policy moves; None without a critic.
     """
+
+    seed: int
+    steps: int
+    prompts_per_step: int
+    kl: KlSection
+    pretraining: ValueSection | None
+    evaluation: EvaluationSection
+    guards: GuardSection
+    save_every: int | None
+    keep_checkpoints: int
+
+
+@dataclass(frozen=True)
+class Standard:
+    """A reward term whose shift and scale are set on ``num_samples`` answers of the policy before it moves."""
+
+    name: str
+    num_samples: int
+    scorer: StandardisedScorer
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The prompts that are answered, and those that the policy is measured on."""
+
+    train: Sequence[PromptRow]
+    held_out: Sequence[PromptRow]
+
+
+class Training:
+    """What collects, what learns and what is learned from, and what is done with them in one step."""
 
     tracker: Tracker
 
     def __init__(
-        self, config: PpoConfig, run: Run, base: Base, roles: Roles, critic: experiences.Critic, engine: RolloutEngine,
-        scorer: Scorer, standardised: Sequence[StandardisedScorer], optimizer: Optimizer, train: list[PromptRow],
-        held_out: list[PromptRow],
-    ) -> None:  # fmt: skip
-        self.config, self.run, self.base, self.roles, self.critic = config, run, base, roles, critic
-        self.engine, self.scorer, self.standardised, self.optimizer = engine, scorer, standardised, optimizer
-        self.train, self.held_out = train, held_out
-        self.order = DataOrder(len(train), config.batch.batch_size // config.samples_per_prompt, config.seed)
-        self.progress = Progress(config.kl.coef)
-        self.ready: tuple[experiences.Experience, dict[str, Any]] | None = None
+        self,
+        run: Run,
+        collector: Collector,
+        policy: PolicyUpdate,
+        standards: Sequence[Standard],
+        prompts: Prompts,
+        settings: TrainingSettings,
+    ) -> None:
+        self.run, self.collector, self.policy = run, collector, policy
+        self.standards, self.prompts, self.settings = standards, prompts, settings
+        self.order = DataOrder(len(prompts.train), settings.prompts_per_step, settings.seed)
+        self.progress = Progress(settings.kl.coef)
+        self.ready: tuple[Experience, dict[str, Any]] | None = None
         self.newest: dict[str, float] = {}  # figures of the newest step
-        self.guard = Guard(config.guards)
-        self.saved = Checkpoints(run, self.state(), config.save_every, config.keep_checkpoints)
+        self.guard = Guard(settings.guards)
+        self.saved = Checkpoints(run, self.state(), settings.save_every, settings.keep_checkpoints)
+
+    @property
+    def critic(self) -> Critic:
+        return self.collector.critic
+
+    @property
+    def roles(self) -> Roles:
+        return self.policy.roles
 
     def state(self) -> dict[str, Stateful]:
         """Everything that changes during the run."""
         return {
-            "policy": self.roles.state("policy"), "policy_optimizer": self.optimizer, **self.critic.state(),
-            "order": self.order, "progress": self.progress, "guard": self.guard, "generators": runtime.Generators(),
-            **{f"standards.{index}": scorer for index, scorer in enumerate(self.standardised)},
-            **{f"references.{index}": known for index, known in enumerate(references_of(self.scorer))},
-        }  # fmt: skip
+            "policy": self.roles.state("policy"),
+            "policy_optimizer": self.policy.optimizer,
+            **self.critic.state(),
+            "order": self.order,
+            "progress": self.progress,
+            "guard": self.guard,
+            "generators": runtime.Generators(),
+            **{f"standards.{index}": standard.scorer for index, standard in enumerate(self.standards)},
+            **{f"references.{index}": known for index, known in enumerate(references_of(self.collector.scorer))},
+        }
 
     def record(self, step: int, values: dict[str, float]) -> None:
         self.run.write_metrics(step, values)
@@ -100,39 +149,39 @@ class Training:
 
     def standardise(self) -> None:
         """Set shift and scale of the reward terms that ask for it, on answers of the policy before it moves."""
-        sources = [source for source in self.config.rewards if source.standardise_samples]
-        for index, (source, scorer) in enumerate(zip(sources, self.standardised, strict=True)):
-            seed = runtime.derived_seed(self.config.seed, "ppo", "standardise", index)
-            wanted = source.standardise_samples or 0
-            prompts = [self.train[row % len(self.train)] for row in range(wanted)]
-            with waiting(f"Setting the scale of {source.name} on {wanted} answers of the SFT policy"):
-                samples = measure.respond(
-                    self.engine, self.base.chat, prompts, measure.sampling_of(self.config.sampling, seed)
-                )
+        for index, standard in enumerate(self.standards):
+            wanted, scorer = standard.num_samples, standard.scorer
+            prompts = [self.prompts.train[row % len(self.prompts.train)] for row in range(wanted)]
+            with waiting(f"Setting the scale of {standard.name} on {wanted} answers of the SFT policy"):
+                samples = self.collector.policy.respond(prompts, self._sampling("standardise", index))
                 ended = [sample for sample in samples if sample.finished]
                 scorer.fit(ended)
             log.info(
-                "%s standardised on %d SFT samples (%d more were cut off): shift %.3f, scale %.3f.", source.name,
-                len(ended), wanted - len(ended), scorer.shift, scorer.scale,
-            )  # fmt: skip
+                "%s standardised on %d SFT samples (%d more were cut off): shift %.3f, scale %.3f.",
+                standard.name,
+                len(ended),
+                wanted - len(ended),
+                scorer.shift,
+                scorer.scale,
+            )
 
-    def roll_out(self) -> experiences.Experience:
+    def _sampling(self, *names: str | int) -> Sampling:
+        """As the rollouts are sampled, with the noise of another seed."""
+        return replace(self.collector.settings.sampling, seed=runtime.derived_seed(self.settings.seed, "ppo", *names))
+
+    def roll_out(self) -> Experience:
         """Answer the next prompts with the policy as it is."""
-        config, progress = self.config, self.progress
-        rows = [self.train[index] for index in self.order.next()]
-        seed = runtime.derived_seed(config.seed, "ppo", "rollouts")
+        progress = self.progress
+        rows = [self.prompts.train[index] for index in self.order.next()]
         if self.ready:
             (batch, generators), self.ready = self.ready, None
             runtime.Generators().load_state_dict(generators)
         else:
-            batch = experiences.collect(
-                config, self.roles, self.critic, self.engine, self.scorer, self.base, rows, seed,
-                progress.num_responses, progress.kl_coef,
-            )  # fmt: skip
+            batch = self.collector.collect(rows, progress.num_responses, progress.kl_coef)
         progress.num_responses += len(batch.samples)
         return batch
 
-    def look_ahead(self) -> experiences.Experience:
+    def look_ahead(self) -> Experience:
         """What ``roll_out`` will give next; only a run that is killed in between makes it again.
 
         Until then all is as before, also the random numbers, which a reward may draw.
@@ -149,16 +198,14 @@ class Training:
 
     def evaluate(self) -> dict[str, float]:
         """Measure the policy on the held-out prompts; the best one so far is written beside the checkpoints."""
-        config, progress = self.config, self.progress
-        seed = runtime.derived_seed(config.seed, "ppo", "evaluation")
-        with waiting(f"Measuring the policy on {len(self.held_out)} held-out prompts"):
-            outcome = measure.evaluate(
-                self.roles, self.engine, self.scorer, experiences.settle(config.missing_eos), self.base.chat,
-                self.held_out, config.sampling, seed, config.batch.micro_batch_size, config.batch.micro_batch_tokens,
-            )  # fmt: skip
+        collector, progress, held_out = self.collector, self.progress, self.prompts.held_out
+        rule = settle(collector.settings.missing_eos)
+        with waiting(f"Measuring the policy on {len(held_out)} held-out prompts"):
+            how = self._sampling("evaluation")
+            outcome = measure.evaluate(collector.policy, collector.scorer, rule, held_out, how)
         self.run.write_samples(f"step-{progress.step}", outcome.rows)
         figures = outcome.metrics
-        figures["eval/objective"] = figures["eval/score"] - config.kl.coef * figures["eval/exact_kl_nats"]
+        figures["eval/objective"] = figures["eval/score"] - self.settings.kl.coef * figures["eval/exact_kl_nats"]
         self.record(progress.step, figures)
         _say(progress.step, figures)
         if figures["eval/objective"] > progress.best_objective:
@@ -179,11 +226,11 @@ class Training:
         The explained variance is of a fresh batch, before the critic learns from it. The batch that ends the
         pretraining is the first that the policy learns from.
         """
-        config, progress = self.config, self.progress
-        limit, number = config.value.pretrain_steps, progress.num_pretrained
-        if not limit:
+        section, progress = self.settings.pretraining, self.progress
+        if section is None or not section.pretrain_steps:
             progress.pretraining = {"batches": 0, "reached": False, "explained_variance": None}
             return
+        limit, number = section.pretrain_steps, progress.num_pretrained
         batch = self.look_ahead()
         explained = batch.metrics["rollout/explained_variance"]
         figures = {
@@ -191,7 +238,7 @@ class Training:
             for name, value in batch.metrics.items() if name.startswith("rollout/explained_variance")
         }  # fmt: skip
         self.record(0, {"pretrain/batch": number, **figures})
-        reached = explained >= config.value.min_explained_variance
+        reached = explained >= section.min_explained_variance
         if reached or number == limit:
             progress.pretraining = {"batches": number, "reached": reached, "explained_variance": plain(explained)}
             if reached:
@@ -199,7 +246,7 @@ class Training:
             else:
                 log.warning(
                     "Value pretraining ended at its limit of %d batches with explained variance %.2f, below %.2f.",
-                    limit, explained, config.value.min_explained_variance,
+                    limit, explained, section.min_explained_variance,
                 )  # fmt: skip
             return
         self.roll_out()
@@ -207,35 +254,33 @@ class Training:
         if number == 0:
             self.critic.start(batch)
         else:
-            self.critic.learn(batch, runtime.derived_seed(config.seed, "value", number), 0)
+            self.critic.learn(batch, runtime.derived_seed(self.settings.seed, "value", number), 0)
 
     def step(self) -> float:
         """One rollout, its update, and where it is time to an evaluation; the seconds of the first two."""
-        config, progress = self.config, self.progress
+        settings, progress, kl = self.settings, self.progress, self.settings.kl
         clock, step = time.perf_counter(), progress.step + 1
         batch = self.roll_out()
         rolled_out = time.perf_counter()
         self.guard.check(step, batch.metrics)
-        seed = runtime.derived_seed(config.seed, "ppo", "minibatches", step)
-        figures = update(config, self.roles, self.optimizer, self.base, batch, seed, step, progress.kl_coef)
+        seed = runtime.derived_seed(settings.seed, "ppo", "minibatches", step)
+        figures = self.policy.learn(batch, seed, step, progress.kl_coef)
         figures |= self.critic.learn(batch, seed, step)
         progress.step = step
-        if config.kl.target is not None:
-            progress.kl_coef = objective.adapted_coef(
-                progress.kl_coef, batch.metrics["rollout/kl_nats"], config.kl.target, config.kl.horizon,
-                len(batch.samples),
-            )  # fmt: skip
+        if kl.target is not None:
+            nats = batch.metrics["rollout/kl_nats"]
+            progress.kl_coef = objective.adapted_coef(progress.kl_coef, nats, kl.target, kl.horizon, len(batch.samples))
         updated = time.perf_counter()
         times = {"time/rollout_s": rolled_out - clock, "time/update_s": updated - rolled_out}
         self.newest = {**batch.metrics, **figures, **times}
         self.record(step, self.newest)
         self.guard.check(step, figures)
-        if step % config.evaluation.every == 0 or step == config.steps:
+        if step % settings.evaluation.every == 0 or step == settings.steps:
             self.evaluate()
         return updated - clock
 
 
-def save_roles(roles: Roles, critic: experiences.Critic, directory: Path) -> None:
+def save_roles(roles: Roles, critic: Critic, directory: Path) -> None:
     """Policy and critic under ``directory``, whole or not at all."""
     with storage.staged_directory(directory) as staging:
         roles.save("policy", staging / "policy")

@@ -9,14 +9,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from rlhf.config.stages import PpoConfig
-from rlhf.data.batches import Sequences, micro_batches
+from rlhf.algorithms.base import Algorithm, PolicyTerms
+from rlhf.config.ppo import UpdateSection
 from rlhf.models import forward
-from rlhf.models.base import Base
 from rlhf.models.roles import Roles
 from rlhf.optimizer import Optimizer
 from rlhf.ppo import objective, tensors
-from rlhf.ppo.experience import Experience
+from rlhf.ppo.experience import Experience, MicroBatch, Passes
 
 log = logging.getLogger("rlhf")
 
@@ -40,93 +39,98 @@ class Totals:
 def minibatches(num_rows: int, size: int, seed: int, epoch: int) -> Iterator[list[int]]:
     """The rows of a batch in random order, ``size`` at a time; the order depends on seed and epoch alone."""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
-    yield from torch.randperm(num_rows, generator=generator).split(size)  # type: ignore[misc]
+    for rows in torch.randperm(num_rows, generator=generator).split(size):
+        yield rows.tolist()
 
 
-def update(
-    config: PpoConfig, roles: Roles, optimizer: Optimizer, base: Base, experience: Experience, seed: int, step: int,
-    kl_coef: float,
-) -> dict[str, float]:  # fmt: skip
-    """``update.epochs`` passes of the policy over the batch; returns the means over the minibatches.
+@dataclass(frozen=True)
+class PolicySettings:
+    """What the policy's update reads of the config.
 
-    Ends a pass and all later ones before a step whose minibatch has a mean update KL above ``update.target_kl``.
+    Args:
+        temperature: of the rollouts, whose tempered policy is the one that is trained.
+        kl_in_loss: whether the KL to the reference is a term of the loss.
     """
-    advantages = prepare_advantages(config, experience)
-    totals, stopped = Totals(), False
-    for epoch in range(config.update.epochs):
-        for rows in minibatches(len(experience.samples), config.batch.minibatch_size, seed, epoch):
-            chosen = [int(row) for row in rows]
-            figures = _policy_gradient(config, roles, base, experience, advantages, chosen, kl_coef)
-            if config.update.target_kl is not None and figures["approx_kl"] > config.update.target_kl:
-                _clear(optimizer)
+
+    update: UpdateSection
+    minibatch_size: int
+    temperature: float
+    kl_in_loss: bool
+
+
+@dataclass(frozen=True)
+class PolicyUpdate:
+    """The role "policy" and its optimizer, moved by an algorithm's loss."""
+
+    roles: Roles
+    optimizer: Optimizer
+    algorithm: Algorithm
+    passes: Passes
+    settings: PolicySettings
+
+    def learn(self, batch: Experience, seed: int, step: int, kl_coef: float) -> dict[str, float]:
+        """``update.epochs`` passes over the batch; returns the means over the minibatches.
+
+        Ends a pass and all later ones before a step whose minibatch has a mean update KL above ``update.target_kl``.
+        """
+        totals = Totals()
+        for figures, rows in self._gradients(batch, seed, kl_coef):
+            target = self.settings.update.target_kl
+            if target is not None and figures["approx_kl"] > target:
+                self.optimizer.clear()
                 log.info("Step %d: update KL %.4f, epochs ended early.", step, figures["approx_kl"])
-                stopped = True
                 break
-            figures["grad_norm"] = optimizer.step(place("policy", step, chosen))
+            figures["grad_norm"] = self.optimizer.step(place("policy", step, rows))
             totals.add(figures)
-        if stopped:
-            break
-    return {
-        **totals.means("update/policy_"), "update/optimizer_steps": totals.count,
-        "update/learning_rate": optimizer.learning_rate, "update/kl_coef": kl_coef,
-    }  # fmt: skip
+        return {
+            **totals.means("update/policy_"),
+            "update/optimizer_steps": totals.count,
+            "update/learning_rate": self.optimizer.learning_rate,
+            "update/kl_coef": kl_coef,
+        }
 
+    def _gradients(self, batch: Experience, seed: int, kl_coef: float) -> Iterator[tuple[dict[str, float], list[int]]]:
+        """The gradient of one minibatch after the other; what is yielded are its figures and its rows."""
+        advantages = self.prepare(batch)
+        for epoch in range(self.settings.update.epochs):
+            for rows in minibatches(len(batch.samples), self.settings.minibatch_size, seed, epoch):
+                yield self.accumulate(batch, advantages, rows, kl_coef), rows
 
-def prepare_advantages(config: PpoConfig, experience: Experience) -> Tensor:
-    """[B, T] normalised over the whole batch, or only centred."""
-    shape = tensors.normalize if config.update.normalise_advantages else tensors.center
-    return shape(experience.advantages, experience.mask)
+    def prepare(self, batch: Experience) -> Tensor:
+        """[B, T] the advantages, normalised over the whole batch or only centred."""
+        shape = tensors.normalize if self.settings.update.normalise_advantages else tensors.center
+        return shape(batch.advantages, batch.mask)
 
+    def accumulate(self, batch: Experience, advantages: Tensor, rows: list[int], kl_coef: float) -> dict[str, float]:
+        """Accumulate the policy's gradient on the minibatch ``rows``; nothing is applied."""
+        num_tokens = int(batch.mask[rows].sum())
+        totals = {"loss": 0.0, "clip_fraction": 0.0, "approx_kl": 0.0, "ratio": 0.0}
+        for part in batch.micro_batches(rows, self.passes):
+            old = part.of(batch.old_logprobs)
+            # The backward pass belongs inside: checkpointing runs the forward again with the adapter that is active.
+            with self.roles.acting_as("policy") as (model, _):
+                logprobs, entropy = self._forward(model, part)
+                terms = PolicyTerms(logprobs, old, part.of(advantages), part.mask, num_tokens, len(rows))
+                figures = self.algorithm.loss(terms, self.settings.update)
+                loss = figures.loss
+                if self.settings.kl_in_loss and batch.ref_logprobs is not None:
+                    ref = part.of(batch.ref_logprobs)
+                    loss = loss + kl_coef * objective.k2_kl_loss(logprobs, old, ref, part.mask, num_tokens)
+                if entropy is not None:
+                    coef = self.settings.update.entropy_coef
+                    loss = loss - coef * tensors.masked_sum(entropy, part.mask) / num_tokens
+                loss.backward()
+            totals["loss"] += float(loss.detach())
+            for name in ("clip_fraction", "approx_kl", "ratio"):
+                totals[name] += float(getattr(figures, name))
+        return totals
 
-def _policy_gradient(
-    config: PpoConfig, roles: Roles, base: Base, experience: Experience, advantages: Tensor, rows: list[int],
-    kl_coef: float,
-) -> dict[str, float]:  # fmt: skip
-    """Accumulate the policy's gradient on the minibatch ``rows``; nothing is applied."""
-    num_tokens = int(experience.mask[rows].sum())
-    totals = {"loss": 0.0, "clip_fraction": 0.0, "approx_kl": 0.0, "ratio": 0.0}
-    for part, sequences, mask in micro_batches_of(config, base, experience, rows):
-        cut = cutter(part, mask)
-        old = cut(experience.old_logprobs)
-        with roles.acting_as("policy") as (model, _):
-            if config.update.entropy_coef:
-                logprobs, entropy = forward.response_logprobs_and_entropy(model, sequences, config.sampling.temperature)
-            else:
-                logprobs = forward.response_logprobs(model, sequences, config.sampling.temperature)
-            outcome = objective.policy_loss(logprobs, old, cut(advantages), mask, config.update.clip_range, num_tokens)
-            loss = outcome.loss
-            if config.kl.place == "loss" and experience.ref_logprobs is not None:
-                ref = cut(experience.ref_logprobs)
-                loss = loss + kl_coef * objective.k2_kl_loss(logprobs, old, ref, mask, num_tokens)
-            if config.update.entropy_coef:
-                loss = loss - config.update.entropy_coef * tensors.masked_sum(entropy, mask) / num_tokens
-            loss.backward()
-        totals["loss"] += float(loss.detach())
-        for name in ("clip_fraction", "approx_kl", "ratio"):
-            totals[name] += float(getattr(outcome, name))
-    return totals
-
-
-def micro_batches_of(
-    config: PpoConfig, base: Base, experience: Experience, rows: Sequence[int]
-) -> Iterator[tuple[list[int], Sequences, Tensor]]:
-    """Micro-batches of the minibatch: rows of the batch, their sequences, their mask on the device."""
-    lengths = [len(experience.samples[row].prompt_ids) + len(experience.samples[row].response_ids) for row in rows]
-    for indices in micro_batches(lengths, config.batch.micro_batch_size, config.batch.micro_batch_tokens):
-        part = [rows[index] for index in indices]
-        sequences = experience.sequences(part, base.chat.pad_id, base.device)
-        yield part, sequences, sequences.mask
-
-
-def cutter(rows: list[int], mask: Tensor):  # type: ignore[no-untyped-def]
-    """A function that takes these rows of a [B, T] tensor, as narrow as ``mask``, onto its device."""
-    return lambda whole: whole[rows, : mask.shape[1]].to(mask.device)
+    def _forward(self, model: object, part: MicroBatch) -> tuple[Tensor, Tensor | None]:
+        """[b, T] logprobs and, where the loss has a bonus for it, entropy; with gradient."""
+        if self.settings.update.entropy_coef:
+            return forward.response_logprobs_and_entropy(model, part.sequences, self.settings.temperature)
+        return forward.response_logprobs(model, part.sequences, self.settings.temperature), None
 
 
 def place(role: str, step: int, rows: Sequence[int]) -> str:
     return f"{role}, step {step}, responses {', '.join(map(str, rows))} of the batch"
-
-
-def _clear(optimizer: Optimizer) -> None:
-    for parameter in optimizer.parameters:
-        parameter.grad = None

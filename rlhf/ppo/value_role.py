@@ -2,31 +2,42 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlhf.config.stages import PpoConfig
 from rlhf.data.batches import Sequences
 from rlhf.models import forward
-from rlhf.models.base import Base
 from rlhf.models.roles import Roles
 from rlhf.optimizer import Optimizer
 from rlhf.ppo import objective
-from rlhf.ppo.experience import Experience
+from rlhf.ppo.experience import Experience, Passes
 from rlhf.ppo.least_squares import ridge
-from rlhf.ppo.update import Totals, cutter, micro_batches_of, minibatches, place
+from rlhf.ppo.update import Totals, minibatches, place
 
 RIDGE = 0.1
 
 
+@dataclass(frozen=True)
+class ValueSettings:
+    """What the value role's update reads of the config; a ``clip_range`` of None leaves the values unclipped."""
+
+    epochs: int
+    minibatch_size: int
+    clip_range: float | None
+
+
+@dataclass(frozen=True)
 class ValueRole:
     """The role "value" and its optimizer."""
 
-    def __init__(self, config: PpoConfig, roles: Roles, base: Base, optimizer: Optimizer) -> None:
-        self.config, self.roles, self.base, self.optimizer = config, roles, base, optimizer
+    roles: Roles
+    optimizer: Optimizer
+    passes: Passes
+    settings: ValueSettings
 
     @torch.no_grad()
     def read(self, sequences: Sequences, reference: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -41,7 +52,7 @@ class ValueRole:
 
         One batch gives at once what gradients need many batches for.
         """
-        size = self.base.hidden_size + 2
+        size = batch.states[0][1].shape[1] + 2
         moments = torch.zeros(size, size, dtype=torch.float64)
         for rows, hidden in batch.states:
             returns = batch.returns[rows][batch.mask[rows]].double()[:, None]
@@ -51,27 +62,24 @@ class ValueRole:
 
     def learn(self, batch: Experience, seed: int, step: int) -> dict[str, float]:
         """``update.epochs`` passes of minibatches; returns the means of their figures."""
-        config, totals = self.config, Totals()
-        for epoch in range(config.update.epochs):
-            for rows in minibatches(len(batch.samples), config.batch.minibatch_size, seed, epoch):
-                totals.add(self._step(batch, [int(row) for row in rows], step))
+        settings, totals = self.settings, Totals()
+        for epoch in range(settings.epochs):
+            for rows in minibatches(len(batch.samples), settings.minibatch_size, seed, epoch):
+                totals.add(self._step(batch, rows, step))
         return totals.means("update/value_")
 
     def _step(self, batch: Experience, rows: list[int], step: int) -> dict[str, float]:
         """One optimizer step on the minibatch ``rows``."""
         num_tokens = int(batch.mask[rows].sum())
         totals: dict[str, float] = {"loss": 0.0, "clip_fraction": 0.0}
-        for part, sequences, mask in micro_batches_of(self.config, self.base, batch, rows):
-            cut = cutter(part, mask)
+        for part in batch.micro_batches(rows, self.passes):
+            old, returns = part.of(batch.old_values), part.of(batch.returns)
             with self.roles.acting_as("value") as (model, head):
-                values = forward.state_values(model, head, sequences)
-                outcome = objective.value_loss(
-                    values, cut(batch.old_values), cut(batch.returns), mask, self.config.update.value_clip_range,
-                    num_tokens,
-                )  # fmt: skip
-                outcome.loss.backward()
-            totals["loss"] += float(outcome.loss.detach())
-            totals["clip_fraction"] += float(outcome.clip_fraction)
+                values = forward.state_values(model, head, part.sequences)
+                figures = objective.value_loss(values, old, returns, part.mask, self.settings.clip_range, num_tokens)
+                figures.loss.backward()
+            totals["loss"] += float(figures.loss.detach())
+            totals["clip_fraction"] += float(figures.clip_fraction)
         totals["grad_norm"] = self.optimizer.step(place("value", step, rows))
         return totals
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy
 
 from rlhf import artifacts, storage
-from rlhf.config.train_rm import RewardConfig
 from rlhf.data import fitting, tokenised
 from rlhf.data.consensus import Annotated
 from rlhf.data.dropped import DroppedRows
@@ -17,25 +17,33 @@ from rlhf.data.fitting import Limit
 from rlhf.data.records import Comparison, prompt_key
 from rlhf.evaluation import reward as examine
 from rlhf.metrics import intervals
-from rlhf.models.roles import Roles
 from rlhf.progress import show, table
-from rlhf.reward import outcome
+from rlhf.reward.outcome import RewardRoles
 from rlhf.runs import Run
 
 log = logging.getLogger("rlhf")
 
 
+@dataclass(frozen=True)
+class Unseen:
+    """How annotators' judgements that were not trained on are read, and the seed of their intervals."""
+
+    chat: Any
+    limit: Limit
+    drops_bad_rows: bool
+    seed: int
+
+
 def write(
-    config: RewardConfig, roles: Roles, slots: Sequence[str], chat: Any, annotated: Annotated,
-    trained: Sequence[Comparison], run: Run,
-) -> dict[str, float]:  # fmt: skip
+    rewards: RewardRoles, annotated: Annotated, trained: Sequence[Comparison], unseen_rows: Unseen, run: Run
+) -> dict[str, float]:
     """annotators.json and a table of it; the figures for the manifest.
 
     The accuracy of an annotator is on all of his judgements with a preference whose prompts are none of ``trained``.
     """
     known = {prompt_key(record.prompt) for record in trained}
     unseen = [record for record in annotated.everyone if prompt_key(record.prompt) not in known]
-    accuracies = _accuracies(config, roles, slots, chat, unseen, annotated.report) if unseen else {}
+    accuracies = _accuracies(rewards, unseen, unseen_rows, annotated.report) if unseen else {}
     rows = {
         name: {**row, "accuracy": accuracies.get(name)} for name, row in annotated.report["annotators"].items()
     }  # fmt: skip
@@ -54,7 +62,7 @@ def write(
             "eval/accuracy_held_out_annotators": of_held_out["estimate"],
             "eval/accuracy_held_out_annotators_low": low, "eval/accuracy_held_out_annotators_high": high,
         }  # fmt: skip
-    elif config.hold_out_annotators:
+    elif any(row["held_out"] for row in rows.values()):
         log.warning("The annotators held out judged no prompt that is not trained on: no accuracy on them.")
     return figures
 
@@ -63,24 +71,22 @@ COLUMNS = ("annotator", "votes", "agreement", "with the others", "reliability", 
 
 
 def _accuracies(
-    config: RewardConfig, roles: Roles, slots: Sequence[str], chat: Any, records: Sequence[Comparison],
-    report: dict[str, Any],
-) -> dict[str | None, dict[str, Any]]:  # fmt: skip
+    rewards: RewardRoles, records: Sequence[Comparison], how: Unseen, report: dict[str, Any]
+) -> dict[str | None, dict[str, Any]]:
     """Of every annotator who preferred something there, and under None of those held out together."""
-    dropped = DroppedRows("annotators", 1.0, config.data.on_bad_row == "drop", sum(one.num_rows for one in records))
-    limit = Limit(config.max_length, truncates=config.too_long == "truncate")
-    groups, _ = tokenised.groups(fitting.without_special(records, chat, dropped), chat, limit, dropped)
+    dropped = DroppedRows("annotators", 1.0, how.drops_bad_rows, sum(one.num_rows for one in records))
+    plain = fitting.without_special(records, how.chat, dropped)
+    groups, _ = tokenised.groups(plain, how.chat, how.limit, dropped)
     if dropped.total:
         log.info("Annotators' accuracy: %s.", dropped.sentence())
-    scorer = outcome.scorer(roles, slots, config.batch.micro_batch_size, config.batch.micro_batch_tokens)
-    pairs = examine.compare(scorer, groups)
+    pairs = examine.compare(rewards.scorer(), groups)
     right, held_out = examine.right(pairs), [name for name, row in report["annotators"].items() if row["held_out"]]
     found: dict[str | None, dict[str, Any]] = {}
     for name, whose in [*((name, {name}) for name in report["annotators"]), (None, set(held_out))]:
         own = numpy.array([annotator in whose for annotator in pairs.annotators], dtype=bool)
         if own.any():
             keys = [key for key, is_own in zip(pairs.groups, own, strict=True) if is_own]
-            one = intervals.grouped_bootstrap(right[own], keys, seed=config.seed)
+            one = intervals.grouped_bootstrap(right[own], keys, seed=how.seed)
             found[name] = {"estimate": one.estimate, "ci95": [one.low, one.high], "comparisons": int(own.sum())}
     return found
 

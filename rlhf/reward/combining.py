@@ -10,23 +10,23 @@ import numpy
 import torch
 from torch import Tensor
 
-from rlhf.config.train_rm import COMBINED, RewardConfig
+from rlhf.config.train_rm import COMBINED, Combination
 from rlhf.data.batches import collate
 from rlhf.data.records import Comparison, split_by_prompt
 from rlhf.data.tokenised import Group
 from rlhf.errors import Problem, RlhfError
 from rlhf.models import forward
 from rlhf.models.base import Base
-from rlhf.models.roles import Roles
 from rlhf.reward.combination import Array, fit_gate, fit_weights
+from rlhf.reward.outcome import RewardRoles
 from rlhf.reward.several import Heads
-from rlhf.reward.training import parts
+from rlhf.reward.training import micro_batches_of_groups
 
 log = logging.getLogger("rlhf")
 
 
 def split(
-    config: RewardConfig, held_out: Sequence[Comparison], train: Sequence[Comparison]
+    combine: str, seed: int, held_out: Sequence[Comparison], train: Sequence[Comparison]
 ) -> tuple[Sequence[Comparison], Sequence[Comparison]]:
     """The held-out records to measure on, and the records that a combination is fitted to: for weights half of the
     held-out prompts, for a gate the training records.
@@ -34,20 +34,20 @@ def split(
     Raises:
         RlhfError: DAT058 where there is no overall comparison to fit to.
     """
-    if config.combine == "weights":
+    if combine == "weights":
         return held_out, ()
     measured, fitted = held_out, train
-    if config.combine == "fitted":
-        measured, fitted = split_by_prompt(held_out, 0.5, config.seed)
+    if combine == "fitted":
+        measured, fitted = split_by_prompt(held_out, 0.5, seed)
     fitted = [record for record in fitted if record.of(None)]
     if not fitted:
-        what = f"none of the prompts that combine: {config.combine} is fitted on has an overall comparison."
+        what = f"none of the prompts that combine: {combine} is fitted on has an overall comparison."
         raise RlhfError(Problem("DAT058", "data", what, "a larger holdout_fraction, or more overall comparisons"))
     return measured, fitted
 
 
 def combine(
-    config: RewardConfig, heads: Heads, roles: Roles, slots: Sequence[str], base: Base, groups: Sequence[Group]
+    how: Combination, heads: Heads, rewards: RewardRoles, base: Base, groups: Sequence[Group]
 ) -> dict[str, Any]:
     """Give the head of every slot its combined number; returns what is to be told of it.
 
@@ -56,17 +56,18 @@ def combine(
     """
     if len(heads.names) == 1:
         return {}
-    told: dict[str, Any] = {"combine": config.combine, "weights": []}
-    for slot in slots:
+    roles = rewards.roles
+    told: dict[str, Any] = {"combine": how.combine, "weights": []}
+    for slot in rewards.slots:
         weights, gate = numpy.array(heads.weights), None
-        if config.combine != "weights":
-            found = _states(config, roles, slot, base, groups)
+        if how.combine != "weights":
+            found = _states(rewards, slot, base, groups)
             probabilities, shares, places, owners = _comparisons(groups)
             differences = found[0][places[:, 0]] - found[0][places[:, 1]]
-            if config.combine == "fitted":
+            if how.combine == "fitted":
                 weights = fit_weights(differences, probabilities, shares)
             else:
-                gate = fit_gate(differences, found[1][owners], probabilities, shares, config.gate_penalty)
+                gate = fit_gate(differences, found[1][owners], probabilities, shares, how.gate_penalty)
                 weights = gate.scale * gate.shares(torch.from_numpy(found[1])).mean(0).numpy()
             told["comparisons"] = len(probabilities)
         head = roles.head(slot).combined(COMBINED, weights.tolist())
@@ -80,16 +81,17 @@ def combine(
 
 
 @torch.no_grad()
-def _states(config: RewardConfig, roles: Roles, slot: str, base: Base, groups: Sequence[Group]) -> tuple[Array, Array]:
+def _states(rewards: RewardRoles, slot: str, base: Base, groups: Sequence[Group]) -> tuple[Array, Array]:
     """[R, k] raw scores of all responses in the order of the groups, and [G, d] the hidden state at the end of each
     group's prompt, in float64."""
     scores: dict[int, Tensor] = {}
     prompts: dict[int, Tensor] = {}
     places = {id(group): index for index, group in enumerate(groups)}
-    for part in parts(config, groups):
+    batch = rewards.batch
+    for part in micro_batches_of_groups(groups, batch.micro_batch_size, batch.micro_batch_tokens):
         ids = [group.prompt_ids for group in part for _ in group.responses]
         responses = [response for group in part for response in group.responses]
-        with roles.acting_as(slot) as (model, head):
+        with rewards.roles.acting_as(slot) as (model, head):
             last, prompt = forward.end_states(model, collate(ids, responses, base.chat.pad_id, base.device))
             sizes = [len(group.responses) for group in part]
             for group, own, states in zip(part, head.raw(last).split(sizes), prompt.split(sizes), strict=True):

@@ -12,44 +12,43 @@ import torch
 from torch import Tensor
 
 from rlhf import artifacts, storage
-from rlhf.config.train_rm import RewardConfig
 from rlhf.data.tokenised import Group
-from rlhf.models.roles import Roles
-from rlhf.reward.training import rows_of
+from rlhf.reward.outcome import RewardRoles
 from rlhf.runs import Run
-from rlhf.scoring.scorer import Sample, Scores
-from rlhf.scoring.shared import SharedScorer
+from rlhf.scoring.scorer import Sample
 
 log = logging.getLogger("rlhf")
 
 
 def write(
-    config: RewardConfig, roles: Roles, slots: Sequence[str], train: Sequence[Group], held_out: Sequence[Group],
-    run: Run,
-) -> dict[str, float]:  # fmt: skip
-    """Write the ``config.contradicted`` judgements with the lowest difference, one a line; returns what was found.
+    rewards: RewardRoles, most: int, groups: Sequence[Group], rows: Sequence[Sequence[int]], run: Run
+) -> dict[str, float]:
+    """Write the ``most`` judgements with the lowest difference, one a line; returns what was found.
 
     A judgement is held against the members that were not trained on its prompt; where there is none, against all, and
     ``seen`` says so.
+
+    Args:
+        rows: of each member the places of the groups that it was trained on.
     """
-    groups = [*train, *held_out]
-    seen = [set(rows) for rows in rows_of(config, train)]
-    scores = [_scores(config, roles, slot, groups) for slot in slots]
+    seen = [set(own) for own in rows]
+    samples = _samples(groups)
+    scores = [rewards.scores(slot, samples, raw=True) for slot in rewards.slots]
     found, start, num_judged = [], 0, 0
     for index, group in enumerate(groups):
         rows_here = slice(start, start + len(group.responses))
         start += len(group.responses)
-        unseen = [member for member, rows in enumerate(seen) if index not in rows]
-        rows = []
+        unseen = [member for member, own in enumerate(seen) if index not in own]
+        judged = []
         for attribute in dict.fromkeys(judgement.attribute for judgement in group.judgements):
             columns = [one.mean if attribute is None else one.heads[attribute] for one in scores]
             own = torch.stack([column.double()[rows_here] for column in columns], 1)
             values = own[:, unseen].mean(1) if unseen else own.mean(1)
-            rows += contradictions(group, values, attribute)
+            judged += contradictions(group, values, attribute)
         num_judged += sum(judgement.probability != 0.5 for judgement in group.judgements)
-        found += [{**row, "seen": not unseen, "members": len(unseen or slots)} for row in rows]
+        found += [{**row, "seen": not unseen, "members": len(unseen or rewards.slots)} for row in judged]
     found.sort(key=lambda row: row["difference"])
-    kept = found[: config.contradicted]
+    kept = found[:most]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
     storage.write_text(run.path / artifacts.CONTRADICTED, text)
     log.info(
@@ -82,12 +81,10 @@ def contradictions(group: Group, values: Tensor, attribute: str | None = None) -
     return found
 
 
-def _scores(config: RewardConfig, roles: Roles, slot: str, groups: Sequence[Group]) -> Scores:
-    """Raw scores of all responses of all groups, one after the other."""
-    samples = [
+def _samples(groups: Sequence[Group]) -> list[Sample]:
+    """All responses of all groups, one after the other."""
+    return [
         Sample(group.record.prompt, text, group.prompt_ids, ids, True, ids)
         for group in groups
         for text, ids in zip(group.record.responses, group.responses, strict=True)
     ]
-    limits = config.batch.micro_batch_size, True, config.batch.micro_batch_tokens
-    return SharedScorer(roles, slot, *limits).score(samples)

@@ -44,7 +44,7 @@ class Learner:
         for part in training.parts(self.config, groups):
             with self.roles.acting_as(member.slot) as (model, head):
                 scores = self._scores(model, head, part)
-                preference = objective.preference(self.config, part, scores, self.taught, self.heads)
+                preference = objective.preference(self.config.objective, part, scores, self.taught, self.heads)
                 spread = objective.centering(self.heads, scores)
                 longer = member.length.penalty(part, objective.score(self.heads, scores))
                 loss = preference.loss.sum() + self.config.centering_coef * spread.sum() + longer.sum()
@@ -81,7 +81,7 @@ class Learner:
         for part in training.parts(self.config, groups):
             with self.roles.acting_as(slot) as (model, head):
                 scores = self._scores(model, head, part)
-            found = objective.preference(self.config, part, scores, self.taught, self.heads)
+            found = objective.preference(self.config.objective, part, scores, self.taught, self.heads)
             total += float(found.loss.double().sum())
         return total / len(groups)
 

@@ -1,16 +1,15 @@
-"""Which objective a config asks for, on groups of responses and their scores."""
+"""The objective of reward training, on groups of responses and their scores."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from rlhf.config import rubric
-from rlhf.config.train_rm import RewardConfig
+from rlhf.config.train_rm import Combination, Objective
 from rlhf.data import labels
 from rlhf.data.records import Comparison
 from rlhf.data.tokenised import Group
@@ -22,13 +21,12 @@ from rlhf.reward.teacher import Teacher
 log = logging.getLogger("rlhf")
 
 
-def heads_of(config: RewardConfig, records: Sequence[Comparison]) -> Heads | None:
-    """The heads that a config asks for, with the scales of their ratings in the training data; None: one score."""
-    weights = rubric.heads_of(config)
+def heads_of(weights: Mapping[str, float], how: Combination, records: Sequence[Comparison]) -> Heads | None:
+    """Heads by their weights, with the scales of their ratings in the training data; None: one score."""
     if not weights:
         return None
-    names, summed = tuple(weights), config.combine == "weights"
-    return Heads(names, tuple(weights.values()), scales(names, records), summed, config.rating_coef)
+    names, summed = tuple(weights), how.combine == "weights"
+    return Heads(names, tuple(weights.values()), scales(names, records), summed, how.rating_coef)
 
 
 def trained(heads: Heads | None, records: Sequence[Comparison]) -> list[Comparison]:
@@ -59,47 +57,47 @@ def centering(heads: Heads | None, scores: Sequence[Tensor]) -> Tensor:
 
 
 def preference(
-    config: RewardConfig, groups: Sequence[Group], scores: Sequence[Tensor], teacher: Teacher | None = None,
+    objective: Objective, groups: Sequence[Group], scores: Sequence[Tensor], teacher: Teacher | None = None,
     heads: Heads | None = None,
 ) -> Preference:  # fmt: skip
-    """Loss and accuracy of each group [G] under the config's objective.
+    """Loss and accuracy of each group [G] under the objective.
 
     Args:
         scores: one [K] tensor a group, with ``heads`` [K, k].
     """
     single = score(heads, scores)
     if heads:
-        records, compare = [group.record for group in groups], partial(_bradley_terry, config)
+        records, compare = [group.record for group in groups], partial(_bradley_terry, objective)
         found = several.objective(heads, records, scores, compare)
     else:
-        found = _labels(config, groups, single)
+        found = _labels(objective, groups, single)
     if teacher is None:
         return found
     pairs = zip(single, teacher.of(groups), strict=True)
     fitted = torch.stack([distilled(values, target) for values, target in pairs])
-    return Preference((1 - config.teacher_weight) * found.loss + config.teacher_weight * fitted, found.accuracy)
+    return Preference((1 - objective.teacher_weight) * found.loss + objective.teacher_weight * fitted, found.accuracy)
 
 
-def _labels(config: RewardConfig, groups: Sequence[Group], scores: Sequence[Tensor]) -> Preference:
-    if config.loss == "plackett_luce":
+def _labels(objective: Objective, groups: Sequence[Group], scores: Sequence[Tensor]) -> Preference:
+    if objective.loss == "plackett_luce":
         ranked = [labels.levels(group.judgements, len(group.responses)) for group in groups]
         known = [level for level in ranked if level is not None]
         assert len(known) == len(groups), "checked before anything is loaded"
         return plackett_luce(groups, scores, known)
-    if config.loss == "outcome":
-        each = [_outcome(config, group, values) for group, values in zip(groups, scores, strict=True)]
+    if objective.loss == "outcome":
+        each = [_outcome(objective, group, values) for group, values in zip(groups, scores, strict=True)]
         return Preference(torch.stack([loss for loss, _ in each]), torch.stack([right for _, right in each]))
-    return _bradley_terry(config, groups, scores)
+    return _bradley_terry(objective, groups, scores)
 
 
-def _outcome(config: RewardConfig, group: Group, values: Tensor) -> tuple[Tensor, Tensor]:
+def _outcome(objective: Objective, group: Group, values: Tensor) -> tuple[Tensor, Tensor]:
     """Of a group's own labels; of its comparisons, where it has none."""
     if group.record.ratings is not None:
         return outcome(group.record.ratings, values)
-    found = _bradley_terry(config, [group], [values])
+    found = _bradley_terry(objective, [group], [values])
     return found.loss[0], found.accuracy[0]
 
 
-def _bradley_terry(config: RewardConfig, groups: Sequence[Judged], scores: Sequence[Tensor]) -> Preference:
-    margin_coef = config.margin_coef if config.use_margins else 0.0
-    return bradley_terry(groups, scores, margin_coef, config.label_smoothing, float(config.weight_by_margin))
+def _bradley_terry(objective: Objective, groups: Sequence[Judged], scores: Sequence[Tensor]) -> Preference:
+    margin_coef = objective.margin_coef if objective.use_margins else 0.0
+    return bradley_terry(groups, scores, margin_coef, objective.label_smoothing, float(objective.weight_by_margin))

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 
 from rlhf import runtime
-from rlhf.config.train_rm import RewardConfig
+from rlhf.config.sections import RewardBatchSection, SamplingSection
+from rlhf.data.batches import PassSize
 from rlhf.data.tokenised import Group, PromptRow
 from rlhf.errors import Problem, RlhfError
 from rlhf.evaluation import heads
@@ -21,6 +23,7 @@ from rlhf.evaluation import members as together
 from rlhf.evaluation import policy as measure
 from rlhf.evaluation import reward as examine
 from rlhf.evaluation.figures import How
+from rlhf.evaluation.reward import Pairs
 from rlhf.metrics.members import chance_above
 from rlhf.models.base import Base
 from rlhf.models.heads import ScalarHead
@@ -36,35 +39,50 @@ log = logging.getLogger("rlhf")
 SMALL_SCALE = 0.1
 
 
-def scorer(roles: Roles, slots: Sequence[str], micro_batch_size: int, max_tokens: int | None) -> Scorer:
-    """Raw scores of the reward role, or the mean of several."""
-    found = [SharedScorer(roles, slot, micro_batch_size, True, max_tokens) for slot in slots]
-    return found[0] if len(found) == 1 else EnsembleScorer(found)
+@dataclass(frozen=True)
+class RewardRoles:
+    """The reward roles of a run, one a member, and how much of them a forward pass takes."""
+
+    roles: Roles
+    slots: Sequence[str]
+    batch: RewardBatchSection
+
+    def scorer(self) -> Scorer:
+        """Raw scores of the reward role, or the mean of several."""
+        found = [self._scorer(slot, raw=True) for slot in self.slots]
+        return found[0] if len(found) == 1 else EnsembleScorer(found)
+
+    def scores(self, slot: str, samples: Sequence[Sample], raw: bool) -> Scores:
+        """What one of the roles gives."""
+        return self._scorer(slot, raw).score(samples)
+
+    def _scorer(self, slot: str, raw: bool) -> SharedScorer:
+        size = PassSize(self.batch.micro_batch_size, self.batch.micro_batch_tokens)
+        return SharedScorer(self.roles, slot, size, raw)
 
 
 def held_out(
-    config: RewardConfig, roles: Roles, slots: Sequence[str], groups: Sequence[Group], run: Run
-) -> tuple[dict[str, float], dict[str, Any]]:
-    """Figures on held-out prompts; of an ensemble those of its mean, and what is to be told of its members. Where a
-    share of the data is trained on, each comparison's outcome is written too."""
-    kept = together.Kept(scorer(roles, slots, config.batch.micro_batch_size, config.batch.micro_batch_tokens))
+    rewards: RewardRoles, groups: Sequence[Group], seed: int, has_length_coef: bool
+) -> tuple[dict[str, float], dict[str, Any], Pairs]:
+    """Figures on held-out prompts; of an ensemble those of its mean, and what is to be told of its members.
+
+    Args:
+        has_length_coef: whether what scores and lengths have in common is measured too.
+    """
+    slots = rewards.slots
+    kept = together.Kept(rewards.scorer())
     pairs, members = together.compare(kept, groups)
     labelled = _of_labels(kept, groups)
-    if config.train_fraction is not None:
-        run.write_samples("held_out", [
-            {"prompt": hashlib.sha256(key.encode()).hexdigest()[:16], "right": float(right), "difference": float(gap)}
-            for key, right, gap in zip(pairs.groups, examine.right(pairs), pairs.differences, strict=True)
-        ])  # fmt: skip
-    shared = length.correlation(pairs.length_gaps.tolist(), pairs.differences.tolist()) if config.length_coef else None
+    shared = length.correlation(pairs.length_gaps.tolist(), pairs.differences.tolist()) if has_length_coef else None
     labelled |= {} if shared is None else {"eval/length_correlation": shared}
     assert kept.found is not None
-    of_heads = _of_heads(config, groups, kept.found)
+    of_heads = _of_heads(groups, kept.found, seed)
     judged = {name: row["accuracy"] for name, row in of_heads.items() if row["accuracy"]}
     labelled |= {f"eval/accuracy/{name}": accuracy["estimate"] for name, accuracy in judged.items()}
     told = {"heads_held_out": of_heads} if of_heads else {}
     if not len(pairs.differences):
-        return labelled, {**told, **({"members": len(slots)} if members else {})}
-    accuracy = examine.accuracy(pairs, config.seed)
+        return labelled, {**told, **({"members": len(slots)} if members else {})}, pairs
+    accuracy = examine.accuracy(pairs, seed)
     log.info(
         "Held out: accuracy %.3f [%.3f, %.3f] on %d comparisons of %d prompts.", accuracy.estimate, accuracy.low,
         accuracy.high, len(pairs.differences), len(groups),
@@ -74,16 +92,25 @@ def held_out(
         "eval/ece": examine.calibration_error(pairs), "eval/comparisons": len(pairs.differences), **labelled,
     }  # fmt: skip
     if not members:
-        return figures, told
+        return figures, told, pairs
     said = together.report(pairs, members)
     alone = said["accuracy"]
     log.info("Its %d members alone: accuracy %.3f to %.3f.", len(slots), min(alone), max(alone))
-    return figures, {**told, "members": len(slots), "members_held_out": said}
+    return figures, {**told, "members": len(slots), "members_held_out": said}, pairs
 
 
-def _of_heads(config: RewardConfig, groups: Sequence[Group], scores: Scores) -> dict[str, Any]:
+def write_comparisons(pairs: Pairs, run: Run) -> None:
+    """Each held-out comparison's outcome."""
+    rows = [
+        {"prompt": hashlib.sha256(key.encode()).hexdigest()[:16], "right": float(right), "difference": float(gap)}
+        for key, right, gap in zip(pairs.groups, examine.right(pairs), pairs.differences, strict=True)
+    ]
+    run.write_samples("held_out", rows)
+
+
+def _of_heads(groups: Sequence[Group], scores: Scores, seed: int) -> dict[str, Any]:
     """Each head on the labels of its attribute."""
-    found = heads.report(groups, scores, How(10, 2000, config.seed, 0.0))
+    found = heads.report(groups, scores, How(10, 2000, seed, 0.0))
     for name, row in found.items():
         said = []
         if row["accuracy"]:
@@ -118,12 +145,13 @@ def _of_labels(kept: together.Kept, groups: Sequence[Group]) -> dict[str, float]
 
 
 def standardise(
-    config: RewardConfig, roles: Roles, slots: Sequence[str], base: Base, rows: Sequence[PromptRow], run: Run
+    rewards: RewardRoles, base: Base, rows: Sequence[PromptRow], sampling: SamplingSection, seed: int, run: Run
 ) -> dict[str, float]:
     """Set each head's shift and scale so that the SFT policy's samples have mean 0 and standard deviation 1."""
-    engine = open_engine(roles, "policy", base.chat, config.sampling)
-    seed = runtime.derived_seed(config.seed, "train-rm", "standardise")
-    samples = measure.respond(engine, base.chat, rows, measure.sampling_of(config.sampling, seed))
+    roles, slots = rewards.roles, rewards.slots
+    engine = open_engine(roles, "policy", base.chat, sampling)
+    own_seed = runtime.derived_seed(seed, "train-rm", "standardise")
+    samples = measure.respond(engine, base.chat, rows, measure.sampling_of(sampling, own_seed))
     ended = [sample for sample in samples if sample.finished]
     if len(ended) < 2:
         what = (
@@ -131,7 +159,7 @@ def standardise(
         )
         fix = "raise sampling.max_new_tokens, or train the SFT policy to stop"
         raise RlhfError(Problem("GRD003", "train-rm", what, fix))
-    found = [_raw(config, roles, slot, ended) for slot in slots]
+    found = [rewards.scores(slot, ended, raw=False) for slot in slots]  # the shift is 0 and the scale 1 so far
     columns = [scores.mean.double() for scores in found]
     figures: dict[str, float] = {}
     for slot, whole, scores in zip(slots, found, columns, strict=True):
@@ -150,12 +178,6 @@ def standardise(
         standard = torch.stack([(scores - scores.mean()) / scores.std(correction=0) for scores in columns], 1)
         figures["eval/ensemble_std"] = float(standard.mean(1).std(correction=0))
     return {**figures, "eval/standardise_samples": len(ended)}
-
-
-def _raw(config: RewardConfig, roles: Roles, slot: str, samples: Sequence[Sample]) -> Scores:
-    """The head's shift is 0 and its scale 1 so far."""
-    limits = config.batch.micro_batch_size, False, config.batch.micro_batch_tokens
-    return SharedScorer(roles, slot, *limits).score(samples)
 
 
 def _rows_of_heads(found: Sequence[Scores]) -> list[dict[str, list[float]]]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf.config.train_rm import RewardConfig
+from rlhf.data.batches import PassSize
 from rlhf.data.records import Comparison
 from rlhf.data.tokenised import Group
 from rlhf.evaluation import members as together
@@ -51,22 +51,24 @@ class Teacher:
         }  # fmt: skip
 
 
-def learn(config: RewardConfig, plan: Plan, records: Sequence[Comparison], device: torch.device) -> Teacher | None:
+def learn(
+    runs: Sequence[str], plan: Plan, records: Sequence[Comparison], device: torch.device, micro_batch_size: int
+) -> Teacher | None:
     """Score every response with each teacher, one after the other; each is loaded alone and given back.
 
     Raises:
         RlhfError: MOD022 for a conversation that a teacher's base has no room for.
     """
-    if not config.teachers:
+    if not runs:
         return None
     samples = [
         Sample(record.prompt, text, [], [], True, []) for record in records for text in record.responses
     ]  # fmt: skip
     columns, parameters = [], 0
-    for index, run in enumerate(config.teachers):
+    for index, run in enumerate(runs):
         base = opening.reopen_base(plan.parents[f"teachers.{index}"], device)
         parameters += sum(parameter.numel() for parameter in base.model.parameters())
-        raw = open_run(run, SharedBase(base), config.batch.micro_batch_size, raw=True)
+        raw = open_run(run, SharedBase(base), PassSize(micro_batch_size), raw=True)
         columns.append(Rerendered(raw, base.chat, run).score(samples).mean.double())
         log.info("%s has scored %d responses.", run, len(samples))
     mean = torch.stack(columns, 1).mean(1).float()

@@ -37,18 +37,13 @@ class Rollout:
 
     tokens: list[list[int]]
     finished: list[bool]
-    version: int
     logprobs: list[list[float]] | None = None
 
 
 class RolloutEngine(Protocol):
     """An engine. Its logprobs, if any, are a monitor: old logprobs are the trainer's own rescoring."""
 
-    def sync(self, version: int) -> None: ...
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, rows: Sequence[int]) -> Rollout: ...
-    def sleep(self) -> None: ...
-    def wake(self) -> None: ...
-    def close(self) -> None: ...
 
 
 def uniforms(seed: int, rows: Sequence[int], steps: int) -> Tensor:

@@ -40,11 +40,6 @@ class HfEngine:
         self.roles, self.slot, self.chat, self.concurrency = roles, slot, chat, concurrency
         self.streamer = streamer
         self.graphs = static.Graphs()
-        self.version = 0
-
-    def sync(self, version: int) -> None:
-        """The adapter is the trainer's own: nothing to ship."""
-        self.version = version
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, rows: Sequence[int]) -> Rollout:
         """Sample one response to each prompt. Temperature 0 is greedy.
@@ -62,16 +57,7 @@ class HfEngine:
             for index, ids in zip(chosen, found, strict=True):
                 tokens[index] = ids
         ends = self._ends(sampling)
-        return Rollout(tokens, [ids[-1] in ends for ids in tokens], self.version)
-
-    def sleep(self) -> None:
-        """Nothing is held between calls."""
-
-    def wake(self) -> None:
-        """Nothing is held between calls."""
-
-    def close(self) -> None:
-        """Nothing is held between calls."""
+        return Rollout(tokens, [ids[-1] in ends for ids in tokens])
 
     @torch.no_grad()
     def _generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, rows: Sequence[int]) -> list[list[int]]:

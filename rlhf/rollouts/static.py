@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from rlhf.models import grouped
 from rlhf.models.decoding import Decoder, Rows
 
 log = logging.getLogger("rlhf")
@@ -59,7 +59,7 @@ class KeyValues:
     def fill(self, mask: Tensor | None, own: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of the prompts, whose keys and values come first; see ``Decoder.states``."""
         self.blocks[own.layer_idx] = self._room(k), self._room(v)
-        return sdpa_attention_forward(own, q, k, v, mask, scaling=own.scaling)[0]  # type: ignore[no-any-return]
+        return grouped.sdpa(own, q, k, v, mask, scaling=own.scaling)[0]  # type: ignore[no-any-return]
 
     def _room(self, part: Tensor) -> Tensor:
         whole = part.new_zeros(*part.shape[:2], self.capacity, part.shape[3])
@@ -76,7 +76,7 @@ class KeyValues:
         for whole, part in zip(room, (k, v), strict=True):
             whole.index_copy_(2, place, part)
         keys, values = (whole[:, :, : bias.shape[-1]] for whole in room)
-        return sdpa_attention_forward(own, q, keys, values, bias, scaling=own.scaling)[0]  # type: ignore[no-any-return]
+        return grouped.sdpa(own, q, keys, values, bias, scaling=own.scaling)[0]  # type: ignore[no-any-return]
 
 
 class DecodeStep:

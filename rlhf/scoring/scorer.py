@@ -44,12 +44,14 @@ class Scores:
 
     Args:
         disagreement: [B] of an ensemble's members, in differences to a reference response of the same prompt.
+        terms: of a sum whose terms have names, name -> [B] as it enters the sum: its weight times its score.
     """
 
     mean: Tensor
     members: Tensor | None = None
     heads: dict[str, Tensor] = field(default_factory=dict)
     disagreement: Tensor | None = None
+    terms: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Scorer(Protocol):
@@ -92,14 +94,14 @@ class StandardisedScorer:
 
 
 class WeightedScorer:
-    """The weighted sum of several scorers; the terms are kept as members.
+    """The weighted sum of several scorers; the terms are kept as members, and by ``names`` where they have them.
 
     Its disagreement is the most that those of its ensembles can add up to, and that of the only one exactly.
     """
 
-    def __init__(self, terms: Sequence[tuple[Scorer, float]]) -> None:
-        assert terms
-        self.terms = list(terms)
+    def __init__(self, terms: Sequence[tuple[Scorer, float]], names: Sequence[str] = ()) -> None:
+        assert terms and len(names) in (0, len(terms))
+        self.terms, self.names = list(terms), tuple(names)
 
     def score(self, samples: Sequence[Sample]) -> Scores:
         found = [scorer.score(samples) for scorer, _ in self.terms]
@@ -110,4 +112,6 @@ class WeightedScorer:
             for scores, (_, weight) in zip(found, self.terms, strict=True)
             if scores.disagreement is not None
         ]
-        return Scores(members @ weights, members, disagreement=torch.stack(apart).sum(0) if apart else None)
+        named = dict(zip(self.names, (members * weights).unbind(1), strict=True)) if self.names else {}
+        together = torch.stack(apart).sum(0) if apart else None
+        return Scores(members @ weights, members, disagreement=together, terms=named)

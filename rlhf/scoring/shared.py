@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from rlhf.data.batches import collate, micro_batches
+from rlhf.data.batches import PassSize, collate
 from rlhf.models import forward
 from rlhf.models.roles import Roles
 from rlhf.progress import track
@@ -18,17 +18,13 @@ class SharedScorer:
     missing-EOS rule decides what such a score is worth.
 
     Args:
+        size: of the forward passes.
         raw: scores as they were trained, whose differences are log-odds, instead of the standardised ones.
         head: whose scores they are, where the role has several; None: its first one, the combination.
-        max_tokens: of a forward pass; None: no limit beside ``micro_batch_size``.
     """
 
-    def __init__(
-        self, roles: Roles, slot: str, micro_batch_size: int, raw: bool = False, max_tokens: int | None = None,
-        head: str | None = None,
-    ) -> None:  # fmt: skip
-        self.roles, self.slot, self.raw = roles, slot, raw
-        self.micro_batch_size, self.max_tokens = micro_batch_size, max_tokens
+    def __init__(self, roles: Roles, slot: str, size: PassSize, raw: bool = False, head: str | None = None) -> None:
+        self.roles, self.slot, self.size, self.raw = roles, slot, size, raw
         self.column = roles.head(slot).names.index(head) if head else 0
 
     @torch.no_grad()
@@ -36,13 +32,11 @@ class SharedScorer:
         """[B] scores of the head, and of each head by its name where there are several."""
         names = self.roles.head(self.slot).names
         scores = torch.zeros(len(samples), len(names))
-        lengths = [len(sample.prompt_ids) + len(sample.scored_ids) for sample in samples]
-        parts = micro_batches(lengths, self.micro_batch_size, self.max_tokens)
+        parts = self.size.split([len(sample.prompt_ids) + len(sample.scored_ids) for sample in samples])
         for rows in track(parts, "Scoring", len(parts)):
             chosen = [samples[row] for row in rows]
-            sequences = collate(
-                [s.prompt_ids for s in chosen], [s.scored_ids for s in chosen], 0, self.roles.device
-            )  # fmt: skip
+            prompts, responses = [s.prompt_ids for s in chosen], [s.scored_ids for s in chosen]
+            sequences = collate(prompts, responses, 0, self.roles.device)
             with self.roles.acting_as(self.slot) as (model, head):
                 found = forward.end_scores(model, head, sequences)
                 scores[rows] = (found * head.scale + head.shift if self.raw else found).float().cpu()

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from rlhf import artifacts
 from rlhf.artifacts import Manifest
-from rlhf.config.rewards import ClassifierSection, RewardSource
+from rlhf.config.rewards import (
+    ClassifierSection,
+    EnsembleReward,
+    FunctionReward,
+    ModelReward,
+    RewardSource,
+    RunReward,
+    ServiceReward,
+)
+from rlhf.data.batches import PassSize
 from rlhf.examined import LengthCalibration, length_calibration
 from rlhf.models import classifier, opening
 from rlhf.models.base import Base
@@ -29,59 +40,102 @@ from rlhf.scoring.shared import SharedScorer
 log = logging.getLogger("rlhf")
 
 
-def open_source(
-    source: RewardSource, slot: str, manifest: Manifest | None, base: Base, shared: SharedBase | None,
-    micro_batch_size: int, answer: Answer | None = None, max_tokens: int | None = None,
-) -> Scorer:  # fmt: skip
+@dataclass(frozen=True)
+class Host:
+    """What a source is opened beside, and in what portions it reads.
+
+    Args:
+        base: the policy's.
+        shared: its roles, where a reward run may be one more of them. A run on another base, a model from elsewhere and
+            a run beside roles that share nothing are loaded as models of their own.
+        size: of the forward passes; a model from elsewhere has no limit on tokens.
+        answer: samples the reference policy, for an ensemble whose members are compared in differences.
+    """
+
+    base: Base
+    shared: SharedBase | None
+    size: PassSize
+    answer: Answer | None = None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Which number of a reward run is read: raw or standardised, of which head, and what is taken off for length."""
+
+    raw: bool = False
+    head: str | None = None
+    calibration: LengthCalibration | None = None
+
+
+def open_source(source: RewardSource, slot: str, manifest: Manifest | None, host: Host) -> Scorer:
     """What scores for one term of a reward.
 
     Args:
         slot: name of the role that a reward run becomes; of an ensemble's members its beginning.
         manifest: of the reward run, where the source is one.
-        base: the policy's; shared: its roles, where the run may be one more of them. A run on another base, a model
-            from elsewhere and a run beside roles that share nothing are loaded as models of their own.
-        answer: samples the reference policy, for an ensemble whose members are compared in differences.
-        max_tokens: of a forward pass of a reward run; None: no limit beside ``micro_batch_size``.
     """
-    if source.function:
-        return FunctionScorer(source.function)
-    if source.url:
-        return ServiceScorer(source.url)
-    known = length_calibration(source.length_calibration) if source.length_calibration else None
-    if source.model:
-        scorer = open_classifier(source.model, base.device, micro_batch_size)
-        return LengthCorrected(scorer, known, scorer.tokens_read) if known else scorer
-    if source.run:
-        assert manifest
-        members = _members(
-            source.run, slot, manifest, base, shared, micro_batch_size, max_tokens, False, source.head, known
-        )
-    else:
-        members = [
-            member
-            for index, run in enumerate(source.runs or ())
-            for member in _members(
-                run,
-                f"{slot}/{index}",
-                artifacts.read(run, "reward"),
-                base,
-                shared,
-                micro_batch_size,
-                max_tokens,
-                head=source.head,
-            )
-        ]
+    return OPENERS[type(source)](source, slot, manifest, host)
+
+
+def _of_run(source: RunReward, slot: str, manifest: Manifest | None, host: Host) -> Scorer:
+    assert manifest
+    reading = Reading(head=source.head, calibration=_known(source))
+    return _together(source, _members(source.run, slot, manifest, host, reading), host)
+
+
+def _of_ensemble(source: EnsembleReward, slot: str, manifest: Manifest | None, host: Host) -> Scorer:
+    reading = Reading(head=source.head)
+    members = [
+        member
+        for index, run in enumerate(source.runs)
+        for member in _members(run, f"{slot}/{index}", artifacts.read(run, "reward"), host, reading)
+    ]
+    return _together(source, members, host)
+
+
+def _of_model(source: ModelReward, slot: str, manifest: Manifest | None, host: Host) -> Scorer:
+    scorer, known = open_classifier(source.model, host.base.device, host.size.rows), _known(source)
+    return LengthCorrected(scorer, known, scorer.tokens_read) if known else scorer
+
+
+def _of_function(source: FunctionReward, slot: str, manifest: Manifest | None, host: Host) -> Scorer:
+    return FunctionScorer(source.function)
+
+
+def _of_service(source: ServiceReward, slot: str, manifest: Manifest | None, host: Host) -> Scorer:
+    return ServiceScorer(source.url)
+
+
+OPENERS: dict[type[RewardSource], Callable[[Any, str, Manifest | None, Host], Scorer]] = {
+    RunReward: _of_run,
+    EnsembleReward: _of_ensemble,
+    ModelReward: _of_model,
+    FunctionReward: _of_function,
+    ServiceReward: _of_service,
+}
+"""What opens each kind of source."""
+
+
+def _known(source: RewardSource) -> LengthCalibration | None:
+    return length_calibration(source.length_calibration) if source.length_calibration else None
+
+
+def _together(source: RewardSource, members: Sequence[Scorer], host: Host) -> Scorer:
     if len(members) == 1:
         assert source.aggregate == "mean", "checked before any weight is loaded"
         return members[0]
-    references = References(answer, source.reference_samples) if answer and source.compares else None
+    references = References(host.answer, source.reference_samples) if host.answer and source.compares else None
     return EnsembleScorer(members, source.aggregate, source.disagreement_coef, references)
 
 
 def open_run(
-    run_dir: str, roles: SharedBase, micro_batch_size: int, raw: bool = False, head: str | None = None,
+    run_dir: str,
+    roles: SharedBase,
+    size: PassSize,
+    raw: bool = False,
+    head: str | None = None,
     calibration: LengthCalibration | None = None,
-) -> Scorer:  # fmt: skip
+) -> Scorer:
     """What scores for a finished reward run, on the base of ``roles``; of an ensemble the mean of its members.
 
     Args:
@@ -89,23 +143,24 @@ def open_run(
         calibration: what is taken off for length, from scores that are not raw.
     """
     assert not (raw and calibration)
-    members = _corrected(_add_members(roles, "reward", run_dir, micro_batch_size, raw, head=head), calibration)
+    host, reading = Host(roles.base, roles, size), Reading(raw, head, calibration)
+    members = _add_members(roles, "reward", run_dir, host, reading)
     return members[0] if len(members) == 1 else EnsembleScorer(members)
 
 
-def open_runs(
-    runs: Sequence[str], manifests: Sequence[Manifest], roles: SharedBase, micro_batch_size: int
-) -> EnsembleScorer:
+def open_runs(runs: Sequence[str], manifests: Sequence[Manifest], roles: SharedBase, size: PassSize) -> EnsembleScorer:
     """The raw scores of several reward runs' members, and their mean.
 
     Args:
         roles: on the first run's base; a run on another one has a model of its own.
     """
-    return EnsembleScorer([
+    host, reading = Host(roles.base, roles, size), Reading(raw=True)
+    members = [
         member
         for index, (run, manifest) in enumerate(zip(runs, manifests, strict=True))
-        for member in _members(run, f"runs/{index}", manifest, roles.base, roles, micro_batch_size, None, raw=True)
-    ])  # fmt: skip
+        for member in _members(run, f"runs/{index}", manifest, host, reading)
+    ]
+    return EnsembleScorer(members)
 
 
 def heads(runs: Sequence[str]) -> list[Path]:
@@ -124,34 +179,24 @@ def slot_names(slot: str, count: int) -> list[str]:
     return [slot] if count == 1 else [f"{slot}/{index}" for index in range(count)]
 
 
-def _members(
-    run: str, slot: str, manifest: Manifest, base: Base, shared: SharedBase | None, micro_batch_size: int,
-    max_tokens: int | None, raw: bool = False, head: str | None = None, calibration: LengthCalibration | None = None,
-) -> list[Scorer]:  # fmt: skip
+def _members(run: str, slot: str, manifest: Manifest, host: Host, reading: Reading) -> list[Scorer]:
     """The members of a run, on the policy's base where they were made on it. The same for length is taken off each, in
     tokens of the run's base: what an aggregate of them gives changes by just that."""
-    if shared is not None and is_on(manifest, base):
-        members = _add_members(shared, slot, run, micro_batch_size, raw, max_tokens, head)
-        return _corrected(members, calibration)
-    own = opening.reopen_base(manifest, base.device)
+    if host.shared is not None and is_on(manifest, host.base):
+        return _add_members(host.shared, slot, run, host, reading)
+    own = opening.reopen_base(manifest, host.base.device)
     log.info("%s is on a base of its own (%s), which is loaded as well.", run, own.source)
-    found = _corrected(_add_members(SharedBase(own), slot, run, micro_batch_size, raw, max_tokens, head), calibration)
-    return [Rerendered(member, own.chat, run) for member in found]
+    return [Rerendered(one, own.chat, run) for one in _add_members(SharedBase(own), slot, run, host, reading)]
 
 
-def _corrected(members: Sequence[Scorer], calibration: LengthCalibration | None) -> list[Scorer]:
-    return [LengthCorrected(member, calibration) for member in members] if calibration else list(members)
-
-
-def _add_members(
-    roles: SharedBase, slot: str, run_dir: str, micro_batch_size: int, raw: bool = False,
-    max_tokens: int | None = None, head: str | None = None,
-) -> list[SharedScorer]:  # fmt: skip
+def _add_members(roles: SharedBase, slot: str, run_dir: str, host: Host, reading: Reading) -> list[Scorer]:
     members = artifacts.members_of(run_dir)
     names = slot_names(slot, len(members))
     for name, member in zip(names, members, strict=True):
         add_reward(roles, name, member)
-    return [SharedScorer(roles, name, micro_batch_size, raw, max_tokens, head) for name in names]
+    scorers = [SharedScorer(roles, name, host.size, reading.raw, reading.head) for name in names]
+    known = reading.calibration
+    return [LengthCorrected(scorer, known) for scorer in scorers] if known else [*scorers]
 
 
 def open_classifier(section: ClassifierSection, device: torch.device, micro_batch_size: int) -> ClassifierScorer:

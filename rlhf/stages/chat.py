@@ -11,8 +11,9 @@ from dataclasses import replace
 import typer
 
 from rlhf import artifacts, examined, interrupts, runtime
-from rlhf.config.rewards import RewardSource
+from rlhf.config.rewards import ClassifierSection, ModelReward
 from rlhf.config.sections import RuntimeSection
+from rlhf.data.batches import PassSize
 from rlhf.data.records import Message, Messages
 from rlhf.data.tokenised import PromptRow
 from rlhf.errors import RlhfError
@@ -23,7 +24,7 @@ from rlhf.policy_sampling import Asked
 from rlhf.rollouts.engine import Sampling
 from rlhf.rollouts.hf import HfEngine
 from rlhf.scoring.scorer import Sample, Scorer
-from rlhf.scoring.sources import open_source
+from rlhf.scoring.sources import Host, open_source
 from rlhf.stages import streaming
 from rlhf.stages.generate import is_run, open_policy, refuse_other_kinds, settle
 
@@ -93,12 +94,12 @@ def _answer(base: Base, roles: SharedBase, asked: Messages, how: Sampling) -> Sa
 
 
 def _scorer(reward: str, base: Base, roles: SharedBase) -> Scorer:
+    host = Host(base, roles, PassSize(1))
     if not is_run(reward):
-        source = RewardSource.model_validate({"model": {"path": reward}})
-        return open_source(source, "reward", None, base, roles, 1)
+        outside = ModelReward(model=ClassifierSection(path=reward))
+        return open_source(outside, "reward", None, host)
     source = examined.source_of(reward)
-    assert source.run
-    return open_source(source, "reward", artifacts.read(source.run), base, roles, 1)
+    return open_source(source, "reward", artifacts.read(source.run), host)
 
 
 def _remarks(sample: Sample, scorer: Scorer | None) -> str:

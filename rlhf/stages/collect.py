@@ -12,6 +12,7 @@ from rlhf.artifacts import Manifest
 from rlhf.config.sections import SamplingSection
 from rlhf.config.stages import CollectConfig
 from rlhf.data import fitting, tokenised
+from rlhf.data.batches import PassSize
 from rlhf.data.fitting import Limit
 from rlhf.data.tokenised import LengthReport, PromptRow
 from rlhf.evaluation import policy as measure
@@ -21,7 +22,7 @@ from rlhf.preflight import Plan
 from rlhf.rollouts.opening import open_engine
 from rlhf.runs import Run
 from rlhf.scoring.scorer import Sample
-from rlhf.scoring.sources import open_source
+from rlhf.scoring.sources import Host, open_source
 from rlhf.stages.registry import STAGES
 
 log = logging.getLogger("rlhf")
@@ -44,7 +45,8 @@ def run(config: CollectConfig, plan: Plan, run: Run) -> Manifest:
     engine = open_engine(roles, "policy", base.chat, sampling)
     compared = measure.sampling_of(sampling, runtime.derived_seed(config.seed, "collect", "references"))
     answer = measure.answering(engine, base.chat, compared)
-    labeller = open_source(config.labeller, "labeller", parent, base, roles, sampling.concurrency, answer)
+    host = Host(base, roles, PassSize(sampling.concurrency), answer)
+    labeller = open_source(config.labeller, "labeller", parent, host)
     repeated = [prompt for prompt in prompts for _ in range(config.samples_per_prompt)]
     seed = runtime.derived_seed(config.seed, "collect")
     samples = measure.respond(engine, base.chat, repeated, measure.sampling_of(sampling, seed))
@@ -54,12 +56,15 @@ def run(config: CollectConfig, plan: Plan, run: Run) -> Manifest:
         "policy": config.policy, "policy_digest": policy.digest, "temperature": sampling.temperature,
         "max_new_tokens": sampling.max_new_tokens, "labeller": config.labeller.name, "seed": config.seed,
     }  # fmt: skip
-    rows, num_alike = [], 0
+    rows, num_short, num_alike = [], 0, 0
     num_unfinished = sum(not sample.finished for sample in samples)
     num_empty = sum(sample.finished and sample.is_empty for sample in samples)
     for start in range(0, len(samples), config.samples_per_prompt):
         group = slice(start, start + config.samples_per_prompt)
         distinct = _distinct(samples[group], scores[group])
+        if len(distinct) < 2:
+            num_short += 1
+            continue
         if len({score for _, score in distinct}) < 2:
             num_alike += 1
             continue
@@ -67,13 +72,13 @@ def run(config: CollectConfig, plan: Plan, run: Run) -> Manifest:
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     storage.write_text(run.path / artifacts.PREFERENCES, text)
     log.info(
-        "%d prompts ranked; %d groups dropped because nothing in them was preferred; of the responses %d were left out "
-        "as cut off and %d as without text.",
-        len(rows), num_alike, num_unfinished, num_empty,
+        "%d prompts ranked; %d dropped because fewer than two different responses to them were left, %d because all "
+        "that were left scored the same; of the responses %d were left out as cut off and %d as without text.",
+        len(rows), num_short, num_alike, num_unfinished, num_empty,
     )  # fmt: skip
     metrics = {
-        "collect/prompts": len(rows), "collect/groups_alike": num_alike, "collect/unfinished": num_unfinished,
-        "collect/empty": num_empty,
+        "collect/prompts": len(rows), "collect/groups_short": num_short, "collect/groups_alike": num_alike,
+        "collect/unfinished": num_unfinished, "collect/empty": num_empty,
     }  # fmt: skip
     return run.finish(
         Manifest(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,45 +31,66 @@ REPORT, ROWS = "report.json", "rows.jsonl"
 FLAGS = {"max_new_tokens": "--max-new-tokens", "temperature": "--temperature", "stop_tokens": "--stop-token"}
 
 
+@dataclass(frozen=True)
+class Options:
+    """How two policies are compared.
+
+    Args:
+        samples: responses a prompt of each.
+        slice_by: fields of the prompts' rows; a table for the values of each.
+        template: named template for a policy whose tokenizer has none.
+    """
+
+    samples: int
+    slice_by: Sequence[str]
+    template: str | None
+    asked: Asked
+    micro_batch_size: int
+    num_worst: int
+    num_resamples: int
+
+
 def compare(
-    policies: tuple[str, str], prompts: str, rewards: Sequence[str], samples: int, slice_by: Sequence[str],
-    template: str | None, asked: Asked, micro_batch_size: int, num_worst: int, num_resamples: int, out: Path | None,
+    policies: tuple[str, str],
+    prompts: str,
+    rewards: Sequence[str],
+    options: Options,
+    out: Path | None,
     suite_file: Path | None = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Sample both policies with the same noise, each as its run does, score all responses, and work out who wins where.
 
     Args:
         policies: baseline and candidate; one is open at a time, and none while the rewards are.
-        slice_by: fields of the prompts' rows; a table for the values of each.
         suite_file: edge cases that both policies answer once, greedily.
         out: directory for ``report.json`` and ``rows.jsonl``, every response with its score.
     """
     cases = read_suite(suite_file) if suite_file else []
     for policy in policies:
-        refuse_other_kinds(policy, template)
-    hows = settle_both(policies, asked)
+        refuse_other_kinds(policy, options.template)
+    hows = settle_both(policies, options.asked)
     check_names(rewards)
-    records, fields = lines.load_with(sources.load_prompts, prompts, slice_by)
-    repeated = [record.prompt for record in records for _ in range(samples)]
-    labels = {field: [value for value in fields[field] for _ in range(samples)] for field in slice_by}
+    records, fields = lines.load_with(sources.load_prompts, prompts, options.slice_by)
+    repeated = [record.prompt for record in records for _ in range(options.samples)]
+    labels = {field: [value for value in fields[field] for _ in range(options.samples)] for field in options.slice_by}
     labels = {"prompt length": comparison.thirds_by_length(repeated), **labels}
     both = list(zip(policies, hows, strict=True))
-    responses = [sample(policy, template, records, samples, how, prompts) for policy, how in both]
+    responses = [sample(policy, options.template, records, options.samples, how, prompts) for policy, how in both]
     questions = suite.prompts(cases, str(suite_file))
     answers = [
-        sample(policy, template, questions, 1, replace(how, temperature=0.0), str(suite_file)) if cases else []
+        sample(policy, options.template, questions, 1, replace(how, temperature=0.0), str(suite_file)) if cases else []
         for policy, how in both
     ]
-    scorer = open_scorer(rewards, runtime.set_up(RuntimeSection(), asked.seed), micro_batch_size)
+    scorer = open_scorer(rewards, runtime.set_up(RuntimeSection(), options.asked.seed), options.micro_batch_size)
     baseline, candidate = (
         Side(policy, own, scorer.score(own).mean.double().numpy(), _settings(how))
         for (policy, how), own in zip(both, responses, strict=True)
     )
-    seed = runtime.derived_seed(asked.seed, "resamples")
+    seed = runtime.derived_seed(options.asked.seed, "resamples")
     found = {
         "rewards": list(rewards),
         "accepted": examined.marks_of(policies),
-        **comparison.report(baseline, candidate, labels, seed, num_resamples, num_worst),
+        **comparison.report(baseline, candidate, labels, seed, options.num_resamples, options.num_worst),
     }  # fmt: skip
     if cases:
         found["suite"] = _suite(cases, answers, scorer)

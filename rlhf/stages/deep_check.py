@@ -6,9 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from rlhf.config.ppo import PromptsSection
-from rlhf.config.sections import ModelSection
-from rlhf.config.stages import LongRows, SftConfig
 from rlhf.data import deep
 from rlhf.data.chat import ChatFormat
 from rlhf.data.deep import Finding
@@ -31,7 +28,8 @@ def add_findings(results: Sequence[dict[str, Any]], checked: Sequence[Checked | 
     for result, one in zip(results, checked, strict=True):
         if one is None:
             continue
-        chat = _chat(one, result["not_checked"])
+        chat, note = _chat(one)
+        result["not_checked"] += [note] if note else []
         for key, loaded in one.plan.data.items():
             found = deep.look(loaded.records, loaded.source)
             if chat:
@@ -45,25 +43,21 @@ def add_findings(results: Sequence[dict[str, Any]], checked: Sequence[Checked | 
             result["data"][key]["found"] = [asdict(entry) | {"level": entry.level} for entry in found]
 
 
-def _chat(one: Checked, unchecked: list[str]) -> ChatFormat | None:
-    """The tokenizer that the stage reads with, where it can be had."""
+def _chat(one: Checked) -> tuple[ChatFormat | None, str]:
+    """The tokenizer that the stage reads with, where it can be had; else why not."""
     found = reading.of(one)
+    if found.classifier:
+        return None, "tokens: a model from elsewhere reads through its own template"
     if found.model is None:
-        unchecked.append(f"tokens: {found.note}")
-        return None
-    if not isinstance(found.model, ModelSection):
-        unchecked.append("tokens: a model from elsewhere reads through its own template")
-        return None
-    return opening.open_chat(found.model)
+        return None, f"tokens: {found.note}"
+    return opening.open_chat(found.model), ""
 
 
 def _in_tokens(one: Checked, key: str, chat: ChatFormat) -> Iterator[Finding]:
     """Special tokens, rows that are too long, and responses that only differ behind the cut. Which of them the stage
     would drop is counted with the rows that were dropped when the data were read."""
-    section = next(item.section for item in one.needs.inputs if item.key == key)
-    limit = section.max_tokens if isinstance(section, PromptsSection) else getattr(one.config, "max_length", None)
-    cut = isinstance(one.config, LongRows) and one.config.too_long == "truncate"
-    last_only = isinstance(one.config, SftConfig) and one.config.loss_on == "last_turn"
+    read = next(item.rows for item in one.needs.inputs if item.key == key)
+    limit, cut = read.max_tokens, read.truncates
     dropped = one.plan.data[key].dropped
     for record in (*one.plan.data[key].records, *one.plan.data[key].left_out):
         special = [(message.role, chat.special_in(message.content)) for message in deep.texts_of(record)]
@@ -76,7 +70,7 @@ def _in_tokens(one: Checked, key: str, chat: ChatFormat) -> Iterator[Finding]:
                 yield Finding("special token", record.where, what, "DAT060")
             continue
         try:
-            rows = _ids(record, chat, last_only)
+            rows = _ids(record, chat, read.last_turn_only)
         except RlhfError as error:
             yield Finding("template", record.where, error.problems[0].what)
             continue

@@ -19,6 +19,7 @@ from rlhf.config.stages import EvalRmConfig
 from rlhf.config.suite import CaseSection
 from rlhf.config.suite import read as read_suite
 from rlhf.data import fitting, tokenised
+from rlhf.data.batches import PassSize
 from rlhf.data.benchmarks import BenchmarkRow
 from rlhf.data.fitting import Limit
 from rlhf.data.sources import Loaded
@@ -232,11 +233,11 @@ def _open(config: EvalRmConfig, plan: Plan, device: torch.device) -> Subject:
     roles = SharedBase(base)
     if config.runs:
         manifests = [plan.parents[f"runs.{index}"] for index in range(len(config.runs))]
-        joined = sources.open_runs(config.runs, manifests, roles, config.micro_batch_size)
+        joined = sources.open_runs(config.runs, manifests, roles, PassSize(config.micro_batch_size))
         scales = tuple(float(ScalarHead.load(head).scale[0]) for head in sources.heads(config.runs))
         return Subject(joined, base.chat, scales)
     assert config.reward
-    scorer = open_run(config.reward, roles, config.micro_batch_size, raw=True, head=config.head)
+    scorer = open_run(config.reward, roles, PassSize(config.micro_batch_size), raw=True, head=config.head)
     own = [slot.head for slot in roles.slots.values() if slot.head]
     scales = tuple(float(head.scale[head.names.index(config.head or head.names[0])]) for head in own)
     return Subject(scorer, base.chat, scales)

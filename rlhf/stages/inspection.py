@@ -13,11 +13,11 @@ from rlhf.artifacts import Manifest
 from rlhf.config import load, migrate, reference, rubric, yaml_reader
 from rlhf.config.migration import Migration
 from rlhf.config.sections import DataSection
-from rlhf.config.stages import PipelineConfig
 from rlhf.data import sources
 from rlhf.data.deep import FIXES
 from rlhf.demo import registry as demo
 from rlhf.errors import Problem, RlhfError
+from rlhf.findings import Findings
 from rlhf.preflight import Checked
 from rlhf.stages import reading, rows_as_text
 from rlhf.stages.registry import KINDS, STAGES, around, kinds_of, open_config, refuse_unknown
@@ -35,19 +35,16 @@ def check(
         deep: look for what is wrong between sound rows and data sets, also in tokens; see ``refuse_found``.
     """
     results: list[dict[str, Any]] = []
-    problems: list[Problem] = []
+    findings = Findings()
     checked: list[Checked | None] = []
-    kinds = kinds_of(files, stage, problems)
+    kinds = kinds_of(files, stage, findings)
     for path, kind in kinds:
         folders = tuple(dict.fromkeys([path.parent, *(other.parent for other, _ in kinds)]))
-        try:
+        with findings.gathering():
             result, found = _check_file(path, kind, overrides, folders, show)
             results.append(result)
             checked.append(found)
-        except RlhfError as error:
-            problems += error.problems
-    if problems:
-        raise RlhfError(*problems)
+    findings.refuse()
     if deep:
         progress.load("rlhf.stages.deep_check").add_findings(results, checked)
     return results
@@ -65,7 +62,7 @@ def _check_file(
 ) -> tuple[dict[str, Any], Checked | None]:  # fmt: skip
     config = open_config(kind, path, overrides, "--stage {kind}")
     result: dict[str, Any] = {"config": str(path), "stage": kind}
-    if isinstance(config, PipelineConfig):
+    if kind == "pipeline":
         return result | {"steps": [step.model_dump() for step in config.stages]}, None
     if kind not in STAGES:
         return result, None
@@ -85,12 +82,12 @@ def _check_file(
 def _add_rows(result: dict[str, Any], checked: Checked, count: int) -> None:
     """The first rows of each data set: as the model will see them, or as text where no tokenizer can be had."""
     found = reading.of(checked)
-    if found.model is None:
+    if not found.is_known:
         result["rows_shown"] = f"as text, without tokens: {found.note}"
         shown = rows_as_text.rows(checked, count)
     else:
         result["rows_shown"] = f"with {found.note}" if found.note else "as the model reads them"
-        shown = progress.load("rlhf.stages.showing").rows(checked, count, found.model)
+        shown = progress.load("rlhf.stages.showing").rows(checked, count, found)
     for key, rows in shown.items():
         result["data"][key]["shown"] = rows
 
@@ -106,17 +103,14 @@ def reference_of(stage_id: str | None, schema: bool) -> str:
 
 def require_reachable(model: str | None, data: Sequence[str]) -> None:
     """Raise for names of the hub that neither it nor its cache gives, before slow libraries are imported."""
-    problems: list[Problem] = []
-    if model is not None and _is_hub_name(model) and (away := connection.model_problem(model, model, None)):
-        problems.append(away)
+    findings = Findings()
+    if model is not None and _is_hub_name(model):
+        findings.add(connection.model_problem(model, model, None))
     for path in data:
         if _is_hub_name(path) and not path.endswith(preflight.DATA_FILES) and connection.trouble():
-            try:
+            with findings.gathering():
                 next(sources.raw_rows(DataSection(path=path)), None)
-            except RlhfError as error:
-                problems += error.problems
-    if problems:
-        raise RlhfError(*problems)
+    findings.refuse()
 
 
 def _is_hub_name(name: str) -> bool:

@@ -13,10 +13,12 @@ from typing import Any
 from rlhf import artifacts, examined, interrupts, masking, progress
 from rlhf.config import yaml_reader
 from rlhf.errors import Problem, RlhfError
+from rlhf.findings import Findings
+from rlhf.needs import Needs
 from rlhf.neighbours import Nearby, command
-from rlhf.preflight import Needs
 from rlhf.stages import starting
-from rlhf.stages.registry import STAGES, Stage, around, open_config
+from rlhf.stages.base import Stage
+from rlhf.stages.registry import STAGES, around, open_config
 from rlhf.stages.starting import Ready
 
 log = logging.getLogger("rlhf")
@@ -168,24 +170,21 @@ def _named(steps: Sequence[Step], name: str, where: str) -> Step:
 
 
 def _checked(path: Path, steps: Sequence[Step], limit: int | None) -> list[Step]:
-    problems: list[Problem] = []
+    findings = Findings()
     found: list[Step] = []
     nearby = around(steps[0].path, [step.path for step in steps])
     made: set[str] = set()
     for step in steps:
-        try:
+        with findings.gathering():
             fix = f"stage: {{kind}} in {path}"
             open_config(step.stage.id, step.path, step.overrides, fix)
             limits = starting.limits(step.stage, step.path, step.overrides, limit) if limit else []
             step = replace(step, overrides=(*step.overrides, *limits))
             config = open_config(step.stage.id, step.path, step.overrides)
-            problems += _unmade(step, step.stage.needs(config), made, nearby)
+            findings.extend(_unmade(step, step.stage.needs(config), made, nearby))
             made.add(config.run_dir)
-        except RlhfError as error:
-            problems += error.problems
         found.append(step)
-    if problems:
-        raise RlhfError(*problems)
+    findings.refuse()
     return found
 
 

@@ -5,18 +5,20 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rlhf import artifacts, progress, resources
-from rlhf.config.stages import SftConfig, StageConfig
-from rlhf.config.train_rm import RewardConfig
+from rlhf import progress, resources
+from rlhf.config.stages import StageConfig
 from rlhf.errors import Problem, RlhfError
-from rlhf.planning import advice, clock, phases, specs
+from rlhf.findings import Findings
+from rlhf.planning import advice, clock, phases
 from rlhf.planning.clock import Speed
 from rlhf.planning.phases import PARTS, Spec
+from rlhf.planning.specs import Ground
 from rlhf.resources import size
+from rlhf.stages import ancestry
 from rlhf.stages.registry import STAGES, kinds_of, open_config
 
 log = logging.getLogger("rlhf")
@@ -41,29 +43,26 @@ def plans(files: Sequence[Path], stage: str | None, overrides: Sequence[str], de
     Raises:
         RlhfError: as ``kinds_of`` and ``plan``.
     """
-    problems: list[Problem] = []
+    findings = Findings()
     found: dict[tuple[Path, str], dict[str, Any]] = {}
-    for path, kind in _stages_of(kinds_of(files, stage, problems), problems):
-        try:
+    for path, kind in _stages_of(kinds_of(files, stage, findings), findings):
+        with findings.gathering():
             if (path, kind) not in found:
                 found[path, kind] = plan(path, kind, overrides, device)
-        except RlhfError as error:
-            problems += error.problems
-    if problems:
-        raise RlhfError(*dict.fromkeys(problems))
+    if findings.problems:
+        raise RlhfError(*dict.fromkeys(findings.problems))
     return list(found.values())
 
 
-def _stages_of(kinds: Sequence[tuple[Path, str]], problems: list[Problem]) -> Iterator[tuple[Path, str]]:
+def _stages_of(kinds: Sequence[tuple[Path, str]], findings: Findings) -> Iterator[tuple[Path, str]]:
     """Each stage's config; that of a pipeline gives those of its steps, and a rubric none."""
     for path, kind in kinds:
         if kind in STAGES:
             yield path, kind
         elif kind == "pipeline":
-            try:
-                yield from ((Path(step.config), step.stage) for step in open_config(kind, path).stages)
-            except RlhfError as error:
-                problems += error.problems
+            with findings.gathering():
+                steps = open_config(kind, path).stages
+                yield from ((Path(step.config), step.stage) for step in steps)
         else:
             log.warning("Left out: %s: a %s config has no memory to plan.", path, kind)
 
@@ -171,33 +170,25 @@ def number(text: str, where: str, units: dict[str, float] | dict[str, int]) -> f
 
 
 def _spec(config: StageConfig, stage_id: str, path: Path, device: str) -> tuple[Spec, str, list[str]]:
-    parent = specs.parent_of(config)
-    if isinstance(config, SftConfig):
-        origin, where = specs.of_sft(config, str(path)), "model.path"
+    stage = STAGES[stage_id]
+    if own := stage.origin(config):
+        origin, where = replace(own, said_by=str(path)), "model.path"
+    elif parent := stage.parent(config):
+        origin, where = ancestry.find(parent, path.parent), f"{parent}: base"
     else:
-        if parent is None:
-            what = "is a model from elsewhere, whose memory is not predicted."
-            raise RlhfError(Problem("MOD051", "model", what, "count its weights and one micro-batch"))
-        origin, where = specs.find(parent, path.parent), f"{parent}: base"
+        what = "is a model from elsewhere, whose memory is not predicted."
+        raise RlhfError(Problem("MOD051", "model", what, "count its weights and one micro-batch"))
     data: dict[str, Any] = {}
     assumed = []
-    for item in STAGES[stage_id].needs(config).inputs:
+    needs = stage.needs(config)
+    for item in needs.inputs:
         try:
             data[item.key] = item.read(item.section, config.seed).records
         except RlhfError as error:
             assumed.append(f"{item.key} is not readable ({error.problems[0].code}): steps and rankings unknown")
-    found = specs.spec(config, origin, data, device, where)
-    if stage_id == "train-rm" and "data" not in data:
-        assumed.append("two responses a prompt")
-    if isinstance(config, RewardConfig) and config.teachers:
-        assumed.append("teachers are no larger than the base: each is loaded alone, before it")
-    unmade = [run for run in specs.reward_runs(config) if not artifacts.is_finished(Path(run))]
-    if unmade:
-        assumed.append(f"one member in {', '.join(unmade)}, which {'is' if len(unmade) == 1 else 'are'} not there yet")
-    if stage_id == "ppo" and found.value_rank is None:
-        who = "reward and value roles" if found.trains_value else "reward roles"
-        assumed.append(f"{who} of the policy's rank, {origin.rank}")
-    return found, origin.said_by, assumed
+    assert needs.memory, "every stage's memory is predicted"
+    found = needs.memory(Ground(origin, data, device, where))
+    return found, origin.said_by, [*assumed, *stage.assumed(config, found, list(data))]
 
 
 def _together(spec: Spec, budget: int | None) -> dict[str, Any] | None:

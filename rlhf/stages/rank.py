@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rlhf import examined, runtime
@@ -23,35 +24,49 @@ log = logging.getLogger("rlhf")
 NUM_RESAMPLES = 1000
 
 
-def rank(
-    policy: str, prompts: str, rewards: Sequence[str], judge: str | None, samples: int, top: int | None,
-    template: str | None, asked: Asked, micro_batch_size: int, out: str,
-) -> dict[str, Any]:  # fmt: skip
-    """Write the responses to each prompt best first, and return what the best of 1, 2, 4 ... ``samples`` is worth.
-
-    An empty response is not written. A prompt to which every response is empty is left out of both, and counted.
+@dataclass(frozen=True)
+class Options:
+    """How samples are ranked.
 
     Args:
         judge: another reward, which chooses nothing and measures what is chosen.
+        samples: responses a prompt.
         top: responses of each prompt that are written; None: all.
+        template: named template for a policy whose tokenizer has none.
     """
-    refuse_other_kinds(policy, template)
-    how = settle(policy, asked)
-    check_names([*rewards, *([judge] if judge else [])])
+
+    judge: str | None
+    samples: int
+    top: int | None
+    template: str | None
+    asked: Asked
+    micro_batch_size: int
+
+
+def rank(policy: str, prompts: str, rewards: Sequence[str], options: Options, out: str) -> dict[str, Any]:
+    """Write the responses to each prompt best first, and return what the best of 1, 2, 4 ... samples is worth.
+
+    An empty response is not written. A prompt to which every response is empty is left out of both, and counted.
+    """
+    refuse_other_kinds(policy, options.template)
+    how = settle(policy, options.asked)
+    check_names([*rewards, *([options.judge] if options.judge else [])])
     records = lines.load(sources.load_prompts, prompts)
-    responses = sample(policy, template, records, samples, how, prompts)
-    ranked = _with_text(policy, responses, samples)
+    responses = sample(policy, options.template, records, options.samples, how, prompts)
+    ranked = _with_text(policy, responses, options.samples)
     device = runtime.set_up(RuntimeSection(), how.seed)
-    found = open_scorer(rewards, device, micro_batch_size).score(ranked)
-    judged = open_scorer([judge], device, micro_batch_size).score(ranked).mean.tolist() if judge else None
-    lines.write(out, _rows(ranked, found, judged, samples, top))
+    found = open_scorer(rewards, device, options.micro_batch_size).score(ranked)
+    judged = None
+    if options.judge:
+        judged = open_scorer([options.judge], device, options.micro_batch_size).score(ranked).mean.tolist()
+    lines.write(out, _rows(ranked, found, judged, options.samples, options.top))
     return {
-        "policy": policy, "accepted": examined.marks_of([policy]), "rewards": list(rewards), "judge": judge,
-        "prompts": len(records), "samples": samples,
+        "policy": policy, "accepted": examined.marks_of([policy]), "rewards": list(rewards), "judge": options.judge,
+        "prompts": len(records), "samples": options.samples,
         "cut_off": sum(not response.finished for response in responses),
         "empty": sum(response.is_empty for response in responses),
-        "prompts_without_text": len(records) - len(ranked) // samples,
-        "best_of": worth(ranked, found, judged, samples, how.seed),
+        "prompts_without_text": len(records) - len(ranked) // options.samples,
+        "best_of": worth(ranked, found, judged, options.samples, how.seed),
     }  # fmt: skip
 
 

@@ -9,23 +9,28 @@ from pathlib import Path
 from rlhf import artifacts, origins
 from rlhf.config.rewards import ClassifierSection
 from rlhf.config.sections import ModelSection
-from rlhf.config.stages import EvalRmConfig, SftConfig
 from rlhf.errors import RlhfError
-from rlhf.planning import specs
+from rlhf.planning.specs import Origin
 from rlhf.preflight import Checked
+from rlhf.stages import ancestry
 
 
 @dataclass(frozen=True)
 class Reading:
-    """The model whose tokenizer it is, and a sentence about it.
+    """The model whose tokenizer it is, and a sentence about it; no model where nothing says whose, or it cannot be had.
 
     Args:
-        model: None where nothing says whose, or it cannot be had.
-        note: why it is None, or who names the model where the config and its finished parents do not; else empty.
+        classifier: a model from elsewhere, which has a reader of its own.
+        note: why there is no model, or who names it where the config and its finished parents do not; else empty.
     """
 
-    model: ModelSection | ClassifierSection | None
+    model: ModelSection | None = None
+    classifier: ClassifierSection | None = None
     note: str = ""
+
+    @property
+    def is_known(self) -> bool:
+        return self.model is not None or self.classifier is not None
 
 
 def of(checked: Checked) -> Reading:
@@ -37,9 +42,10 @@ def of(checked: Checked) -> Reading:
         found = _named(checked)
     except RlhfError as error:
         problem = error.problems[0]
-        return Reading(None, f"{problem.where}: {problem.what.rstrip('.')}")
-    if found.model and (away := origins.not_reached([("tokenizer", found.model)], {})):
-        return Reading(None, f"{away[0].where}: {away[0].what.rstrip('.')}")
+        return Reading(note=f"{problem.where}: {problem.what.rstrip('.')}")
+    named = found.model or found.classifier
+    if named and (away := origins.not_reached([("tokenizer", named)], {})):
+        return Reading(note=f"{away[0].where}: {away[0].what.rstrip('.')}")
     return found
 
 
@@ -49,29 +55,28 @@ def _named(checked: Checked) -> Reading:
     Raises:
         RlhfError: CKP001 where no config makes a parent that is missing; as ``origins.model_of``.
     """
-    config, parents = checked.config, checked.needs.parents
-    if isinstance(config, EvalRmConfig) and config.model:
-        return Reading(config.model)
-    if checked.needs.model:
-        return Reading(checked.needs.model)
-    parent = parents[0]
+    needs = checked.needs
+    if needs.model:
+        return Reading(needs.model)
+    if not needs.parents:
+        return Reading(classifier=needs.scorers[0][1])
+    parent = needs.parents[0]
     if parent.key in checked.plan.parents:
         return Reading(origins.model_of(checked.plan.parents[parent.key]))
     root = _root(parent.run_dir, checked.folders)
     missing = f"{parent.run_dir} has not been run yet"
     if isinstance(root, str):
         model = origins.model_of(artifacts.read(root))
-        return Reading(model, f"the tokenizer of {model.path}, on which {root} was made; {missing}")
-    path, sft = root
-    return Reading(sft.model, f"the tokenizer of {sft.model.path}, which {path} names; {missing}")
+        return Reading(model, note=f"the tokenizer of {model.path}, on which {root} was made; {missing}")
+    return Reading(root.model, note=f"the tokenizer of {root.source}, which {root.said_by} names; {missing}")
 
 
-def _root(run_dir: str, folders: Sequence[Path]) -> str | tuple[Path, SftConfig]:
-    """As ``specs.root_of``, in the first folder that tells."""
+def _root(run_dir: str, folders: Sequence[Path]) -> str | Origin:
+    """As ``ancestry.root_of``, in the first folder that tells."""
     refused: list[RlhfError] = []
     for folder in folders:
         try:
-            return specs.root_of(run_dir, folder)
+            return ancestry.root_of(run_dir, folder)
         except RlhfError as error:
             refused.append(error)
     raise refused[0]

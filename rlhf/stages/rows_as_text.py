@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from rlhf.config.stages import SftConfig, StageConfig
 from rlhf.data.records import Comparison, Demonstration, Messages, Prompt
 from rlhf.preflight import Checked
 
@@ -15,8 +14,13 @@ Row = dict[str, Any]
 def rows(checked: Checked, count: int) -> dict[str, list[Row]]:
     """The first rows of each data set, as ``showing.rows`` gives them; marked are the turns that carry loss."""
     return {
-        key: [row for record in loaded.records[:count] for row in _shown(record, checked.config)]
-        for key, loaded in checked.plan.data.items()
+        item.key: [
+            row
+            for record in checked.plan.data[item.key].records[:count]
+            for row in _shown(record, item.rows.last_turn_only)
+        ]
+        for item in checked.needs.inputs
+        if item.key in checked.plan.data
     }
 
 
@@ -26,9 +30,8 @@ def standing(record: Comparison, index: int) -> str:
     return f" (preferred to {', '.join(worse)})" if worse else ""
 
 
-def _shown(record: Any, config: StageConfig) -> Iterator[Row]:
+def _shown(record: Any, last_only: bool) -> Iterator[Row]:
     if isinstance(record, Demonstration):
-        last_only = isinstance(config, SftConfig) and config.loss_on == "last_turn"
         last = len(record.messages) - 1
         marked = [one.role == "assistant" and (index == last or not last_only)
                   for index, one in enumerate(record.messages)]  # fmt: skip

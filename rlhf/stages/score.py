@@ -12,6 +12,7 @@ from rlhf import artifacts, examined, runtime
 from rlhf.config.rewards import ClassifierSection
 from rlhf.config.sections import RuntimeSection
 from rlhf.data import lines, sources, tokenised
+from rlhf.data.batches import PassSize
 from rlhf.data.records import Demonstration, prompt_key
 from rlhf.errors import Problem, RlhfError
 from rlhf.models import opening
@@ -106,13 +107,12 @@ def _of_run(
     name: str, given: Sequence[Given], device: torch.device, micro_batch_size: int
 ) -> tuple[list[Sample], Scorer]:
     source = examined.source_of(name)
-    assert source.run
     manifest = artifacts.read(source.run, "reward")
     known = examined.length_calibration(name) if source.length_calibration else None
     base = opening.reopen_base(manifest, device)
     runtime.set_threads(RuntimeSection(), base.model, device)
     roles = SharedBase(base)
-    scorer = open_run(source.run, roles, micro_batch_size, head=source.head, calibration=known)
+    scorer = open_run(source.run, roles, PassSize(micro_batch_size), head=source.head, calibration=known)
     samples = []
     turns = tokenised.turns([one.record for one in given], base.chat, last_only=True, max_length=NO_LIMIT)
     for one, turn in zip(given, turns, strict=True):

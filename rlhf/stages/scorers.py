@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 from rlhf import artifacts, examined, masking, runtime
-from rlhf.config.rewards import ClassifierSection, RewardSource, wrong_url
+from rlhf.config.rewards import ClassifierSection, RunReward, wrong_url
 from rlhf.config.sections import RuntimeSection
+from rlhf.data.batches import PassSize
 from rlhf.errors import Problem, RlhfError
 from rlhf.models import opening
 from rlhf.models.roles import SharedBase
@@ -19,7 +20,7 @@ from rlhf.scoring.function import FunctionScorer
 from rlhf.scoring.rerendered import Rerendered
 from rlhf.scoring.scorer import Scorer, WeightedScorer
 from rlhf.scoring.service import ServiceScorer
-from rlhf.scoring.sources import open_classifier, open_source
+from rlhf.scoring.sources import Host, open_classifier, open_source
 from rlhf.stages.generate import is_run
 
 FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", re.ASCII)
@@ -34,7 +35,6 @@ def check_names(names: Sequence[str]) -> None:
         elif not FUNCTION.fullmatch(name) and is_run(_run_and_head(name)[0]):
             run, head = _run_and_head(name)
             source = examined.source_of(run)
-            assert source.run
             if head and (unknown := missing_heads("--reward", artifacts.read(source.run, "reward"), (head,))):
                 raise RlhfError(*unknown)
             _with_head(source, head)
@@ -62,15 +62,14 @@ def _open(name: str, device: torch.device, micro_batch_size: int) -> Scorer:
     if not is_run(run):
         return open_classifier(ClassifierSection(path=name), device, micro_batch_size)
     source = _with_head(examined.source_of(run), head)
-    assert source.run
     manifest = artifacts.read(source.run, "reward")
     base = opening.reopen_base(manifest, device)
     runtime.set_threads(RuntimeSection(), base.model, device)
-    inner = open_source(source, "reward", manifest, base, SharedBase(base), micro_batch_size)
+    inner = open_source(source, "reward", manifest, Host(base, SharedBase(base), PassSize(micro_batch_size)))
     return Rerendered(inner, base.chat, name)
 
 
-def _with_head(source: RewardSource, head: str | None) -> RewardSource:
+def _with_head(source: RunReward, head: str | None) -> RunReward:
     """The same for one head; an examination has its own already.
 
     Raises:
@@ -81,7 +80,7 @@ def _with_head(source: RewardSource, head: str | None) -> RewardSource:
     if source.length_calibration:
         what = f"was examined by {source.head or 'the score'}, and its length calibration is not of {head}."
         raise RlhfError(Problem("CFG003", f"--reward {source.length_calibration}#{head}", what, "leave #HEAD out"))
-    return RewardSource(run=source.run, head=head)
+    return RunReward(run=source.run, head=head)
 
 
 def _run_and_head(name: str) -> tuple[str, str | None]:

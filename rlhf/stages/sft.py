@@ -19,7 +19,7 @@ from peft.utils.other import TrainableTokensWrapper
 from transformers import TrainerCallback
 from trl import SFTConfig
 
-from rlhf import artifacts, interrupts, runtime
+from rlhf import artifacts, interrupts, missing_ends, runtime
 from rlhf.artifacts import Manifest
 from rlhf.bars import Bar, Recent
 from rlhf.checkpoints import BEST, Checkpoints
@@ -30,7 +30,8 @@ from rlhf.data.records import Demonstration, split_by_prompt
 from rlhf.data.tokenised import Dialogue, LengthReport, Turn
 from rlhf.errors import Problem, RlhfError
 from rlhf.evaluation import stopping
-from rlhf.held_out import HeldOut, curves_of, state_of
+from rlhf.evaluation.stopping import Answers
+from rlhf.held_out import METRIC, HeldOut, curves_of, state_of
 from rlhf.models import adapters, fused_lora, opening, whole
 from rlhf.models.base import Base
 from rlhf.models.first_step import FirstStep
@@ -39,7 +40,8 @@ from rlhf.progress import bar, waiting
 from rlhf.runs import Run
 from rlhf.stages import sft_outcome
 from rlhf.stages.registry import STAGES
-from rlhf.stages.sft_trainer import ResumableTrainer, Weights
+from rlhf.stages.sft_outcome import HeldOutRows
+from rlhf.stages.sft_trainer import ResumableTrainer, Weights, micro_batch_size
 from rlhf.tracking import Tracker
 
 log = logging.getLogger("rlhf")
@@ -55,7 +57,8 @@ def run(config: SftConfig, plan: Plan, run: Run) -> Manifest:
     held_out, rows, report = _rows(config, plan, base.chat)
     answers = stopping.answers_of(rows, base.chat.end_id)
     measured_on = sft_outcome.held_out_rows(config, held_out, base.chat)
-    for line in (report.sentence("Training data"), *plan.dropped_lines()):
+    fits = _what_fits(config, answers, measured_on)
+    for line in (report.sentence("Training data"), *plan.dropped_lines(), fits):
         log.info(line)
 
     trained = _train(config, base, rows, measured_on.turns, run, first)
@@ -93,9 +96,10 @@ def _train(
     config: SftConfig, base: Base, rows: list[Dialogue], turns: list[Turn], run: Run, first: FirstStep
 ) -> Trained:  # fmt: skip
     """From the start, or from where a resumed run goes on, to the artifact on the disk."""
+    micro = micro_batch_size(config, base)
     model = _model(config, base)
     steps = _num_steps(config, len(rows))
-    trainer = _trainer(config, model, base, rows, run) if steps else None
+    trainer = _trainer(config, model, base, rows, run, micro) if steps else None
     curves = curves_of(config.evaluation, [steps] if trainer else [])
     state = {**(trainer.parts() if trainer else {}), **state_of(curves)}
     saved = Checkpoints(run, state, config.save_every, config.keep_checkpoints)
@@ -111,7 +115,7 @@ def _train(
         held_out.restore()
         if curves:
             with waiting("Drawing the held-out loss"):
-                importlib.import_module("rlhf.evaluation.plots").held_out(run.path, held_out.best_points())
+                importlib.import_module("rlhf.evaluation.plots").held_out(run.path, METRIC, held_out.best_points())
         details = held_out.details()
     else:
         what = "an adapter that adds nothing" if config.lora else "its weights as they are"
@@ -150,9 +154,17 @@ def dry_run(config: SftConfig, plan: Plan) -> list[str]:
     """Token counts and the number of steps, with the tokenizer but without weights."""
     chat = opening.open_chat(config.model)
     held_out, rows, report = _rows(config, plan, chat)
-    sft_outcome.held_out_rows(config, held_out, chat)
+    measured_on = sft_outcome.held_out_rows(config, held_out, chat)
     steps = _num_steps(config, len(rows))
-    return [report.sentence("data"), f"held out: {len(held_out)} rows.", f"{steps} steps of {config.batch.batch_size}."]
+    return [
+        report.sentence("data"), f"held out: {len(held_out)} rows.", f"{steps} steps of {config.batch.batch_size}.",
+        _what_fits(config, stopping.answers_of(rows, chat.end_id), measured_on),
+    ]  # fmt: skip
+
+
+def _what_fits(config: SftConfig, answers: Answers, measured_on: HeldOutRows) -> str:
+    figures = answers.figures(config.sampling.max_new_tokens)
+    return missing_ends.what_fits(config, figures, len(measured_on.prompts))
 
 
 def _rows(config: SftConfig, plan: Plan, chat: Any) -> tuple[list[Demonstration], list[Dialogue], LengthReport]:
@@ -196,7 +208,9 @@ def _model(config: SftConfig, base: Base) -> Any:
 
 
 @waiting("Preparing the trainer")
-def _trainer(config: SftConfig, model: Any, base: Base, rows: list[Dialogue], run: Run) -> ResumableTrainer:
+def _trainer(
+    config: SftConfig, model: Any, base: Base, rows: list[Dialogue], run: Run, micro: int
+) -> ResumableTrainer:  # fmt: skip
     """TRL's trainer with every argument set that this stage relies upon."""
     for module in model.modules():
         if isinstance(module, TrainableTokensWrapper):
@@ -209,7 +223,6 @@ def _trainer(config: SftConfig, model: Any, base: Base, rows: list[Dialogue], ru
             "labels": [[i if keep else -100 for i, keep in zip(row.ids, row.trained, strict=True)] for row in rows],
         }
     )
-    micro = min(config.batch.micro_batch_size, config.batch.batch_size)
     arguments = SFTConfig(
         output_dir=str(run.path / artifacts.CHECKPOINTS), max_length=config.max_length, packing=config.packing,
         per_device_train_batch_size=micro, gradient_accumulation_steps=config.batch.batch_size // micro,

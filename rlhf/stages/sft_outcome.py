@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
-from rlhf import artifacts, runtime
+from rlhf import artifacts, missing_ends, runtime
 from rlhf.artifacts import BaseIdentity
 from rlhf.config.stages import SftConfig
 from rlhf.data import tokenised
+from rlhf.data.batches import PassSize
 from rlhf.data.chat import ChatFormat
 from rlhf.data.records import Demonstration, Prompt
 from rlhf.data.tokenised import PromptRow, Turn
@@ -66,7 +67,7 @@ def held_out_rows(config: SftConfig, records: Sequence[Demonstration], chat: Cha
 
 def loss_of(config: SftConfig, base: Base, model: Any, turns: Sequence[Turn]) -> float:
     """Of ``model``, which lives on ``base``: nats a response token, end token included."""
-    return policy.response_loss(model, turns, base.chat.pad_id, base.device, config.batch.micro_batch_size)
+    return policy.response_loss(model, turns, base.chat.pad_id, base.device, PassSize(config.batch.micro_batch_size))
 
 
 def trained_tokens(config: SftConfig, base: Base) -> list[str]:
@@ -111,7 +112,7 @@ def measure(config: SftConfig, device: torch.device, rows: HeldOutRows, answers:
     )  # fmt: skip
     new_tokens = config.sampling.max_new_tokens
     ending = stopping.figures(base, trained_tokens(config, base), samples, answers, new_tokens)
-    if rate < config.min_end_token_rate and config.lora and config.steps != 0:
+    if rate < missing_ends.least_end_rate(config, ending) and config.lora and config.steps != 0:
         ending["base_end_token_rate"] = _end_rate(_respond(config, roles, "base", rows.prompts))
     metrics = {
         "eval/base_loss": losses["base"], "eval/start_loss": losses["start"], "eval/loss": loss,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -17,8 +18,12 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from trl import SFTTrainer
 
 from rlhf import runtime
-from rlhf.models import adapters, whole
+from rlhf.config.stages import SftConfig
+from rlhf.models import adapters, packing, whole
+from rlhf.models.base import Base
 from rlhf.snapshots import Stateful
+
+log = logging.getLogger("rlhf")
 
 
 class Part:
@@ -162,3 +167,18 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             self.generators.load_state_dict(self.restored["generators"])
+
+
+def micro_batch_size(config: SftConfig, base: Base) -> int:
+    """Rows of a forward pass: one where packed rows need a mask, whose bytes are the square of a pass's tokens."""
+    micro = min(config.batch.micro_batch_size, config.batch.batch_size)
+    if not config.packing:
+        return micro
+    if packing.packs(base.model):
+        packing.take_flattened(base.model)
+        return micro
+    log.warning(
+        "packing: true needs a mask here, %d MB for a row of max_length %d: a forward pass takes one packed row.%s",
+        config.max_length**2 >> 20, config.max_length, f" batch.micro_batch_size {micro} is not used." * (micro > 1),
+    )  # fmt: skip
+    return 1

@@ -7,55 +7,56 @@ from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
-from rlhf.config.ppo import PromptsSection
-from rlhf.config.rewards import ClassifierSection
-from rlhf.config.sections import ModelSection
-from rlhf.config.stages import LongRows, SftConfig
 from rlhf.data.chat import ChatFormat
 from rlhf.data.records import Demonstration, Prompt
-from rlhf.errors import Problem, RlhfError
+from rlhf.errors import RlhfError
+from rlhf.findings import Findings
 from rlhf.models import opening
 from rlhf.models.classifier import Reader, open_reader
+from rlhf.needs import Rows
 from rlhf.preflight import Checked
+from rlhf.stages.reading import Reading
 from rlhf.stages.rows_as_text import Row, standing
 
 
-def rows(checked: Checked, count: int, model: ModelSection | ClassifierSection) -> dict[str, list[Row]]:
+def rows(checked: Checked, count: int, reading: Reading) -> dict[str, list[Row]]:
     """The first rows of each data set: {"where", "about", "parts": [[text, is marked]]}.
 
     Marked are the tokens that carry loss (demonstrations) and the end token, where the head reads (comparisons).
 
     Args:
-        model: whose tokenizer and template are read with.
+        reading: whose tokenizer and template are read with.
 
     Raises:
         RlhfError: what the chat format refuses, by row.
     """
-    chat = open_reader(model) if isinstance(model, ClassifierSection) else opening.open_chat(model)
-    problems: list[Problem] = []
+    if reading.classifier:
+        chat: ChatFormat | Reader = open_reader(reading.classifier)
+    else:
+        assert reading.model, "there is one or the other"
+        chat = opening.open_chat(reading.model)
+    findings = Findings()
     found: dict[str, list[Row]] = {}
-    sections = {item.key: item.section for item in checked.needs.inputs}
+    read = {item.key: item.rows for item in checked.needs.inputs}
     for key, loaded in checked.plan.data.items():
         found[key] = []
         for record in loaded.records[:count]:
             try:
-                found[key] += _shown(record, chat, checked.config, sections[key])
+                found[key] += _shown(record, chat, read[key])
             except RlhfError as error:
                 if checked.plan.data[key].dropped.drops_bad_rows and all(p.code == "DAT060" for p in error.problems):
                     said = f"{error.problems[0].what[:-1]}: the row is dropped"
                     found[key].append({"where": record.where, "about": said, "parts": []})
                 else:
-                    problems += [
+                    findings.extend(
                         replace(problem, where=f"{record.where} ({problem.where})") for problem in error.problems
-                    ]
-    if problems:
-        raise RlhfError(*problems)
+                    )
+    findings.refuse()
     return found
 
 
-def _shown(record: Any, chat: ChatFormat | Reader, config: Any, section: Any) -> Iterator[Row]:
-    limit = section.max_tokens if isinstance(section, PromptsSection) else getattr(config, "max_length", None)
-    cut = isinstance(config, LongRows) and config.too_long == "truncate"
+def _shown(record: Any, chat: ChatFormat | Reader, read: Rows) -> Iterator[Row]:
+    limit, cut = read.max_tokens, read.truncates
     if isinstance(chat, Reader):
         for index, response in enumerate(record.responses):
             ids = chat.read(record.prompt, response, True).ids
@@ -63,8 +64,7 @@ def _shown(record: Any, chat: ChatFormat | Reader, config: Any, section: Any) ->
             yield _row(record.where, chat, ids, [False] * len(ids), about, chat.context_length, False)
         return
     if isinstance(record, Demonstration):
-        last_only = isinstance(config, SftConfig) and config.loss_on == "last_turn"
-        ids, marked = chat.demonstration(record.messages, last_only)
+        ids, marked = chat.demonstration(record.messages, read.last_turn_only)
         yield _row(record.where, chat, ids, marked, f"{sum(marked)} carry loss", limit, cut)
     elif isinstance(record, Prompt):
         ids = chat.prompt_ids(record.messages)

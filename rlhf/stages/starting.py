@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from rlhf import artifacts, preflight, progress, runs, settling
+from rlhf import artifacts, preflight, progress, runs
 from rlhf.config import load
-from rlhf.config.stages import SftConfig, StageConfig
+from rlhf.config.stages import StageConfig
 from rlhf.errors import Problem, RlhfError
-from rlhf.preflight import Needs, Plan
-from rlhf.stages.registry import Stage, around, open_config
+from rlhf.needs import Needs
+from rlhf.preflight import Plan
+from rlhf.stages import settling
+from rlhf.stages.base import Stage
+from rlhf.stages.registry import around, open_config
 
 log = logging.getLogger("rlhf")
 
@@ -81,20 +84,22 @@ class Ready:
     def _with_date(self, start: Start) -> StageConfig:
         """The config, in which a base that is opened for the first time has the date that its template prints: that of
         the run that goes on, or of the adapter that it starts from, else today's."""
-        if not isinstance(self.config, SftConfig):
+        own = self.stage.origin(self.config)
+        if own is None:
             return self.config
         kept = self._kept_date() if start.resume and self.reasons == ["unfinished run"] else None
         parent = self.plan.parents.get("adapter")
         kept = kept or (parent.base.template_date if parent and parent.base else None)
-        model = progress.load("rlhf.models.opening").with_date(self.config.model, kept)
+        model = progress.load("rlhf.models.opening").with_date(own.model, kept)
         return self.config.model_copy(update={"model": model})
 
     def _kept_date(self) -> str | None:
         """The date in the config that an unfinished run has recorded; None where that cannot be read."""
         try:
-            return load.load(SftConfig, self.run_dir / artifacts.CONFIG).model.template_date
+            recorded = self.stage.origin(load.load(self.stage.config_class, self.run_dir / artifacts.CONFIG))
         except (RlhfError, OSError):
             return None
+        return recorded.model.template_date if recorded and recorded.model else None
 
 
 def ready(

@@ -16,20 +16,21 @@ from rlhf import artifacts, interrupts, runtime, storage
 from rlhf.artifacts import Manifest
 from rlhf.bars import Recent
 from rlhf.checkpoints import BEST, Checkpoints
+from rlhf.config import rubric
 from rlhf.config.train_rm import RewardConfig
 from rlhf.data import fitting, tokenised
 from rlhf.data.fitting import Limit
 from rlhf.data.records import Prompt, first_share, prompt_key, split_by_prompt
 from rlhf.data.tokenised import Group, PromptRow
-from rlhf.held_out import HeldOut, curves_of, state_of
+from rlhf.held_out import METRIC, HeldOut, curves_of, state_of
 from rlhf.models import opening
 from rlhf.models.base import Base
 from rlhf.models.first_step import FirstStep
-from rlhf.models.roles import Roles
 from rlhf.preflight import Plan
 from rlhf.progress import bar, waiting
 from rlhf.reward import annotators, combining, contradicted, objective, outcome, starts, teacher, training
 from rlhf.reward.learner import Learner
+from rlhf.reward.outcome import RewardRoles
 from rlhf.reward.several import Heads
 from rlhf.reward.teacher import Teacher
 from rlhf.reward.training import Turns
@@ -47,7 +48,7 @@ def run(config: RewardConfig, plan: Plan, run: Run) -> Manifest:
     if config.rubric:
         storage.write_text(run.path / artifacts.RUBRIC, Path(config.rubric).read_text("utf-8"))
     device = runtime.set_up(config.runtime, config.seed)
-    taught = teacher.learn(config, plan, plan.data["data"].records, device)
+    taught = teacher.learn(config.teachers, plan, plan.data["data"].records, device, config.batch.micro_batch_size)
     base = opening.reopen_base(plan.parents["policy"], device)
     runtime.set_threads(config.runtime, base.model, device)
     rows = _rows(config, plan, base.chat)
@@ -76,10 +77,11 @@ def run(config: RewardConfig, plan: Plan, run: Run) -> Manifest:
     watch.restore()
     if curves:
         with waiting("Drawing the held-out loss"):
-            importlib.import_module("rlhf.evaluation.plots").held_out(run.path, watch.best_points())
+            importlib.import_module("rlhf.evaluation.plots").held_out(run.path, METRIC, watch.best_points())
 
-    combined = combining.combine(config, heads, roles, slots, base, rows.fitted) if heads else {}
-    metrics, of_members = _measured(config, plan, base, roles, slots, rows, taught, run)
+    rewards = RewardRoles(roles, slots, config.batch)
+    combined = combining.combine(config.combination, heads, rewards, base, rows.fitted) if heads else {}
+    metrics, of_members = _measured(config, plan, base, rewards, rows, taught, run)
     if label := watch.label():
         log.info("These held-out figures are %s.", label)
     run.write_metrics(watch.last_step(turns.steps), metrics)
@@ -134,19 +136,22 @@ def _train(
 
 
 def _measured(
-    config: RewardConfig, plan: Plan, base: Base, roles: Roles, slots: Sequence[str], rows: Rows,
-    taught: Teacher | None, run: Run,
-) -> tuple[dict[str, float], dict[str, Any]]:  # fmt: skip
+    config: RewardConfig, plan: Plan, base: Base, rewards: RewardRoles, rows: Rows, taught: Teacher | None, run: Run
+) -> tuple[dict[str, float], dict[str, Any]]:
     """Figures on the held-out prompts, and what is told of members; the heads are standardised then."""
-    metrics, of_members = outcome.held_out(config, roles, slots, rows.held_out, run)
+    metrics, of_members, pairs = outcome.held_out(rewards, rows.held_out, config.seed, config.length_coef > 0)
+    if config.train_fraction is not None:
+        outcome.write_comparisons(pairs, run)
     if taught and "eval/accuracy" in metrics:
         size = sum(parameter.numel() for parameter in base.model.parameters())
         of_members |= {"distilled": taught.report(rows.held_out, metrics["eval/accuracy"], size)}
     if config.contradicted:
-        metrics |= contradicted.write(config, roles, slots, rows.train, rows.held_out, run)
+        trained_on = training.rows_of(config, rows.train)
+        metrics |= contradicted.write(rewards, config.contradicted, [*rows.train, *rows.held_out], trained_on, run)
     if annotated := plan.data["data"].annotated:
-        metrics |= annotators.write(config, roles, slots, base.chat, annotated, rows.records, run)
-    metrics |= outcome.standardise(config, roles, slots, base, rows.sampled, run)
+        how = annotators.Unseen(base.chat, rows.limit, config.data.on_bad_row == "drop", config.seed)
+        metrics |= annotators.write(rewards, annotated, rows.records, how, run)
+    metrics |= outcome.standardise(rewards, base, rows.sampled, config.sampling, config.seed, run)
     return metrics, of_members
 
 
@@ -180,6 +185,7 @@ class Rows:
     fitted: list[Group]
     sampled: list[PromptRow]
     heads: Heads | None
+    limit: Limit
     report: tokenised.LengthReport
 
 
@@ -187,8 +193,8 @@ def _rows(config: RewardConfig, plan: Plan, chat: Any) -> Rows:
     loaded = fitting.usable(plan.data["data"], chat)
     records, rest = split_by_prompt(loaded.records, config.holdout_fraction, config.seed)
     used = first_share(records, config.train_fraction, config.seed)
-    measured, fitted = combining.split(config, rest, used)
-    heads = objective.heads_of(config, used)
+    measured, fitted = combining.split(config.combine, config.seed, rest, used)
+    heads = objective.heads_of(rubric.heads_of(config), config.combination, used)
     limit = Limit(config.max_length, truncates=config.too_long == "truncate")
     held_out, _ = tokenised.groups(measured, chat, limit, loaded.dropped)
     fitted_groups = tokenised.groups(fitted, chat, limit, loaded.dropped)[0] if fitted else []
@@ -197,7 +203,7 @@ def _rows(config: RewardConfig, plan: Plan, chat: Any) -> Rows:
     plan.check_dropped()
     tokenised.require_batch(len(train), config.batch.batch_size, "data")
     sampled = _prompts_to_sample(config, records, chat)
-    return Rows(records, train, held_out, fitted_groups, sampled, heads, report)
+    return Rows(records, train, held_out, fitted_groups, sampled, heads, limit, report)
 
 
 def _prompts_to_sample(config: RewardConfig, records: Sequence[Any], chat: Any) -> list[PromptRow]:

@@ -130,10 +130,7 @@ def ppo(basis: Basis) -> Tree:
             "max_tokens": Choice(long, f"the longest has {max(basis.lengths['ppo'].prompt)} tokens"),
         },
         "sampling": basis.sampling,
-        "missing_eos": {
-            "mode": "replace",
-            "score": Choice(-1.0, "of an answer that was cut off, whatever the reward model says (N+ details, 23)"),
-        },
+        "missing_eos": _missing_end(basis),
         "batch": {
             "batch_size": Choice(batch, f"answers a step, from {num_train} prompts; 512 in N+ details, on eight GPUs"),
             "minibatch_size": Choice(max(1, batch // 2), "answers an optimizer step: two a pass"),
@@ -149,6 +146,14 @@ def ppo(basis: Basis) -> Tree:
         "save_every": Choice(max(1, steps // 4), "checkpoints that --resume goes on from"),
         **basis.runtime,
     }  # fmt: skip
+
+
+def _missing_end(basis: Basis) -> Tree:
+    """The fixed score of N+ details where hardly any answer is cut off; else a penalty that cutting pays little."""
+    penalty, why = choose.missing_end(basis.share_that_fits, basis.as_it_is)
+    if penalty == 1.0:
+        return {"mode": "replace", "score": Choice(-1.0, f"of an answer that was cut off (N+ details, 23): {why}")}
+    return {"mode": "subtract", "penalty": Choice(penalty, why)}
 
 
 def _model(model: ModelFacts, size: Size) -> Tree:

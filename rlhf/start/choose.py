@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rlhf import missing_ends
 from rlhf.start.facts import ModelFacts
 
 QUANTILE, SLACK, MULTIPLE = 0.99, 1.5, 8
@@ -132,23 +133,26 @@ def epochs(num_rows: int, batch: int, least_steps: int, most: int) -> int:
 
 
 def least_end_rate(model: ModelFacts, share: float, num_samples: int, as_it_is: bool = False) -> tuple[float, str]:
-    """The share of sampled answers that must end by themselves, and why.
-
-    A model that has learnt the lengths of the answers ends ``share`` of its own. One that ends 0.9 of that is good
-    enough, and passes in 39 of 40 samples: two standard deviations are taken off.
+    """The share of sampled answers that must end by themselves, and why: see ``missing_ends.enough``.
 
     Args:
         share: of the answers in the data, those that fit into ``max_new_tokens``.
     """
     if as_it_is:
-        return 0.5, "the model answers at its own length; below a half, PPO would mostly see answers that were cut off"
+        why = "the model answers at its own length; below a half, PPO would mostly see answers that were cut off"
+        return missing_ends.UNTAUGHT, why
     fits = f"{share:.1%} of the answers in the data fit max_new_tokens"
     if model.is_initialised:
         return math.floor(20 * share) / 100, f"{fits}; a base that was never pretrained learns a fifth of that to end"
-    enough = 0.9 * share
-    least = enough - 2 * math.sqrt(enough * (1 - enough) / num_samples)
     why = f"{fits}, and 0.9 of that is enough; less two standard deviations of {num_samples} samples"
-    return max(0.0, math.floor(100 * least) / 100), why
+    return missing_ends.enough(share, num_samples), why
+
+
+def missing_end(share: float, as_it_is: bool) -> tuple[float, str]:
+    """What an answer that was cut off loses, and why: little where many are, or shorter answers would pay."""
+    cut = 1 - missing_ends.UNTAUGHT if as_it_is else 1 - share
+    whose = "of the model's own answers may be" if as_it_is else "of the answers in the data are"
+    return missing_ends.penalty(cut), f"{cut:.1%} {whose} longer than max_new_tokens (docs/missing-end.md)"
 
 
 def train_tokens(model: ModelFacts) -> tuple[list[str], str]:

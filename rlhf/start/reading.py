@@ -16,6 +16,7 @@ from rlhf.data.dropped import DroppedRows
 from rlhf.data.records import Comparison
 from rlhf.data.rows import BadLine, RowError, names
 from rlhf.errors import Problem, RlhfError
+from rlhf.findings import Findings
 from rlhf.start.facts import Options, Rows
 
 READERS = {
@@ -58,11 +59,11 @@ def files(paths: Sequence[str], options: Options) -> list[File]:
             DAT056 for labels of attributes, and what keeps a file from being read; of all files together.
     """
     found: list[File] = []
-    problems: list[Problem] = []
+    findings = Findings()
     present: dict[str, list[str]] = {}
     looked: list[dict[str, Any]] = []
     for path in paths:
-        try:
+        with findings.gathering():
             data = DataSection(path=path, limit=options.limit, max_dropped_fraction=1.0)
             if options.columns:
                 present[path] = list(dict.fromkeys(name for row in _rows(data) for name in row))
@@ -71,19 +72,15 @@ def files(paths: Sequence[str], options: Options) -> list[File]:
             looked = list(islice(_rows(data), LOOKED_AT))
             kind = kind_of(looked, path)
             found.append(_file(kind, data, _unread_labels(looked) if kind == "demonstrations" else []))
-        except RlhfError as error:
-            problems += error.problems
     for ours, theirs in options.columns.items():
         if len(present) == len(paths) and not any(theirs in columns for columns in present.values()):
             shown = "; ".join(f"{path} has {names(columns)}" for path, columns in present.items())
-            problems.append(
-                Problem("DAT003", f"--columns {ours}={theirs}", f"no file has it: {shown}.", "another name")
-            )
-    if not problems and all(file.kind == "prompts" for file in found):
+            what = f"no file has it: {shown}."
+            findings.add(Problem("DAT003", f"--columns {ours}={theirs}", what, "another name"))
+    if not findings.problems and all(file.kind == "prompts" for file in found):
         fix = f"add demonstrations or preferences, which rlhf collect makes; or {example(looked)}"
-        problems.append(Problem("DAT032", "--data", "prompts alone: there is nothing to learn from.", fix))
-    if problems:
-        raise RlhfError(*problems)
+        findings.add(Problem("DAT032", "--data", "prompts alone: there is nothing to learn from.", fix))
+    findings.refuse()
     return found
 
 
@@ -127,7 +124,7 @@ def example(looked: Sequence[Mapping[str, Any]]) -> str:
 
 def _rows(data: DataSection) -> Iterator[dict[str, Any]]:
     """The rows as they stand there, under our names."""
-    for _, row in islice(rows_of.read(data, []), data.limit):
+    for _, row in islice(rows_of.read(data, Findings()), data.limit):
         if not isinstance(row, BadLine):
             yield rows_of.renamed(row, data.columns)
 

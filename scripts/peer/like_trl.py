@@ -9,10 +9,12 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from rlhf.evaluation import policy as measure
+from rlhf.algorithms.base import Rewarded
 from rlhf.models import forward
-from rlhf.ppo import experience as experiences
 from rlhf.ppo import objective
+from rlhf.ppo.collector import kl_penalty
+from rlhf.ppo.critics import ValueTargets
+from rlhf.ppo.experience import Experience
 from rlhf.ppo.training import Training
 from rlhf.ppo.value_role import ValueRole
 
@@ -37,7 +39,7 @@ class LikeTrl(Measured):
     TRL clips no gradient: its loop never comes to max_grad_norm. In the config that is a limit beyond all norms.
     """
 
-    late: experiences.Experience
+    late: Experience
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -45,26 +47,28 @@ class LikeTrl(Measured):
 
     def set_epsilons(self) -> None:
         assert isinstance(self.critic, ValueRole)
-        for optimizer, eps in ((self.optimizer, EPS), (self.critic.optimizer, EPS / VALUE_COEF)):
+        for optimizer, eps in ((self.policy.optimizer, EPS), (self.critic.optimizer, EPS / VALUE_COEF)):
             for group in optimizer.adamw.param_groups:
                 group["eps"] = eps
 
-    def roll_out(self) -> experiences.Experience:
-        batch, config = super().roll_out(), self.config
+    def roll_out(self) -> Experience:
+        batch, collector = super().roll_out(), self.collector
+        settings = collector.settings
         late = with_state_behind_end(batch.mask)
         samples = [
-            replace(sample, response_ids=[*sample.response_ids, self.base.chat.pad_id]) if longer else sample
+            replace(sample, response_ids=[*sample.response_ids, self.policy.passes.pad_id]) if longer else sample
             for sample, longer in zip(batch.samples, (late.sum(1) > batch.mask.sum(1)).tolist(), strict=True)
         ]
         values = torch.zeros(late.shape)
-        parts = measure.batched(samples, self.base.chat.pad_id, self.base.device, config.batch.micro_batch_size)
-        for rows, sequences in parts:
+        for rows, sequences in collector.policy.batched(samples):
             with torch.no_grad(), self.roles.acting_as("value") as (model, head):
                 found = forward.state_values(model, head, sequences)
             values[rows, : found.shape[1]] = found.float().cpu()
-        penalty = experiences.kl_penalty(config.kl, vars(batch))
+        penalty = kl_penalty(settings.kl, vars(batch))
         rewards = objective.token_rewards(penalty, batch.scores, late, self.progress.kl_coef)
-        advantages, returns = experiences.estimate(config, rewards, values, late)
+        rewarded = Rewarded(rewards, batch.scores, late, settings.samples_per_prompt, values)
+        advantages = collector.algorithm.advantages(rewarded, settings.update)
+        returns = ValueTargets(*settings.update.value_targets()).returns(rewards, values, late)
         self.late = replace(
             batch, samples=samples, mask=late, old_values=values, rewards=rewards, advantages=advantages,
             returns=returns,
@@ -73,12 +77,12 @@ class LikeTrl(Measured):
 
     def step(self) -> float:
         """The critic learns from ``late``, the policy from the batch."""
-        learn = self.critic.learn
+        learn = ValueRole.learn
 
-        def from_late(_: Any, seed: int, step: int) -> dict[str, float]:
-            return learn(self.late, seed, step)
+        def from_late(critic: ValueRole, batch: Experience, seed: int, step: int) -> dict[str, float]:
+            return learn(critic, self.late, seed, step)
 
-        with mock.patch.object(self.critic, "learn", from_late):
+        with mock.patch.object(ValueRole, "learn", from_late):
             return super().step()
 
 

@@ -1,4 +1,4 @@
-"""Gates: whether what a finished run measured is within the bounds of its config. From the manifest alone, no model."""
+"""Whether what a finished SFT run measured is within the bounds of its config. From the manifest alone, no model."""
 
 from __future__ import annotations
 
@@ -6,20 +6,17 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from rlhf import missing_ends
 from rlhf.artifacts import Manifest
-from rlhf.config.stages import SftConfig, StageConfig
+from rlhf.config.stages import SftConfig
 from rlhf.errors import Problem
 
 
-def judge(config: StageConfig, manifest: Manifest) -> list[Problem]:
-    """Every gate of the run's stage that its figures do not pass. A failed gate leaves the run standing."""
-    return _sft(config, manifest) if isinstance(config, SftConfig) else []
-
-
-def _sft(config: SftConfig, manifest: Manifest) -> list[Problem]:
+def judge(config: SftConfig, manifest: Manifest) -> list[Problem]:
+    """Every gate that the run's figures do not pass. A failed gate leaves the run standing."""
     problems = []
     rate = float(manifest.metrics["eval/end_token_rate"])
-    if not rate >= config.min_end_token_rate:
+    if not rate >= missing_ends.least_end_rate(config, manifest.details.get("ending", {})):
         problems.append(_ends_too_rarely(config, manifest, rate))
     if config.require_improvement and config.steps != 0:
         problems += _no_better_than_its_start(config, manifest)
@@ -51,24 +48,25 @@ def _no_better_than_its_start(config: SftConfig, manifest: Manifest) -> list[Pro
 def _ends_too_rarely(config: SftConfig, manifest: Manifest, rate: float) -> Problem:
     """GRD002 with the causes that the figures support; where they support none, training has not taught the end."""
     ending = manifest.details.get("ending", {})
-    causes = _causes(config, ending, rate) or ([_little_training(config, ending)] if ending else [])
+    least = missing_ends.least_end_rate(config, ending)
+    causes = _causes(least, ending, rate) or ([_little_training(config, ending)] if ending else [])
     end = f" with {ending['end_token']!r}" if ending else ""
     whys = "".join(f"; {why}" for why, _ in causes)
     what = (
         f"only {rate:.1%} of the sampled responses end{end} within sampling.max_new_tokens "
-        f"({config.sampling.max_new_tokens}), and min_end_token_rate is {config.min_end_token_rate:.1%}{whys}. "
+        f"({config.sampling.max_new_tokens}), and min_end_token_rate is {least:.1%}{whys}. "
         "The run is finished; its weights and figures stand."
     )
     passing = math.floor(1000 * rate) / 1000
     accept = (
         f"min_end_token_rate: {passing:g} accepts it, and PPO then scores every cut-off response by missing_eos "
-        "(a fixed score in place of its own)"
+        "(docs/missing-end.md)"
     )
     where = f"{config.run_dir}: eval/end_token_rate"
     return Problem("GRD002", where, what, "; ".join([*(fix for _, fix in causes), accept]))
 
 
-def _causes(config: SftConfig, ending: Mapping[str, Any], rate: float) -> list[tuple[str, str]]:
+def _causes(least: float, ending: Mapping[str, Any], rate: float) -> list[tuple[str, str]]:
     """Each cause that is seen, with its fix."""
     found: list[tuple[str, str]] = []
     if not ending:
@@ -76,7 +74,7 @@ def _causes(config: SftConfig, ending: Mapping[str, Any], rate: float) -> list[t
 
     def explains(part: int, num: int) -> bool:
         """Whether a share of answers fails the gate by itself, or makes up half of what is cut off."""
-        return bool(part) and part / num > min(1 - config.min_end_token_rate, (1 - rate) / 2)
+        return bool(part) and part / num > min(1 - least, (1 - rate) / 2)
 
     answers, end = ending["answers"], ending["end_token"]
     num = answers["num"]
@@ -108,7 +106,7 @@ def _little_training(config: SftConfig, ending: Mapping[str, Any]) -> tuple[str,
     if base_rate is None:
         why = "nothing measured here names a cause, which leaves too little training, or an instruct model's own length"
         return why, f"{more}; for an instruct model {longer}"
-    if base_rate >= config.min_end_token_rate:
+    if base_rate >= missing_ends.least_end_rate(config, ending):
         why = f"{base_rate:.1%} of the responses of {config.model.path} itself end: training has unlearnt it"
         return why, "fewer epochs, a lower optim.learning_rate, or data whose answers end"
     why = f"{config.model.path} itself ends {base_rate:.1%} of its responses, and training has not taught it enough"
