@@ -215,9 +215,11 @@ def test_a_small_model_is_sampled_with_sums_and_a_quantised_one_by_its_own_block
     few_blocks, few_tokens = (large.with_(shape=replace(large.shape, **changes)) for changes in ({"L": 2}, {"V": 1000}))
     small = large.with_(shape=replace(large.shape, L=2, V=1000))
     assert not any(clock.sums(each) for each in (large, few_blocks, few_tokens)) and clock.sums(small)
+    quantised = small.with_(held=Numbers(2, "nf4"))
     wanted = [clock.LAUNCHES_FUSED, clock.LAUNCHES_SUMMED, clock.LAUNCHES]
-    found = [clock.launches(each) for each in (large, small, small.with_(held=Numbers(2, "nf4")))]
-    assert found == wanted
+    assert [clock.launches(each) for each in (large, small, quantised)] == wanted
+    on_gpu = [each.with_(device="cuda") for each in (large, small, quantised)]
+    assert [clock.launches(each) for each in on_gpu] == [0, 0, clock.LAUNCHES], "a CUDA graph replays known blocks"
 
 
 def run(*args, cwd=ROOT):

@@ -51,6 +51,7 @@ def test_fixed_shapes_give_the_tokens_of_a_growing_cache(tmp_path, monkeypatch, 
     """Prompts of several lengths, several ends, rows that end early and late, lengths around 16, two roles by turns,
     and several waves of which the last has one row."""
     monkeypatch.setattr(decoding, "SUMMED_BYTES", limit)
+    monkeypatch.setattr(static, "STRIDE", 16)
     opened, roles = two_roles(tmp_path, architecture)
     bias_and_norms(opened.model)
     found = {}
@@ -88,6 +89,7 @@ def trained_rows(where, tie=True, device=None):
 
 
 def test_a_graph_of_the_step_samples_the_same_in_both_roles_and_after_an_update(tmp_path, monkeypatch):
+    monkeypatch.setattr(static, "STRIDE", 16)  # 21 and 37 or 42 places are reached by two graphs
     wanted = sampled_by_turns(*trained_rows(tmp_path))
     with pretend_device.installed() as device:
         monkeypatch.setitem(static.CAPTURES, device.type, pretend_device.record)
@@ -95,7 +97,8 @@ def test_a_graph_of_the_step_samples_the_same_in_both_roles_and_after_an_update(
         own, taken = static.DecodeStep.advance, []
         monkeypatch.setattr(static.DecodeStep, "advance", lambda step: taken.append(step) or own(step))
         assert sampled_by_turns(opened, roles) == wanted
-    assert len(taken) == 3 * (static.COMPARED + 1), "graphs took all other steps"
+    num_graphs = sum(1 + (max(map(len, rows)) > static.EVERY) for rows in wanted)
+    assert num_graphs >= 5 and len(taken) == num_graphs * (static.COMPARED + 1), "graphs took all other steps"
 
 
 def sampled_by_turns(opened, roles):

@@ -1,7 +1,8 @@
 """Sampling by a decode step of fixed shapes, which a CUDA graph can hold; the host waits once in 16 tokens.
 
-Keys and values have room for the longest answer from the start, and a step attends to all of it behind a mask. On a
-CPU, where nothing is launched, reading that room costs more than it saves: there the cache grows.
+Keys and values have room for the longest answer from the start, and a step attends to a part of it behind a mask. The
+part grows in strides, and every stride has a graph of its own. A CPU launches nothing, and reads no more than it must:
+there the cache grows.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from rlhf.models.decoding import Decoder, Rows
 log = logging.getLogger("rlhf")
 EVERY = 16  # tokens between two looks at which rows have ended
 COMPARED = 3  # steps that a graph repeats before it is trusted
+STRIDE = 256  # places by which attention reaches further at a time
 ALIGNED = 16  # attention copies a mask whose rows are not a multiple of this long
 FLOOR, STEPS = 1e-5, 4  # how far a graph's hidden states may be off: a share of their size, and steps of their dtype
 
@@ -68,11 +70,12 @@ class KeyValues:
         """Attention of one more token a row, whose key and value go to ``place`` [1].
 
         Args:
-            bias: [B, 1, 1, capacity] 0 where there is a token, -inf elsewhere.
+            bias: [B, 1, 1, reach] 0 where there is a token, -inf elsewhere; places beyond are not read.
         """
-        keys, values = self.blocks[own.layer_idx]
-        keys.index_copy_(2, place, k)
-        values.index_copy_(2, place, v)
+        room = self.blocks[own.layer_idx]
+        for whole, part in zip(room, (k, v), strict=True):
+            whole.index_copy_(2, place, part)
+        keys, values = (whole[:, :, : bias.shape[-1]] for whole in room)
         return grouped.sdpa(own, q, keys, values, bias, scaling=own.scaling)[0]  # type: ignore[no-any-return]
 
 
@@ -88,7 +91,7 @@ class DecodeStep:
         num_tokens = request.noise.shape[1]
         self.decoder, self.head, self.choose = decoder, model.get_output_embeddings(), request.choose
         self.embed, self.device = decoder.inner.embed_tokens, model.device
-        self.cache = KeyValues(-(-(width + num_tokens) // ALIGNED) * ALIGNED)
+        self.cache, self.reach, self.width = KeyValues(_rounded_up(width + num_tokens, ALIGNED)), 0, width
         lengths = request.real.sum(1)
         # One addition moves all on: where the token's key goes, the token's number, and its position in each row.
         self.counters = torch.cat([torch.tensor([width - 1, 0]), lengths - 1]).to(self.device)
@@ -117,10 +120,18 @@ class DecodeStep:
         states = self.decoder.states(x, self._turns((real.cumsum(1) - 1).clamp_min(0)), rows, attend)
         self._take(states[:, -1])
 
+    def reach_to(self, num_tokens: int) -> bool:
+        """Let attention reach the last of ``num_tokens`` new tokens; whether it had to reach further for that."""
+        before, wanted = self.reach, _rounded_up(self.width + num_tokens, STRIDE)
+        self.reach = min(wanted, self.cache.capacity)
+        return self.reach != before
+
     def advance(self) -> None:
-        """Read the last token of every row and choose the next: the same launches every time, on the same memory."""
+        """Read the last token of every row and choose the next: while attention reaches as far, the same launches every
+        time, on the same memory."""
         self.bias.index_fill_(3, self.place, 0.0)
-        rows, attend = Rows(len(self.token), 1, None), partial(self.cache.extend, self.place, self.bias)
+        bias = self.bias[..., : self.reach]
+        rows, attend = Rows(len(self.token), 1, None), partial(self.cache.extend, self.place, bias)
         states = self.decoder.states(self.embed(self.token[:, None]), self._turns(self.positions), rows, attend)
         self._take(states[:, 0])
 
@@ -154,11 +165,11 @@ class Graphs:
     def __init__(self) -> None:
         self.num_made, self.refused = 0, False
 
-    def of(self, step: DecodeStep) -> tuple[Step, int]:
-        """What takes a step, and how many tokens are chosen by now: more than one where a graph was tried."""
+    def of(self, step: DecodeStep, num_steps: int) -> tuple[Step, int]:
+        """What takes each of ``num_steps`` steps, and how many of them it has taken: some where it is a graph."""
         capture = CAPTURES.get(step.device.type)
-        if capture is None or self.refused or step.tokens.shape[1] <= EVERY:
-            return step.advance, 1
+        if capture is None or self.refused or num_steps < EVERY:
+            return step.advance, 0
         before = step.snapshot()
         wanted = _after(step, step.advance)
         step.restore(before)
@@ -169,11 +180,11 @@ class Graphs:
             why = f"could not be captured ({' '.join(str(error).split())[:160]})"
         if why is None:
             self.num_made += 1
-            return replay, 1 + COMPARED
+            return replay, COMPARED
         self.refused = True
         log.warning("A CUDA graph of the decode step %s: tokens are sampled without one, and more slowly.", why)
         step.restore(before)
-        return step.advance, 1
+        return step.advance, 0
 
 
 def capture(step: Step) -> Step:
@@ -209,10 +220,12 @@ def sample(step: DecodeStep, graphs: Graphs) -> list[list[int]]:
     num_rows, num_tokens = step.tokens.shape
     rows: list[list[int]] = [[] for _ in range(num_rows)]
     with _any_kernel():
-        advance, done = graphs.of(step)
         for start in range(0, num_tokens, EVERY):
-            stop = min(start + EVERY, num_tokens)
-            for _ in range(max(start, done), stop):
+            stop, chosen = min(start + EVERY, num_tokens), max(start, 1)  # the prompts gave the first token
+            if step.reach_to(stop):
+                advance, taken = graphs.of(step, num_tokens - chosen)
+                chosen += taken
+            for _ in range(chosen, stop):
                 advance()
             part = torch.cat([step.tokens[:, start:stop], step.ended[:, None]], 1).tolist()
             ended = [bool(new.pop()) for new in part]
@@ -221,6 +234,10 @@ def sample(step: DecodeStep, graphs: Graphs) -> list[list[int]]:
             if all(ended):
                 break
     return rows
+
+
+def _rounded_up(count: int, size: int) -> int:
+    return -(-count // size) * size
 
 
 @contextmanager
