@@ -117,11 +117,11 @@ def answers(*texts):
 
 @pytest.fixture
 def chain(tmp_path):
-    """A finished chain of two test prompts: SFT has gold 0 and 1/2, PPO has 1 and 1 at a KL of 3 nats."""
+    """A finished chain of three test prompts, to the last of which no ranked answer has text; PPO is 3 nats away."""
     at = tmp_path / "bfloat16" / "4"
     files = {
-        "test": [{"prompt": "p0"}, {"prompt": "p1"}], "base": answers("bad", "bad"),
-        "sft-answers": answers("bad", "good bad"), "ppo-answers": answers("good", "good good"),
+        "test": [{"prompt": f"p{one}"} for one in range(3)], "base": answers("bad", "bad", "bad"),
+        "sft-answers": answers("bad", "good bad", "bad"), "ppo-answers": answers("good", "good good", "good"),
         "ranked": [
             {"prompt": [{"role": "user", "content": f"p{prompt}"}], "score": score, "judge": judge, "finished": ended}
             for prompt, score, judge, ended in (
@@ -162,16 +162,16 @@ def test_the_report_says_what_the_files_of_a_finished_chain_say(chain, tmp_path,
     said = json.loads((tmp_path / "report.json").read_text())["bfloat16"]
     assert said["seeds"] == ["4"], "a chain that has not reached its end is not reported"
     gold = {name: row["by_seed"][0] for name, row in said["policies"].items()}
-    assert gold["SFT"] == 0.25 and gold["PPO"] == 1
-    assert gold["SFT, mean of 16 samples"] == pytest.approx((0.5 + 0.625) / 2)
-    assert gold["best of 4 by the reward model"] == pytest.approx((1 + 0.25) / 2), "a cut-off answer ranks behind"
+    assert gold["SFT"] == pytest.approx(0.5 / 3) and gold["PPO"] == 1
+    assert gold["SFT, mean of 16 samples"] == pytest.approx((0.5 + 0.625 + 0) / 3)
+    assert gold["best of 4 by the reward model"] == pytest.approx((1 + 0.25 + 0) / 3), "a cut-off answer ranks behind"
     assert said["policies"]["PPO"]["kl"] == 3 and said["policies"]["best of 4 by the reward model"]["ended"] == 0.75
-    assert said["policies"]["PPO"]["over_sft"]["estimate"] == pytest.approx(1 - 0.5625)
+    assert said["policies"]["PPO"]["over_sft"]["estimate"] == pytest.approx(1 - 0.375)
     (point,) = said["curve"]
     assert (point["step"], point["score"], point["kl"]) == (2, 0.7, [1.5])
     assert point["gold"]["estimate"] == pytest.approx((1 / 4 + 1 / 2 + 1 / 3) / 3) and point["alike"] == 2 / 3
     judged = said["reward_models"]["4"]
-    assert (judged["labels_agree"], judged["verdict"]) == (1, "fail") and judged["gain"] == pytest.approx(1 - 0.5625)
+    assert (judged["labels_agree"], judged["verdict"]) == (1, "fail") and judged["gain"] == pytest.approx(1 - 0.375)
     assert [one["key"] for one in judged["beyond"]] == ["probes.padding"]
     assert sentiment_report.peak_mb({"memory/peak_rss_mb": 7.0}) == 7, "without a GPU it is the process's"
     ppo = said["costs"][-1]
