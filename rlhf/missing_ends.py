@@ -35,8 +35,9 @@ def least_end_rate(config: SftConfig, ending: Mapping[str, Any]) -> float:
     return enough(share, ending.get("num_samples", config.end_token_samples))
 
 
-def what_fits(config: SftConfig, answers: Mapping[str, Any], num_samples: int) -> str:
-    """The share of the training answers that a sampled one can be as long as, and how many of those must end.
+def what_fits(config: SftConfig, answers: Mapping[str, Any], num_samples: int) -> tuple[str, bool]:
+    """The share of the training answers that a sampled one can be as long as, and how many of those must end; and
+    whether that is more than the data teaches.
 
     Args:
         answers: figures of ``rlhf.evaluation.stopping``.
@@ -49,11 +50,12 @@ def what_fits(config: SftConfig, answers: Mapping[str, Any], num_samples: int) -
         f"{held} tokens; {least:.0%} of {num_samples} samples must end."
     )
     if config.steps == 0 or least <= share:
-        return said
-    return (
+        return said, False
+    more = (
         f"{said} That is more than the data teaches: sampling.max_new_tokens: {held}, or min_end_token_rate: null, "
         f"which asks {enough(share, num_samples):.0%}."
     )
+    return more, True
 
 
 def penalty(share_cut: float) -> float:

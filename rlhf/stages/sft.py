@@ -57,9 +57,10 @@ def run(config: SftConfig, plan: Plan, run: Run) -> Manifest:
     held_out, rows, report = _rows(config, plan, base.chat)
     answers = stopping.answers_of(rows, base.chat.end_id)
     measured_on = sft_outcome.held_out_rows(config, held_out, base.chat)
-    fits = _what_fits(config, answers, measured_on)
-    for line in (report.sentence("Training data"), *plan.dropped_lines(), fits):
+    for line in (report.sentence("Training data"), *plan.dropped_lines()):
         log.info(line)
+    said, is_warning = _what_fits(config, answers, measured_on)
+    log.log(logging.WARNING if is_warning else logging.INFO, said)
 
     trained = _train(config, base, rows, measured_on.turns, run, first)
     train_seconds = trained.saved.seconds()
@@ -158,11 +159,11 @@ def dry_run(config: SftConfig, plan: Plan) -> list[str]:
     steps = _num_steps(config, len(rows))
     return [
         report.sentence("data"), f"held out: {len(held_out)} rows.", f"{steps} steps of {config.batch.batch_size}.",
-        _what_fits(config, stopping.answers_of(rows, chat.end_id), measured_on),
+        _what_fits(config, stopping.answers_of(rows, chat.end_id), measured_on)[0],
     ]  # fmt: skip
 
 
-def _what_fits(config: SftConfig, answers: Answers, measured_on: HeldOutRows) -> str:
+def _what_fits(config: SftConfig, answers: Answers, measured_on: HeldOutRows) -> tuple[str, bool]:
     figures = answers.figures(config.sampling.max_new_tokens)
     return missing_ends.what_fits(config, figures, len(measured_on.prompts))
 
