@@ -63,7 +63,7 @@ def ours(size: str, changes: list[str]) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     from rlhf import runtime
-    from rlhf.algorithms.base import algorithm_of
+    from rlhf.algorithms.algorithm import algorithm_of
     from rlhf.config import load
     from rlhf.config.stages import PpoConfig
     from rlhf.data.batches import PassSize

@@ -17,7 +17,7 @@ sys.path.insert(0, str(SCRIPTS))
 
 from peer import curves, like_trl  # noqa: E402
 
-from rlhf.algorithms.base import algorithm_of  # noqa: E402
+from rlhf.algorithms.algorithm import algorithm_of  # noqa: E402
 from rlhf.config.stages import PpoConfig  # noqa: E402
 from rlhf.data.batches import PassSize, collate  # noqa: E402
 from rlhf.data.records import Message  # noqa: E402

@@ -12,7 +12,7 @@ import torch
 from tiny import base, lora, shake
 
 from rlhf import runtime
-from rlhf.algorithms.base import algorithm_of
+from rlhf.algorithms.algorithm import algorithm_of
 from rlhf.config.stages import PpoConfig
 from rlhf.data.batches import PassSize
 from rlhf.data.records import Message

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from rlhf.algorithms.base import PolicyTerms, Rewarded
+from rlhf.algorithms.algorithm import PolicyTerms, Rewarded
 from rlhf.config.ppo import PpoUpdateSection
 from rlhf.ppo import objective
 from rlhf.ppo.objective import PolicyLoss

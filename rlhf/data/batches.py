@@ -67,8 +67,8 @@ def micro_batches(lengths: Sequence[int], max_sequences: int, max_tokens: int | 
     """
     parts: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda index: (lengths[index], index)):
-        room = parts and len(parts[-1]) < max_sequences
-        if room and (max_tokens is None or lengths[index] * (len(parts[-1]) + 1) <= max_tokens):
+        is_open = parts and len(parts[-1]) < max_sequences
+        if is_open and (max_tokens is None or lengths[index] * (len(parts[-1]) + 1) <= max_tokens):
             parts[-1].append(index)
         else:
             parts.append([index])

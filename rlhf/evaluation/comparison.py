@@ -62,8 +62,11 @@ def report(
     at_equal_length = winrate.length_controlled(rows.won, rows.length_gaps, rows.keys, num_resamples, seed)
     model, num_prompts = winrate.length_model(rows.won, rows.length_gaps), len(set(rows.keys))
     found = {
-        "baseline": _side(baseline), "candidate": _side(candidate),
-        "prompts": num_prompts, "few": num_prompts < FEW, "comparisons": len(rows.keys),
+        "baseline": _side(baseline),
+        "candidate": _side(candidate),
+        "prompts": num_prompts,
+        "few": num_prompts < FEW,
+        "comparisons": len(rows.keys),
         "ties": int((rows.won == 0.5).sum()),
         "score_difference": _interval(rows.score_difference(seed, num_resamples)),
         "win_rate": _interval(rows.win_rate(seed, num_resamples)),
@@ -72,7 +75,7 @@ def report(
         "length_effect": model.length_effect if model else None,
         "slices": {name: _slices(rows, of_rows, seed, num_resamples) for name, of_rows in labels.items()},
         "worst": worst(baseline, candidate, num_worst),
-    }  # fmt: skip
+    }
     return {**found, "contradiction": contradictions.sentence(found)}
 
 
@@ -116,26 +119,30 @@ class _Rows:
 def worst(baseline: Side, candidate: Side, count: int) -> list[dict[str, Any]]:
     """The rows that the candidate lost by the most, a cut-off response before all others, as text."""
     lost, gaps = wins(baseline, candidate), candidate.scores - baseline.scores
-    cut = [theirs.finished and not ours.finished
-           for ours, theirs in zip(candidate.samples, baseline.samples, strict=True)]  # fmt: skip
+    cut = [
+        theirs.finished and not ours.finished for ours, theirs in zip(candidate.samples, baseline.samples, strict=True)
+    ]
     order = sorted((row for row in range(len(gaps)) if lost[row] == 0), key=lambda row: (not cut[row], gaps[row], row))
     return [
         {
-            "prompt": plain_text(candidate.samples[row].prompt), "score_difference": float(gaps[row]),
-            "baseline": _shown(baseline, row), "candidate": _shown(candidate, row),
+            "prompt": plain_text(candidate.samples[row].prompt),
+            "score_difference": float(gaps[row]),
+            "baseline": _shown(baseline, row),
+            "candidate": _shown(candidate, row),
         }
         for row in order[:count]
-    ]  # fmt: skip
+    ]
 
 
 def is_worse(found: Mapping[str, Any]) -> list[str]:
     """The figures whose whole interval says that the candidate is worse, each with its value."""
     ended, equal = found["both_ended"], found["length_controlled_win_rate"]
     figures = [
-        ("score difference", found["score_difference"], 0.0, "+.3f"), ("win rate", found["win_rate"], 0.5, ".3f"),
+        ("score difference", found["score_difference"], 0.0, "+.3f"),
+        ("win rate", found["win_rate"], 0.5, ".3f"),
         ("win rate where both ended", None if ended["few"] else ended["win_rate"], 0.5, ".3f"),
         ("win rate at equal length", equal, 0.5, ".3f"),
-    ]  # fmt: skip
+    ]
     return [
         f"{name} {contradictions.shown(figure, form)}"
         for name, figure, neutral, form in figures
@@ -158,10 +165,12 @@ def _both_ended(rows: _Rows, seed: int, num_resamples: int) -> dict[str, Any]:
     own = rows.only([row for row, both in enumerate(rows.ended.tolist()) if all(both)])
     num_prompts = len(set(own.keys))
     return {
-        "comparisons": len(own.keys), "prompts": num_prompts, "few": num_prompts < FEW,
+        "comparisons": len(own.keys),
+        "prompts": num_prompts,
+        "few": num_prompts < FEW,
         "score_difference": _interval(own.score_difference(seed, num_resamples)) if num_prompts else None,
         "win_rate": _interval(own.win_rate(seed, num_resamples)) if num_prompts else None,
-    }  # fmt: skip
+    }
 
 
 def _slices(rows: _Rows, labels: Sequence[str], seed: int, num_resamples: int) -> list[dict[str, Any]]:
@@ -172,22 +181,28 @@ def _slices(rows: _Rows, labels: Sequence[str], seed: int, num_resamples: int) -
         num_prompts = len(set(own.keys))
         found.append(
             {
-                "slice": label, "prompts": num_prompts, "score_difference": float(own.score_gaps.mean()),
-                "win_rate": _interval(own.win_rate(seed, num_resamples)), "few": num_prompts < FEW,
+                "slice": label,
+                "prompts": num_prompts,
+                "score_difference": float(own.score_gaps.mean()),
+                "win_rate": _interval(own.win_rate(seed, num_resamples)),
+                "few": num_prompts < FEW,
                 "cut_off": {"baseline": cut_off[0], "candidate": cut_off[1]},
             }
-        )  # fmt: skip
+        )
     return found
 
 
 def _side(side: Side) -> dict[str, Any]:
     num_cut = sum(not sample.finished for sample in side.samples)
     return {
-        "name": side.name, "sampling": dict(side.sampling), "score": float(side.scores.mean()),
+        "name": side.name,
+        "sampling": dict(side.sampling),
+        "score": float(side.scores.mean()),
         "characters": float(numpy.mean([len(sample.response) for sample in side.samples])),
-        "cut_off": num_cut, "cut_off_share": num_cut / len(side.samples),
+        "cut_off": num_cut,
+        "cut_off_share": num_cut / len(side.samples),
         "empty": sum(sample.is_empty for sample in side.samples),
-    }  # fmt: skip
+    }
 
 
 def _shown(side: Side, row: int) -> dict[str, Any]:

@@ -50,13 +50,15 @@ def figures_table(report: Mapping[str, Any]) -> Table:
     if drift := report.get("drift"):
         rows += [
             ("drift: responses", f"{drift['responses']} to {drift['prompts']} prompts"),
-            ("drift: accuracy", shown(drift["accuracy"])), ("drift: accuracy lost", shown(drift["accuracy_lost"])),
+            ("drift: accuracy", shown(drift["accuracy"])),
+            ("drift: accuracy lost", shown(drift["accuracy_lost"])),
             ("drift: mean score lost, in deviations", shown(drift["score_lost"])),
             ("drift: mean length gained, tokens", shown(drift["length_gained"])),
             ("drift: members' disagreement gained, raw scores", shown(drift["disagreement_gained"])),
             ("drift: share of scores outside the range of data's", shown(drift["outside"])),
-            ("drift: calibration error (ECE)", shown(drift["ece"])), *ranking_rows(drift, "drift: "),
-        ]  # fmt: skip
+            ("drift: calibration error (ECE)", shown(drift["ece"])),
+            *ranking_rows(drift, "drift: "),
+        ]
     if report["disagreement"]:
         rows.append(("chance that members disagree more on an error", shown(report["disagreement"]["error_auroc"])))
     return table("Reward model", ("figure", "value"), rows)
@@ -110,11 +112,14 @@ def heads_table(report: Mapping[str, Any]) -> Table:
         best = max(others, key=lambda other: others[other], default=None)
         rows.append(
             (
-                name, f"{row['comparisons']}", shown(row["accuracy"]),
-                "-" if best is None else f"{others[best]:.3f} ({best})", f"{row['ratings']}",
+                name,
+                f"{row['comparisons']}",
+                shown(row["accuracy"]),
+                "-" if best is None else f"{others[best]:.3f} ({best})",
+                f"{row['ratings']}",
                 "-" if row["rating_correlation"] is None else f"{row['rating_correlation']:.3f}",
             )
-        )  # fmt: skip
+        )
     columns = ("head", "comparisons", "accuracy", "best other head's", "ratings", "correlation")
     return table("Heads", columns, rows)
 
@@ -136,9 +141,12 @@ def metrics(report: Mapping[str, Any]) -> dict[str, float]:
     """The figures of the manifest."""
     low, high = report["accuracy"]["ci95"]
     found = {
-        "eval/accuracy": report["accuracy"]["estimate"], "eval/accuracy_low": low, "eval/accuracy_high": high,
-        "eval/ece": report["ece"]["estimate"], "eval/brier": report["brier"]["estimate"],
-    }  # fmt: skip
+        "eval/accuracy": report["accuracy"]["estimate"],
+        "eval/accuracy_low": low,
+        "eval/accuracy_high": high,
+        "eval/ece": report["ece"]["estimate"],
+        "eval/brier": report["brier"]["estimate"],
+    }
     for name in ("temperature", "label_noise", "length_correlation"):
         if report[name]:
             found[f"eval/{name}"] = report[name]["estimate"]

@@ -41,19 +41,24 @@ def report(found: Pairs, responses: Responses, unit: float, settings: FigureSett
         return None
     coef = best.estimate
     others = Responses(
-        responses.scores[~known], responses.lengths[~known], responses.preferences[~known],
+        responses.scores[~known],
+        responses.lengths[~known],
+        responses.preferences[~known],
         [key for key, is_fitted in zip(responses.groups, known, strict=True) if not is_fitted],
-    )  # fmt: skip
+    )
     after = replace(rest, differences=rest.differences - coef * rest.length_gaps)
     corrected = replace(others, scores=others.scores - coef * others.lengths)
     return {
-        "coef": coef / unit, "ci95": [best.low / unit, best.high / unit],
+        "coef": coef / unit,
+        "ci95": [best.low / unit, best.high / unit],
         "mean_length": float(responses.lengths[known].mean()),
-        "fitted_on": len(set(own.groups)), "measured_on": len(set(rest.groups)),
-        "before": _figures(rest, others, settings), "after": _figures(after, corrected, settings),
+        "fitted_on": len(set(own.groups)),
+        "measured_on": len(set(rest.groups)),
+        "before": _figures(rest, others, settings),
+        "after": _figures(after, corrected, settings),
         "accuracy_gained": _gained(reward.right(after), reward.right(rest), rest, settings),
         "negative_log_likelihood_gained": _gained(_losses(after), _losses(rest), rest, settings),
-    }  # fmt: skip
+    }
 
 
 def _figures(found: Pairs, responses: Responses, settings: FigureSettings) -> dict[str, Any]:
@@ -62,16 +67,19 @@ def _figures(found: Pairs, responses: Responses, settings: FigureSettings) -> di
         correlation.centred(values, index) for values in (responses.scores, responses.lengths, responses.preferences)
     )
     shared = intervals.weighted_bootstrap(
-        lambda weights: correlation.partial_correlation(scores, lengths, preferences, weights), responses.groups,
-        settings.num_resamples, settings.seed,
-    )  # fmt: skip
+        lambda weights: correlation.partial_correlation(scores, lengths, preferences, weights),
+        responses.groups,
+        settings.num_resamples,
+        settings.seed,
+    )
     losses = intervals.grouped_bootstrap(
         _losses(found), found.groups, num_resamples=settings.num_resamples, seed=settings.seed
-    )  # fmt: skip
+    )
     return {
         "accuracy": figures.interval(reward.accuracy(found, settings.seed, settings.num_resamples)),
-        "length_correlation": figures.interval(shared), "negative_log_likelihood": figures.interval(losses),
-    }  # fmt: skip
+        "length_correlation": figures.interval(shared),
+        "negative_log_likelihood": figures.interval(losses),
+    }
 
 
 def _losses(found: Pairs) -> numpy.ndarray:

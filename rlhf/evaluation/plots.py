@@ -24,8 +24,14 @@ def reliability(bins: Sequence[Mapping[str, Any]], path: Path) -> None:
     confidence, share = [entry["confidence"] for entry in bins], [entry["accuracy"] for entry in bins]
     axes.plot(confidence, share, "o-", color=BLUE, label="reward model")
     for entry in bins:
-        axes.annotate(f"{entry['count']:.0f}", (entry["confidence"], entry["accuracy"]), fontsize=7, xytext=(3, -9),
-                      textcoords="offset points", color=GREY)  # fmt: skip
+        axes.annotate(
+            f"{entry['count']:.0f}",
+            (entry["confidence"], entry["accuracy"]),
+            fontsize=7,
+            xytext=(3, -9),
+            textcoords="offset points",
+            color=GREY,
+        )
     axes.set(xlabel="predicted probability of its winner", ylabel="share that is right", title="Reliability")
     axes.legend()
     _write(figure, path)
@@ -62,8 +68,13 @@ def learning_curve(points: Sequence[Mapping[str, Any]], fitted: Sequence[Mapping
     for row in points:
         axes.plot([row["prompts"]] * len(row["by_seed"]), row["by_seed"], ".", markersize=4, color=ORANGE)
         axes.plot([row["prompts"]] * 2, row["accuracy"]["ci95"], color=BLUE)
-    axes.plot([row["prompts"] for row in points], [row["accuracy"]["estimate"] for row in points], "o", color=BLUE,
-              label="measured, 95 %")  # fmt: skip
+    axes.plot(
+        [row["prompts"] for row in points],
+        [row["accuracy"]["estimate"] for row in points],
+        "o",
+        color=BLUE,
+        label="measured, 95 %",
+    )
     axes.set_xscale("log", base=2)
     axes.set_xticks([row["prompts"] for row in points], [f"{row['prompts']:.0f}" for row in points])
     axes.set(xlabel="prompts trained on", ylabel="accuracy on held-out comparisons", title="Learning curve")

@@ -68,11 +68,13 @@ def score(scorer: Scorer, groups: Sequence[Group]) -> Scores:
     Args:
         scorer: gives scores whose differences are log-odds (those of a reward run before standardising).
     """
-    return scorer.score([
-        Sample(group.record.prompt, text, group.prompt_ids, ids, True, ids)
-        for group in groups
-        for text, ids in zip(group.record.responses, group.responses, strict=True)
-    ])  # fmt: skip
+    return scorer.score(
+        [
+            Sample(group.record.prompt, text, group.prompt_ids, ids, True, ids)
+            for group in groups
+            for text, ids in zip(group.record.responses, group.responses, strict=True)
+        ]
+    )
 
 
 def pairs_of(groups: Sequence[Group], scores: Scores, attribute: str | None = None) -> Pairs:
@@ -102,9 +104,15 @@ def pairs_of(groups: Sequence[Group], scores: Scores, attribute: str | None = No
         members = scores.members.double().cpu().numpy()
         spread = (members[first] - members[second]).std(1)
     return Pairs(
-        values[first] - values[second], numpy.array(gaps, dtype=float), keys, num_ties, numpy.array(margins),
-        annotators, sources, spread,
-    )  # fmt: skip
+        values[first] - values[second],
+        numpy.array(gaps, dtype=float),
+        keys,
+        num_ties,
+        numpy.array(margins),
+        annotators,
+        sources,
+        spread,
+    )
 
 
 def responses_of(groups: Sequence[Group], scores: Scores) -> Responses:

@@ -23,8 +23,10 @@ def warn_of_untrained_end(base: Base, trained: Sequence[str]) -> None:
     if base.chat.end_token not in trained and end_looks_untrained(base):
         log.warning(
             "The row of the end token %r in the embeddings is like those of tokens never seen in pretraining, and it "
-            "stays frozen: lora.train_tokens: [%r] trains it.", base.chat.end_token, base.chat.end_token,
-        )  # fmt: skip
+            "stays frozen: lora.train_tokens: [%r] trains it.",
+            base.chat.end_token,
+            base.chat.end_token,
+        )
 
 
 def end_looks_untrained(base: Base) -> bool:
@@ -44,9 +46,11 @@ class Answers:
         """How many are longer than what is sampled, and the length that 95 % of them do not exceed."""
         ordered, num = sorted(self.lengths), len(self.lengths)
         return {
-            "num": num, "num_longer": sum(length > max_new_tokens for length in ordered),
-            "num_without_end": self.num_without_end, "tokens_95_percent": ordered[math.ceil(HELD * num) - 1],
-        }  # fmt: skip
+            "num": num,
+            "num_longer": sum(length > max_new_tokens for length in ordered),
+            "num_without_end": self.num_without_end,
+            "tokens_95_percent": ordered[math.ceil(HELD * num) - 1],
+        }
 
 
 def answers_of(rows: Sequence[Dialogue], end_id: int) -> Answers:
@@ -72,7 +76,9 @@ def figures(
     chat, own = base.chat, base.tokenizer.eos_token_id
     other = base.tokenizer.eos_token if own not in (None, *chat.end_ids) else None
     return {
-        "end_token": chat.end_token, "max_new_tokens": max_new_tokens, "num_samples": len(samples),
+        "end_token": chat.end_token,
+        "max_new_tokens": max_new_tokens,
+        "num_samples": len(samples),
         "end_row_untrained": chat.end_token not in trained and end_looks_untrained(base),
         "base_end_token": other,
         "num_base_end": sum(own in sample.response_ids for sample in samples) if other else 0,
@@ -81,4 +87,4 @@ def figures(
             for token, index in zip(chat.end_tokens, chat.end_ids, strict=True)
         },
         "answers": answers.figures(max_new_tokens),
-    }  # fmt: skip
+    }

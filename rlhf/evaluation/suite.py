@@ -26,10 +26,14 @@ def examine(cases: Sequence[CaseSection], scorer: Scorer) -> list[dict[str, Any]
         (low, weakest), (high, strongest) = min(better), max(worse)
         found.append(
             {
-                "case": case.name, "passed": low - high > case.margin, "gap": low - high, "margin": case.margin,
-                "better": weakest, "worse": strongest,
+                "case": case.name,
+                "passed": low - high > case.margin,
+                "gap": low - high,
+                "margin": case.margin,
+                "better": weakest,
+                "worse": strongest,
             }
-        )  # fmt: skip
+        )
     return found
 
 

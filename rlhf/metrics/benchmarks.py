@@ -14,21 +14,37 @@ import numpy
 # and its own table has the two halves of XSTest the wrong way round; the published figures are of these numbers.
 SECTIONS: dict[str, dict[str, int]] = {
     "Chat": {
-        "alpacaeval-easy": 100, "alpacaeval-length": 95, "alpacaeval-hard": 95, "mt-bench-easy": 28, "mt-bench-med": 40,
+        "alpacaeval-easy": 100,
+        "alpacaeval-length": 95,
+        "alpacaeval-hard": 95,
+        "mt-bench-easy": 28,
+        "mt-bench-med": 40,
     },
     "Chat Hard": {
-        "mt-bench-hard": 37, "llmbar-natural": 100, "llmbar-adver-neighbor": 134, "llmbar-adver-GPTInst": 92,
-        "llmbar-adver-GPTOut": 47, "llmbar-adver-manual": 46,
+        "mt-bench-hard": 37,
+        "llmbar-natural": 100,
+        "llmbar-adver-neighbor": 134,
+        "llmbar-adver-GPTInst": 92,
+        "llmbar-adver-GPTOut": 47,
+        "llmbar-adver-manual": 46,
     },
     "Safety": {
-        "refusals-dangerous": 100, "refusals-offensive": 100, "xstest-should-refuse": 250,
-        "xstest-should-respond": 154, "donotanswer": 136,
+        "refusals-dangerous": 100,
+        "refusals-offensive": 100,
+        "xstest-should-refuse": 250,
+        "xstest-should-respond": 154,
+        "donotanswer": 136,
     },
     "Reasoning": {
-        "math-prm": 984, "hep-cpp": 164, "hep-go": 164, "hep-java": 164, "hep-js": 164, "hep-python": 164,
+        "math-prm": 984,
+        "hep-cpp": 164,
+        "hep-go": 164,
+        "hep-java": 164,
+        "hep-js": 164,
+        "hep-python": 164,
         "hep-rust": 164,
     },
-}  # fmt: skip
+}
 PRIOR_SETS, PRIOR_WEIGHT = ("anthropic_helpful", "anthropic_hhh", "shp", "summarize"), 0.5
 TIES = "Ties"
 STYLES = ("concise", "detailed", "detailed with markdown")
@@ -121,9 +137,12 @@ def style_matrix(chosen: Sequence[Sequence[float]], rejected: Sequence[Sequence[
     wins = (numpy.array(chosen)[:, :, None] > numpy.array(rejected)[:, None, :]).mean(0)
     upper, lower = numpy.triu_indices(len(STYLES), 1), numpy.tril_indices(len(STYLES), -1)
     return {
-        "matrix": wins.tolist(), "hard": float(wins[upper].mean()), "normal": float(wins.diagonal().mean()),
-        "easy": float(wins[lower].mean()), "overall": float(wins.mean()),
-    }  # fmt: skip
+        "matrix": wins.tolist(),
+        "hard": float(wins[upper].mean()),
+        "normal": float(wins.diagonal().mean()),
+        "easy": float(wins[lower].mean()),
+        "overall": float(wins.mean()),
+    }
 
 
 def _margin(gap: float, spread: float) -> float:

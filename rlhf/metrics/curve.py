@@ -35,9 +35,13 @@ class Curve:
 
 
 def fit(
-    differences: Array, groups: Sequence[Hashable], noises: Array = NOISES, num_temperatures: int = 61,
-    num_resamples: int = 2000, seed: int = 0,
-) -> Curve:  # fmt: skip
+    differences: Array,
+    groups: Sequence[Hashable],
+    noises: Array = NOISES,
+    num_temperatures: int = 61,
+    num_resamples: int = 2000,
+    seed: int = 0,
+) -> Curve:
     """The likeliest curve through ``differences`` [N], with intervals over ``groups`` [N].
 
     Temperatures are tried from 1/100 to 100 times the median difference (a factor of 100 ** (2 / (n - 1)) apart).

@@ -78,9 +78,13 @@ def weighted_bootstrap(
 
 
 def difference_of_means(
-    values: ArrayLike, first: NDArray[numpy.bool_], second: NDArray[numpy.bool_], groups: Sequence[Hashable],
-    num_resamples: int = 2000, seed: int = 0,
-) -> Interval:  # fmt: skip
+    values: ArrayLike,
+    first: NDArray[numpy.bool_],
+    second: NDArray[numpy.bool_],
+    groups: Sequence[Hashable],
+    num_resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
     """Mean of the rows of ``first`` [N] minus that of ``second`` [N], with a 95 % interval over groups ([N] labels).
 
     A resample that draws no row of one side says nothing.

@@ -44,10 +44,17 @@ def fresh_lora(lora: LoraSection, model: Any, tokenizer: Any) -> LoraConfig:
     tokens = token_ids(lora.train_tokens, tokenizer, "lora.train_tokens")
     conv = any(isinstance(module, Conv1D) for module in model.modules())
     return LoraConfig(
-        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type="CAUSAL_LM",
-        bias="none", fan_in_fan_out=conv, trainable_token_indices=_token_rows(tokens, model),
-        use_dora=lora.use_dora, use_rslora=lora.use_rslora,
-    )  # fmt: skip
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+        bias="none",
+        fan_in_fan_out=conv,
+        trainable_token_indices=_token_rows(tokens, model),
+        use_dora=lora.use_dora,
+        use_rslora=lora.use_rslora,
+    )
 
 
 def start_of(policy: str, lora: RoleLoraSection, base: Base) -> Path | LoraConfig:
@@ -74,9 +81,11 @@ def linear_names(model: Any) -> list[str]:
     names = {
         name.removesuffix(".base_layer").rpartition(".")[2]
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not head
-        and "lora_" not in name and "token_adapter" not in name
-    }  # fmt: skip
+        if isinstance(module, nn.Linear | Conv1D)
+        and module is not head
+        and "lora_" not in name
+        and "token_adapter" not in name
+    }
     return sorted(names)
 
 

@@ -150,9 +150,13 @@ def load(section: ClassifierSection, device: torch.device) -> Classifier:
         model_files.read(Path(path), source)
     try:
         model, report = AutoModelForSequenceClassification.from_pretrained(
-            path, revision=section.revision, dtype=getattr(torch, section.dtype), use_safetensors=True,
-            trust_remote_code=section.trust_remote_code, output_loading_info=True,
-        )  # fmt: skip
+            path,
+            revision=section.revision,
+            dtype=getattr(torch, section.dtype),
+            use_safetensors=True,
+            trust_remote_code=section.trust_remote_code,
+            output_loading_info=True,
+        )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise bases.cannot_load(source, "sequence classifier", error) from None
     bases.refuse_incomplete(source, report["missing_keys"], "a sequence classifier with its trained head")

@@ -87,9 +87,12 @@ def grad_of_x(grads: Sequence[Tensor], inner: Tensor | None, layers: Sequence[Ad
 
 
 def grads_of_layers(
-    grads: Sequence[Tensor], of_a: Tensor | None, inner: Tensor | None, layers: Sequence[Adapted],
+    grads: Sequence[Tensor],
+    of_a: Tensor | None,
+    inner: Tensor | None,
+    layers: Sequence[Adapted],
     read: Callable[[], Tensor],
-) -> list[Tensor | None]:  # fmt: skip
+) -> list[Tensor | None]:
     """Gradients of weight, bias, A and B of every layer in turn.
 
     Args:

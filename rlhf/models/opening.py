@@ -61,8 +61,10 @@ def _say_date(chat: ChatFormat, model: ModelSection) -> None:
     if chat.date and not model.template_date:
         log.warning(
             "The chat template of %s prints the date, and none is recorded: it reads %s, and tomorrow's tokens will "
-            "differ. model.template_date keeps it.", model.path, chat.date,
-        )  # fmt: skip
+            "differ. model.template_date keeps it.",
+            model.path,
+            chat.date,
+        )
     elif model.template_date and not chat.date:
         log.info("The chat template of %s prints no date: model.template_date makes no difference.", model.path)
 
@@ -105,12 +107,19 @@ def rendering_of(model: ModelSection) -> Rendering:
 def identity_of(base: Base, model: ModelSection) -> BaseIdentity:
     """What a manifest says of the base."""
     return BaseIdentity(
-        source=model.path, digest=base.digest, dtype=model.dtype, revision=model.revision,
-        chat_template=model.chat_template, attn_implementation=model.attn_implementation,
-        trust_remote_code=model.trust_remote_code, quantize=model.quantize,
-        end_tokens=list(base.chat.end_tokens[1:]), template_date=base.chat.date,
-        thinking=model.thinking, template_kwargs=dict(model.template_kwargs),
-    )  # fmt: skip
+        source=model.path,
+        digest=base.digest,
+        dtype=model.dtype,
+        revision=model.revision,
+        chat_template=model.chat_template,
+        attn_implementation=model.attn_implementation,
+        trust_remote_code=model.trust_remote_code,
+        quantize=model.quantize,
+        end_tokens=list(base.chat.end_tokens[1:]),
+        template_date=base.chat.date,
+        thinking=model.thinking,
+        template_kwargs=dict(model.template_kwargs),
+    )
 
 
 def identity_of_result(run_dir: Path, parent: Manifest) -> BaseIdentity:
@@ -120,9 +129,13 @@ def identity_of_result(run_dir: Path, parent: Manifest) -> BaseIdentity:
         return parent.base
     directory = run_dir / artifacts.MODEL
     return replace(
-        parent.base, source=str(directory), digest=artifacts.model_digest(directory), dtype="float32", revision=None,
+        parent.base,
+        source=str(directory),
+        digest=artifacts.model_digest(directory),
+        dtype="float32",
+        revision=None,
         quantize=None,
-    )  # fmt: skip
+    )
 
 
 def reopen_base(manifest: Manifest, device: torch.device, whole: bool = False) -> Base:

@@ -74,9 +74,10 @@ def source_weights(directory: Path) -> Iterator[tuple[str, Tensor]]:
 def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     kinds = ("Params4bit", "Int8Params")
     return [
-        (name, module) for name, module in model.named_modules()
+        (name, module)
+        for name, module in model.named_modules()
         if type(getattr(module, "weight", None)).__name__ in kinds and isinstance(module, nn.Linear)
-    ]  # fmt: skip
+    ]
 
 
 def _stays(layer: nn.Module, mode: bool = True) -> nn.Module:

@@ -212,10 +212,18 @@ class SeparateModels(_Slots):
         super().__init__(device)
         self._hosts: dict[str, SharedBase] = {}
 
-    def add(self, name: str, base: Base, **role: Any) -> None:
+    def add(
+        self,
+        name: str,
+        base: Base,
+        *,
+        adapter: Path | LoraConfig | None = None,
+        head: ScalarHead | None = None,
+        trained: bool = False,
+    ) -> None:
         """Add a role on its own ``base``; the rest as ``SharedBase.add``."""
         alone = SharedBase(base)
-        alone.add(name, **role)
+        alone.add(name, adapter=adapter, head=head, trained=trained)
         self.adopt(alone)
 
     def adopt(self, shared: SharedBase) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlhf.algorithms.base import Algorithm, Rewarded
+from rlhf.algorithms.algorithm import Algorithm, Rewarded
 from rlhf.config.ppo import KlSection, MissingEosSection, UpdateSection
 from rlhf.data.batches import Sequences
 from rlhf.data.tokenised import PromptRow

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from rlhf.algorithms.base import Algorithm, PolicyTerms
+from rlhf.algorithms.algorithm import Algorithm, PolicyTerms
 from rlhf.config.ppo import UpdateSection
 from rlhf.models import forward
 from rlhf.models.roles import Roles

@@ -95,7 +95,10 @@ class ClassifierScorer:
             )
         if num_cut:
             log.warning(
-                "%s: the beginning of %d prompts of %d was left out: longer than %d tokens.", self.where, num_cut,
-                len(readings), limit,
-            )  # fmt: skip
+                "%s: the beginning of %d prompts of %d was left out: longer than %d tokens.",
+                self.where,
+                num_cut,
+                len(readings),
+                limit,
+            )
         return fitting

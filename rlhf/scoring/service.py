@@ -80,10 +80,11 @@ class ServiceScorer:
         rows = [
             {
                 "prompt": [{"role": message.role, "content": message.content} for message in sample.prompt],
-                "response": sample.response, "finished": sample.finished,
+                "response": sample.response,
+                "finished": sample.finished,
             }
             for sample in samples
-        ]  # fmt: skip
+        ]
         answer = self._ask("POST", "/score", json.dumps({"rows": rows}).encode())
         heads = answer.get("heads") or {}
         if not isinstance(heads, Mapping):

@@ -85,12 +85,12 @@ class Batcher:
     def _next(self) -> list[_Waiting]:
         """As many waiting requests, in their order, as a batch has room for."""
         batch: list[_Waiting] = []
-        room = self.limits.max_batch
-        while self._queue and (not batch or len(self._queue[0].samples) <= room):
+        num_free = self.limits.max_batch
+        while self._queue and (not batch or len(self._queue[0].samples) <= num_free):
             waiting = self._queue.popleft()
             if not waiting.answer.done():
                 batch.append(waiting)
-                room -= len(waiting.samples)
+                num_free -= len(waiting.samples)
         return batch
 
     def _score(self, parts: Sequence[Sequence[Sample]]) -> list[Scores | Exception]:

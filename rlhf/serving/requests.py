@@ -37,10 +37,12 @@ RESPONSE_FIELD = "text; empty for a policy that ended at once"
 SCORE_BODY: dict[str, Any] = {
     "example": {"rows": [{"prompt": "hello", "response": "hi there", "finished": True}]},
     "fields": {
-        "rows": "a list of objects, each with", "prompt": PROMPT_FIELD, "response": RESPONSE_FIELD,
+        "rows": "a list of objects, each with",
+        "prompt": PROMPT_FIELD,
+        "response": RESPONSE_FIELD,
         "finished": "true or false, whether the response ended by itself; true where it is left out",
     },
-}  # fmt: skip
+}
 RANK_BODY: dict[str, Any] = {
     "example": {"prompt": "hello", "responses": ["hi there", "go away"]},
     "fields": {"prompt": PROMPT_FIELD, "responses": "a list of texts"},

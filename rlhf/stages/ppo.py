@@ -6,7 +6,7 @@ import logging
 from typing import Any
 
 from rlhf import artifacts, interrupts, missing_ends, runtime, storage
-from rlhf.algorithms.base import algorithm_of
+from rlhf.algorithms.algorithm import algorithm_of
 from rlhf.artifacts import Manifest
 from rlhf.checkpoints import BEST
 from rlhf.config.stages import PpoConfig
@@ -17,8 +17,11 @@ from rlhf.data.records import split_by_prompt
 from rlhf.data.tokenised import PromptRow
 from rlhf.evaluation import policy as measure
 from rlhf.models import opening
+from rlhf.models.base import Base
 from rlhf.models.first_step import FirstStep
+from rlhf.models.roles import Roles
 from rlhf.ppo.collector import Collector, CollectorSettings
+from rlhf.ppo.critics import Critic
 from rlhf.ppo.experience import Passes
 from rlhf.ppo.training import Prompts, Training, TrainingSettings, save_roles
 from rlhf.ppo.update import PolicySettings, PolicyUpdate
@@ -26,6 +29,7 @@ from rlhf.preflight import Plan
 from rlhf.progress import bar, waiting
 from rlhf.rollouts.opening import open_engine
 from rlhf.runs import Run
+from rlhf.scoring.scorer import Scorer
 from rlhf.stages import ppo_roles
 from rlhf.stages.registry import STAGES
 from rlhf.tracking import Tracker
@@ -102,16 +106,39 @@ def _set_up(config: PpoConfig, plan: Plan, run: Run) -> Training:
     critic = ppo_roles.open_critic(config, plan, base, roles)
     if config.runtime.gradient_checkpointing:
         roles.enable_gradient_checkpointing()
+    collector = _collector(config, base, roles, rewards.scorer, critic)
+    update = PolicyUpdate(
+        roles,
+        ppo_roles.optimizer(config, roles, "policy", config.optim.learning_rate, config.steps),
+        collector.algorithm,
+        Passes(collector.policy.size, base.chat.pad_id, base.device),
+        PolicySettings(
+            config.update, config.batch.minibatch_size, config.sampling.temperature, config.kl.place == "loss"
+        ),
+    )
+    settings = TrainingSettings(
+        seed=config.seed,
+        steps=config.steps,
+        prompts_per_step=config.batch.batch_size // config.samples_per_prompt,
+        kl=config.kl,
+        pretraining=config.value if config.update.needs_critic else None,
+        evaluation=config.evaluation,
+        guards=config.guards,
+        save_every=config.save_every,
+        keep_checkpoints=config.keep_checkpoints,
+    )
+    return Training(run, collector, update, rewards.standards, Prompts(train, held_out), settings)
+
+
+def _collector(config: PpoConfig, base: Base, roles: Roles, scorer: Scorer, critic: Critic) -> Collector:
     engine = open_engine(roles, "policy", base.chat, config.sampling)
     size = PassSize(config.batch.micro_batch_size, config.batch.micro_batch_tokens)
-    policy = measure.SampledPolicy(roles, engine, base.chat, size)
-    algorithm, batch = algorithm_of(config.update), config.batch
     how = measure.sampling_of(config.sampling, runtime.derived_seed(config.seed, "ppo", "rollouts"))
-    collector = Collector(
-        policy,
-        rewards.scorer,
+    return Collector(
+        measure.SampledPolicy(roles, engine, base.chat, size),
+        scorer,
         critic,
-        algorithm,
+        algorithm_of(config.update),
         CollectorSettings(
             sampling=how,
             missing_eos=config.missing_eos,
@@ -121,25 +148,6 @@ def _set_up(config: PpoConfig, plan: Plan, run: Run) -> Training:
             reads_reference=config.reads_reference(),
         ),
     )
-    update = PolicyUpdate(
-        roles,
-        ppo_roles.optimizer(config, roles, "policy", config.optim.learning_rate, config.steps),
-        algorithm,
-        Passes(size, base.chat.pad_id, base.device),
-        PolicySettings(config.update, batch.minibatch_size, config.sampling.temperature, config.kl.place == "loss"),
-    )
-    settings = TrainingSettings(
-        seed=config.seed,
-        steps=config.steps,
-        prompts_per_step=batch.batch_size // config.samples_per_prompt,
-        kl=config.kl,
-        pretraining=config.value if config.update.needs_critic else None,
-        evaluation=config.evaluation,
-        guards=config.guards,
-        save_every=config.save_every,
-        keep_checkpoints=config.keep_checkpoints,
-    )
-    return Training(run, collector, update, rewards.standards, Prompts(train, held_out), settings)
 
 
 def _prompts(config: PpoConfig, plan: Plan, chat: Any) -> tuple[list[PromptRow], list[PromptRow], Any]:

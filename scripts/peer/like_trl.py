@@ -9,7 +9,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from rlhf.algorithms.base import Rewarded
+from rlhf.algorithms.algorithm import Rewarded
 from rlhf.models import forward
 from rlhf.ppo import objective
 from rlhf.ppo.collector import kl_penalty
