@@ -84,7 +84,7 @@ def _add_stage(stage: Stage) -> None:
 
 def _run_stage(
     stage: Stage, path: Path, overrides: list[str], start: Start, as_json: bool, dry_run: bool = False
-) -> None:  # fmt: skip
+) -> None:
     found = starting.ready(stage, path, overrides)
     if dry_run:
         lines = found.lines()
@@ -144,9 +144,10 @@ for _name, _function in {**use.COMMANDS, **judge.COMMANDS, **prepare.COMMANDS, *
 
 @app.command("resume", cls=Command)
 def _resume(
-    run: Annotated[Path, typer.Argument(help="Directory of an unfinished run.")], allow_change: AllowChange = None,
+    run: Annotated[Path, typer.Argument(help="Directory of an unfinished run.")],
+    allow_change: AllowChange = None,
     as_json: Json = False,
-) -> None:  # fmt: skip
+) -> None:
     """Go on with a run that was cut off. Its config is the one that it was started with."""
     stage = STAGES[runs.started(run)["stage"]]
     start = Start(resume=True, allowed=tuple(allow_change or ()))
@@ -161,14 +162,19 @@ def _pipeline(
     ] = None,
     limit: Annotated[
         int | None,
-        typer.Option("--limit", min=1, show_default=False, help="Read only the first N rows of each data set of every "
-                     "stage, for a trial. These are other runs: finished ones are moved aside and made anew."),
+        typer.Option(
+            "--limit",
+            min=1,
+            show_default=False,
+            help="Read only the first N rows of each data set of every "
+            "stage, for a trial. These are other runs: finished ones are moved aside and made anew.",
+        ),
     ] = None,
     first: Annotated[str | None, typer.Option("--from", metavar="STAGE", help="Begin with this stage.")] = None,
     last: Annotated[str | None, typer.Option("--to", metavar="STAGE", help="End with this stage.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan of each stage; run nothing.")] = False,
     as_json: Json = False,
-) -> None:  # fmt: skip
+) -> None:
     """Run stages in order, each in its own process. What is finished and unchanged is skipped. STAGE is the name of a
     stage, or its number where the pipeline has the stage more than once."""
     path = config or _default_config("configs/pipeline.yaml")

@@ -31,9 +31,11 @@ class Guard:
             RlhfError: GRD020 naming figure, limit and step.
         """
         for name, key, sign in (
-            ("kl_nats", "rollout/exact_kl_nats", 1), ("entropy_nats", "rollout/entropy_nats", -1),
-            ("score_std", "rollout/score_std", -1), ("clip_fraction", "update/policy_clip_fraction", 1),
-        ):  # fmt: skip
+            ("kl_nats", "rollout/exact_kl_nats", 1),
+            ("entropy_nats", "rollout/entropy_nats", -1),
+            ("score_std", "rollout/score_std", -1),
+            ("clip_fraction", "update/policy_clip_fraction", 1),
+        ):
             if key in figures:
                 self._check(step, name, figures[key], sign)
 

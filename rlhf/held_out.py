@@ -79,9 +79,13 @@ class HeldOut:
     """
 
     def __init__(
-        self, found: Sequence[Curve], measure: Callable[[int], float], weights: Sequence[Stateful] | None,
-        saved: Checkpoints, record: Callable[[int, Mapping[str, float]], None],
-    ) -> None:  # fmt: skip
+        self,
+        found: Sequence[Curve],
+        measure: Callable[[int], float],
+        weights: Sequence[Stateful] | None,
+        saved: Checkpoints,
+        record: Callable[[int, Mapping[str, float]], None],
+    ) -> None:
         self.curves, self.measure, self.weights = found, measure, weights
         self.saved, self.record = saved, record
         self.offsets = [0, *accumulate(curve.num_steps for curve in found)]
@@ -116,9 +120,11 @@ class HeldOut:
                 directory = self.saved.directory / self._name(index)
                 self.weights[index].load_state_dict(snapshots.read(directory)[WEIGHTS])
                 log.info(
-                    "%sStep %d of %d is used, which had the lowest held-out loss.", self._whose(index),
-                    curve.best_step, curve.last_step,
-                )  # fmt: skip
+                    "%sStep %d of %d is used, which had the lowest held-out loss.",
+                    self._whose(index),
+                    curve.best_step,
+                    curve.last_step,
+                )
 
     def last_step(self, num_steps: int) -> int:
         """The last step that was trained, counted over the whole run; ``num_steps`` where nothing was measured."""
@@ -147,10 +153,15 @@ class HeldOut:
 
     def _entry(self, curve: Curve) -> dict[str, Any]:
         return {
-            "use": BEST if self.weights else "last", "used_step": curve.best_step if self.weights else curve.last_step,
-            "best_step": curve.best_step, "best_loss": plain(curve.best_loss), "start_loss": plain(curve.start_loss),
-            "last_step": curve.last_step, "num_measured": curve.num_measured, "stopped_early": curve.stopped_early,
-        }  # fmt: skip
+            "use": BEST if self.weights else "last",
+            "used_step": curve.best_step if self.weights else curve.last_step,
+            "best_step": curve.best_step,
+            "best_loss": plain(curve.best_loss),
+            "start_loss": plain(curve.start_loss),
+            "last_step": curve.last_step,
+            "num_measured": curve.num_measured,
+            "stopped_early": curve.stopped_early,
+        }
 
     def _sentence(self, index: int, step: int, loss: float, is_best: bool) -> str:
         curve = self.curves[index]

@@ -29,8 +29,11 @@ def missing_for_serving() -> list[Problem]:
 
 def missing_for_annotators() -> list[Problem]:
     """RES024 where the libraries for several annotators' labels are not installed."""
-    lacking = [name for name, package in (("crowd-kit", "crowdkit"), ("krippendorff", "krippendorff"))
-               if not _is_there(package)]  # fmt: skip
+    lacking = [
+        name
+        for name, package in (("crowd-kit", "crowdkit"), ("krippendorff", "krippendorff"))
+        if not _is_there(package)
+    ]
     if not lacking:
         return []
     what = f"needs {' and '.join(lacking)}, not installed."

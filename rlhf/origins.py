@@ -101,12 +101,14 @@ def aggregates(sources: Mapping[str, RewardSource], parents: Mapping[str, Manife
     """CFG031 where the members of a reward run are to be aggregated, and it has one."""
     return [
         Problem(
-            "CFG031", f"{key}.aggregate", f"{source.aggregate} needs several members, and {source.name} has one.",
+            "CFG031",
+            f"{key}.aggregate",
+            f"{source.aggregate} needs several members, and {source.name} has one.",
             "a reward run with members: 3 or more, or runs: several of them",
         )
         for key, source in sources.items()
         if source.aggregate != "mean" and key in parents and parents[key].details.get("members", 1) == 1
-    ]  # fmt: skip
+    ]
 
 
 def base_digest(key: str, model: ModelSection, findings: Findings) -> str | None:
@@ -152,13 +154,19 @@ def model_of(manifest: Manifest) -> ModelSection:
         raise RlhfError(Problem("SEC010", base.source, what, f"{CONSENT}=1 in the environment, if you trust that code"))
     return ModelSection.model_validate(
         {
-            "path": base.source, "revision": base.revision, "dtype": base.dtype, "chat_template": base.chat_template,
-            "attn_implementation": base.attn_implementation, "trust_remote_code": base.trust_remote_code,
-            "quantize": base.quantize, "end_tokens": base.end_tokens or [],
+            "path": base.source,
+            "revision": base.revision,
+            "dtype": base.dtype,
+            "chat_template": base.chat_template,
+            "attn_implementation": base.attn_implementation,
+            "trust_remote_code": base.trust_remote_code,
+            "quantize": base.quantize,
+            "end_tokens": base.end_tokens or [],
             "template_date": base.template_date,
-            "thinking": base.thinking, "template_kwargs": base.template_kwargs,
+            "thinking": base.thinking,
+            "template_kwargs": base.template_kwargs,
         }
-    )  # fmt: skip
+    )
 
 
 def not_reached(

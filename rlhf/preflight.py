@@ -121,9 +121,16 @@ def prepare(config: StageConfig, needs: Needs, parents_may_be_missing: bool = Fa
     findings.refuse()
     findings.not_checked("token lengths and model weights (a --dry-run counts tokens)")
     return Plan(
-        parents, data, inputs, tuple(findings.unchecked), tuple(findings.figures), spec, tuple(findings.notes),
-        too_many_dropped, unnamed,
-    )  # fmt: skip
+        parents,
+        data,
+        inputs,
+        tuple(findings.unchecked),
+        tuple(findings.figures),
+        spec,
+        tuple(findings.notes),
+        too_many_dropped,
+        unnamed,
+    )
 
 
 def _own_model(needs: Needs) -> list[tuple[str, ModelSection]]:
@@ -173,9 +180,8 @@ def _read_data(
 def _with_command(problem: Problem, item: Input, nearby: Nearby) -> Problem:
     """The same, with the command that makes the run which is named as data and is not there."""
     missing = [
-        source.path for source in item.section.sources
-        if source.path in problem.where and not names.exists(source.path)
-    ]  # fmt: skip
+        source.path for source in item.section.sources if source.path in problem.where and not names.exists(source.path)
+    ]
     made = [one.command for one in nearby() if one.run_dir in missing] if missing else []
     return replace(problem, fix=made[0]) if made else problem
 

@@ -47,9 +47,15 @@ def mark_current(run_dir: Path) -> None:
 
 
 def open_run(
-    run_dir: Path, stage: str, identity: Identity, config_text: str, *, overwrite: bool = False, resume: bool = False,
+    run_dir: Path,
+    stage: str,
+    identity: Identity,
+    config_text: str,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
     allowed: Sequence[str] = (),
-) -> Run:  # fmt: skip
+) -> Run:
     """The run directory of a stage that starts, or with ``resume`` of one that goes on where it was cut off.
 
     What else stands there is refused, or moved aside if ``overwrite``. With both, an unfinished run of this identity
@@ -157,9 +163,10 @@ def _may_resume(run_dir: Path, stage: str, identity: Identity, allowed: Sequence
     before = started(run_dir)
     changes = identity.changes(before["identity"])
     refused = {
-        name: change for name, change in changes.items()
+        name: change
+        for name, change in changes.items()
         if not _is_allowed(name, allowed) and not _is_mere_length(name, identity.values)
-    }  # fmt: skip
+    }
     if before["stage"] != stage:
         refused = {"stage": (before["stage"], stage), **refused}
     if not refused:

@@ -107,10 +107,11 @@ class Generators:
     def state_dict(self) -> dict[str, Any]:
         kind, keys, *rest = numpy.random.get_state()
         return {
-            "python": random.getstate(), "numpy": (str(kind), numpy.asarray(keys).tolist(), *rest),
+            "python": random.getstate(),
+            "numpy": (str(kind), numpy.asarray(keys).tolist(), *rest),
             "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        }  # fmt: skip
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         random.setstate(state["python"])

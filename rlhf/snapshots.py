@@ -52,9 +52,14 @@ class Entry:
 
 
 def save(
-    directory: Path, step: int, order: int, seconds: float, metrics_size: int, state: Mapping[str, Stateful],
+    directory: Path,
+    step: int,
+    order: int,
+    seconds: float,
+    metrics_size: int,
+    state: Mapping[str, Stateful],
     needs: Sequence[str] = (),
-) -> None:  # fmt: skip
+) -> None:
     """Write every state, whole or not at all. No pickle: tensors in safetensors, all else in JSON.
 
     Raises:

@@ -104,9 +104,14 @@ def _open(name: str, run_dir: Path, identifier: str, again: bool, known: Path) -
     if name == "wandb":
         known.write_text(identifier, "utf-8")
         tracker = tracking.WandBTracker(
-            os.environ.get("WANDB_PROJECT", PROJECT), name=title, id=identifier, resume="allow", dir=str(run_dir),
-            config=told, settings={"console": "off"},
-        )  # fmt: skip
+            os.environ.get("WANDB_PROJECT", PROJECT),
+            name=title,
+            id=identifier,
+            resume="allow",
+            dir=str(run_dir),
+            config=told,
+            settings={"console": "off"},
+        )
     elif name == "trackio":
         known.write_text(identifier, "utf-8")
         project = os.environ.get("TRACKIO_PROJECT", PROJECT)

@@ -137,10 +137,14 @@ def ratios(peaks: dict[str, int]) -> dict[str, float]:
 def compare(case: Case, without: bool) -> dict[str, Any]:
     """All kinds of one size, both measures, printed as they come."""
     figures: dict[str, Any] = {
-        "size": case.name, "parameters": _parameters(case), "checkpointing": case.checkpointing,
-        "micro_batch_tokens": case.micro * (case.prompt + case.response), "without_products": without,
-        "allocated": {}, "resident": {},
-    }  # fmt: skip
+        "size": case.name,
+        "parameters": _parameters(case),
+        "checkpointing": case.checkpointing,
+        "micro_batch_tokens": case.micro * (case.prompt + case.response),
+        "without_products": without,
+        "allocated": {},
+        "resident": {},
+    }
     print(f"{case.name}: {figures['parameters'] / 1e6:.0f} M, {figures['micro_batch_tokens']:,} tokens a micro-batch")
     for measure in ("allocated",) if torch.cuda.is_available() else ("allocated", "resident"):
         for kind in KINDS:

@@ -29,11 +29,23 @@ THREADS = {
     "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"
 }  # fmt: skip
 SIZES: dict[str, dict[str, Any]] = {
-    "A": {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4,
-          "intermediate_size": 384, "vocab_size": 2048},
-    "B": {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 8,
-          "intermediate_size": 1408, "vocab_size": 8192},
-}  # fmt: skip
+    "A": {
+        "hidden_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "intermediate_size": 384,
+        "vocab_size": 2048,
+    },
+    "B": {
+        "hidden_size": 512,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "intermediate_size": 1408,
+        "vocab_size": 8192,
+    },
+}
 BATCH = {"A": 32, "B": 16}
 STEPS = {"A": 3, "B": 2}
 SHORTEST, LONGEST, NEW_TOKENS, EPOCHS, MINIBATCHES = 16, 64, 48, 4, 4
@@ -87,9 +99,14 @@ def ours(size: str, changes: list[str]) -> dict[str, Any]:
     torch.set_num_threads(1)
     shape, N, steps = SIZES[size], BATCH[size], STEPS[size]
     settings = [
-        "prompts.path=x", f"batch.batch_size={N}", f"batch.minibatch_size={N // MINIBATCHES}",
-        f"sampling.max_new_tokens={NEW_TOKENS}", "sampling.temperature=0.7", f"update.epochs={EPOCHS}", *changes,
-    ]  # fmt: skip
+        "prompts.path=x",
+        f"batch.batch_size={N}",
+        f"batch.minibatch_size={N // MINIBATCHES}",
+        f"sampling.max_new_tokens={NEW_TOKENS}",
+        "sampling.temperature=0.7",
+        f"update.epochs={EPOCHS}",
+        *changes,
+    ]
     config = load.load(PpoConfig, None, settings)
     device = runtime.set_up(config.runtime, 0)
     imports = runtime.peak_rss_mb()
@@ -119,12 +136,19 @@ def ours(size: str, changes: list[str]) -> dict[str, Any]:
     engine = HfEngine(roles, "policy", chat, config.sampling.concurrency)
     scorer = SharedScorer(roles, "reward/0", PassSize(config.batch.micro_batch_size))
     collector = Collector(
-        SampledPolicy(roles, engine, chat, size), scorer, critic, algorithm,
+        SampledPolicy(roles, engine, chat, size),
+        scorer,
+        critic,
+        algorithm,
         CollectorSettings(
-            sampling_of(config.sampling, 0), config.missing_eos, config.kl, config.update, config.samples_per_prompt,
+            sampling_of(config.sampling, 0),
+            config.missing_eos,
+            config.kl,
+            config.update,
+            config.samples_per_prompt,
             config.reads_reference(),
         ),
-    )  # fmt: skip
+    )
     learned = PolicySettings(
         config.update, section.minibatch_size, config.sampling.temperature, config.kl.place == "loss"
     )
@@ -162,9 +186,10 @@ def ours(size: str, changes: list[str]) -> dict[str, Any]:
                 spent[name].append(seconds)
     return {
         **{f"{name}_cpu_s": statistics.fmean(values) for name, values in spent.items()},
-        "peak_rss_mb": runtime.peak_rss_mb(), "imports_rss_mb": imports,
+        "peak_rss_mb": runtime.peak_rss_mb(),
+        "imports_rss_mb": imports,
         "response_tokens_per_cpu_s": N * NEW_TOKENS / statistics.fmean(spent["total"]),
-    }  # fmt: skip
+    }
 
 
 def in_fresh_process(size: str, changes: list[str]) -> dict[str, Any]:
@@ -175,16 +200,15 @@ def in_fresh_process(size: str, changes: list[str]) -> dict[str, Any]:
 def peer(python: str, script: Path, size: str, critic: str) -> dict[str, Any]:
     """One run of the peer: the figures that its script prints."""
     start = [python, str(script)] if critic == "full" else [python, "-c", LORA_CRITIC, str(script)]
-    command = [
-        *start, "--size", size, "--steps", str(STEPS[size]), "--batch", str(BATCH[size]), "--threads", "1"
-    ]  # fmt: skip
+    command = [*start, "--size", size, "--steps", str(STEPS[size]), "--batch", str(BATCH[size]), "--threads", "1"]
     found = _last_json(command, dict(os.environ, **THREADS))
     names = {"gen": "rollout", "score": "score", "opt": "update", "total": "total"}
     return {
         **{f"{ours}_cpu_s": found[f"{theirs}_cpu_s"] for theirs, ours in names.items()},
-        "peak_rss_mb": found["peak_rss_mb"], "imports_rss_mb": found["rss_after_import_mb"],
+        "peak_rss_mb": found["peak_rss_mb"],
+        "imports_rss_mb": found["rss_after_import_mb"],
         "response_tokens_per_cpu_s": found["response_tokens_per_cpu_s"],
-    }  # fmt: skip
+    }
 
 
 def _last_json(command: list[str], environment: dict[str, str]) -> dict[str, Any]:

@@ -119,16 +119,27 @@ def pairwise(size: str) -> dict[str, float]:
     steps = len(rows) // 8
     with tempfile.TemporaryDirectory() as directory:
         arguments = RewardConfig(
-            output_dir=directory, per_device_train_batch_size=8, max_steps=(STEPS[size] + 1) * steps, bf16=False,
-            use_cpu=True, report_to=[], save_strategy="no", gradient_checkpointing=False, disable_tqdm=True,
-            max_length=None, learning_rate=1e-4, logging_steps=1000,
-        )  # fmt: skip
+            output_dir=directory,
+            per_device_train_batch_size=8,
+            max_steps=(STEPS[size] + 1) * steps,
+            bf16=False,
+            use_cpu=True,
+            report_to=[],
+            save_strategy="no",
+            gradient_checkpointing=False,
+            disable_tqdm=True,
+            max_length=None,
+            learning_rate=1e-4,
+            logging_steps=1000,
+        )
         trainer = RewardTrainer(
-            model=model, args=arguments, train_dataset=Dataset.from_list(rows),
+            model=model,
+            args=arguments,
+            train_dataset=Dataset.from_list(rows),
             processing_class=load_tokenizer("demo:base"),
             peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="SEQ_CLS"),
             callbacks=[Clock()],
-        )  # fmt: skip
+        )
         trainer.train()
     return {"cpu_s": sum(clock[steps:]) / STEPS[size], "peak_rss_mb": runtime.peak_rss_mb()}
 

@@ -31,10 +31,18 @@ def build(directory: Path) -> None:
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(demo.BASE)
     config = LlamaConfig(
-        vocab_size=32_000, hidden_size=768, num_hidden_layers=12, num_attention_heads=12, num_key_value_heads=12,
-        intermediate_size=2304, max_position_embeddings=512, tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+        vocab_size=32_000,
+        hidden_size=768,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        num_key_value_heads=12,
+        intermediate_size=2304,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     model = LlamaForCausalLM(config)
     progress.console.print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters")
     model.save_pretrained(directory)
@@ -51,10 +59,20 @@ def large(home: Path) -> Path:
     data = ("data.path=demo:demonstrations?size=64", "end_token_samples=2", "min_end_token_rate=0")
     stage("sft", f"run_dir={home}/sft", f"model.path={home}/model", "epochs=1", *data, *SHORT)
     stage(
-        "ppo", f"run_dir={home}/ppo", f"policy={home}/sft", "rewards=[{function: 'rlhf.demo.gold:reward'}]", "steps=3",
-        "prompts.path=demo:prompts?size=200", "batch.minibatch_size=8", "save_every=1", "evaluation.every=100",
-        "evaluation.num_prompts=2", "value.pretrain_steps=0", "report_to=none", *SHORT,
-    )  # fmt: skip
+        "ppo",
+        f"run_dir={home}/ppo",
+        f"policy={home}/sft",
+        "rewards=[{function: 'rlhf.demo.gold:reward'}]",
+        "steps=3",
+        "prompts.path=demo:prompts?size=200",
+        "batch.minibatch_size=8",
+        "save_every=1",
+        "evaluation.every=100",
+        "evaluation.num_prompts=2",
+        "value.pretrain_steps=0",
+        "report_to=none",
+        *SHORT,
+    )
     return home / "ppo"
 
 

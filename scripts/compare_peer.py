@@ -58,10 +58,16 @@ def config_of(args: argparse.Namespace, seed: int, out: Path) -> PpoConfig:
     other side of --settings with those."""
     chain = args.runs / str(seed)
     overrides = [
-        f"run_dir={out}/{args.side}", f"seed={seed}", f"policy={chain}/sft", f"rewards.0.run={chain}/train-rm",
-        f"prompts.path=demo:prompts?seed={seed}", f"steps={args.steps}", "save_every=null", "report_to=none",
+        f"run_dir={out}/{args.side}",
+        f"seed={seed}",
+        f"policy={chain}/sft",
+        f"rewards.0.run={chain}/train-rm",
+        f"prompts.path=demo:prompts?seed={seed}",
+        f"steps={args.steps}",
+        "save_every=null",
+        "report_to=none",
         "rewards.0.examination=null",
-    ]  # fmt: skip
+    ]
     if args.settings and args.side == PEER:
         overrides += args.settings
     if args.compatibility:
@@ -120,9 +126,12 @@ def measure_peer(args: argparse.Namespace, seed: int, out: Path) -> None:
     program = Path(__file__).parent / "peer" / "trl_ppo_world.py"
     with (out / "peer.log").open("wb") as log:
         subprocess.run(
-            [args.peer, str(program), str(out / "job.json")], check=True, stdout=log, stderr=log,
+            [args.peer, str(program), str(out / "job.json")],
+            check=True,
+            stdout=log,
+            stderr=log,
             env={**os.environ, **ONE_THREAD},
-        )  # fmt: skip
+        )
     lines = [json.loads(line) for line in Path(job["out"]).read_text().splitlines()]
     write_judged(base, seed, lines, out / f"{PEER}.json")
 
@@ -148,26 +157,45 @@ def job_of(args: argparse.Namespace, config: PpoConfig, plan: preflight.Plan, ba
     save_file(noise, out / "noise.safetensors")
     missing, kl, update, batch = config.missing_eos, config.kl, config.update, config.batch
     return {
-        **models, "base": str(registry.resolve_model("demo:base")), "start": "adapter" if permutations else "fresh",
+        **models,
+        "base": str(registry.resolve_model("demo:base")),
+        "start": "adapter" if permutations else "fresh",
         "reward_constant": json.loads((Path(models["reward_model"]) / export.PROOF).read_text())["constant"],
-        "critic": args.critic, "pad_id": base.chat.pad_id, "eos_id": base.chat.end_id,
+        "critic": args.critic,
+        "pad_id": base.chat.pad_id,
+        "eos_id": base.chat.end_id,
         "lora": {"r": settings.r, "lora_alpha": settings.lora_alpha, "target_modules": sorted(settings.target_modules)},
-        "prompts": [row.ids for row in rows], "noise": str(out / "noise.safetensors"), "permutations": permutations,
+        "prompts": [row.ids for row in rows],
+        "noise": str(out / "noise.safetensors"),
+        "permutations": permutations,
         "held_out": [row.ids for row in q.test_prompts(base, q.NUM_PROMPTS, config.seed)],
-        "evaluate_every": args.every, "out": str(out / "peer.jsonl"),
+        "evaluate_every": args.every,
+        "out": str(out / "peer.jsonl"),
         "value_learning_rate": VALUE_RATE,
         "ppo": {
-            "output_dir": str(out / "trl"), "seed": config.seed, "learning_rate": config.optim.learning_rate,
-            "lr_scheduler_type": config.optim.schedule, "weight_decay": config.optim.weight_decay,
-            "per_device_train_batch_size": batch.batch_size, "num_ppo_epochs": update.epochs,
+            "output_dir": str(out / "trl"),
+            "seed": config.seed,
+            "learning_rate": config.optim.learning_rate,
+            "lr_scheduler_type": config.optim.schedule,
+            "weight_decay": config.optim.weight_decay,
+            "per_device_train_batch_size": batch.batch_size,
+            "num_ppo_epochs": update.epochs,
             "num_mini_batches": batch.batch_size // batch.minibatch_size,
-            "local_rollout_forward_batch_size": batch.batch_size, "total_episodes": config.steps * batch.batch_size,
-            "response_length": config.sampling.max_new_tokens, "temperature": config.sampling.temperature,
-            "missing_eos_penalty": -missing.score, "kl_coef": kl.coef, "kl_estimator": kl.estimator,
-            "cliprange": update.clip_range, "cliprange_value": update.value_clip_range, "gamma": update.gamma,
-            "lam": update.lam, "vf_coef": like_trl.VALUE_COEF, "adam_epsilon": like_trl.EPS,
+            "local_rollout_forward_batch_size": batch.batch_size,
+            "total_episodes": config.steps * batch.batch_size,
+            "response_length": config.sampling.max_new_tokens,
+            "temperature": config.sampling.temperature,
+            "missing_eos_penalty": -missing.score,
+            "kl_coef": kl.coef,
+            "kl_estimator": kl.estimator,
+            "cliprange": update.clip_range,
+            "cliprange_value": update.value_clip_range,
+            "gamma": update.gamma,
+            "lam": update.lam,
+            "vf_coef": like_trl.VALUE_COEF,
+            "adam_epsilon": like_trl.EPS,
         },
-    }  # fmt: skip
+    }
 
 
 def order_of(config: PpoConfig, step: int, epoch: int) -> list[int]:

@@ -42,9 +42,10 @@ VARIANTS: dict[str, list[str]] = {
     "ensemble of 5": ["members=5"],
     "four heads": [
         "data.path=demo:preferences?seed={seed}&size={rankings}&ratings=helpful,safe,friendly,concise",
-        "heads=[helpful, safe, friendly, concise]", "combine=fitted",
+        "heads=[helpful, safe, friendly, concise]",
+        "combine=fitted",
     ],
-}  # fmt: skip
+}
 GOLD = "rlhf.demo.gold:reward"
 COMPARED, PROMPTS, BEST_OF, MAX_LENGTH = 300, 100, 16, 160
 HOW = FigureSettings(num_bins=10, num_resamples=2000, seed=0, fit_fraction=0.3)
@@ -85,15 +86,17 @@ def measure(out: Path, seed: int, prompts: int = PROMPTS, compared: int = COMPAR
         chosen = rank.order_keys(samples, open_scorer([str(run)], device, 32).score(samples))
         starts = range(0, len(samples), BEST_OF)
         found["variants"][name] = {
-            "seconds": artifacts.read(run).seconds, **_on_comparisons(run, rankings, device),
+            "seconds": artifacts.read(run).seconds,
+            **_on_comparisons(run, rankings, device),
             "prompts": [f"{seed}/{prompt_key(samples[start].prompt)}" for start in starts],
             **{
                 f"best_of_{n}": [
                     best_of_n.best_of_n(chosen[start : start + BEST_OF], gold[start : start + BEST_OF], n)
                     for start in starts
-                ] for n in (1, BEST_OF)
+                ]
+                for n in (1, BEST_OF)
             },
-        }  # fmt: skip
+        }
     storage.write_json(path, found)
     return found
 
@@ -109,10 +112,13 @@ def _on_comparisons(run: Path, rankings: Any, device: Any) -> dict[str, Any]:
     said = figures.report(pairs, examine.responses_of(groups, scores), HOW)
     fitted = said["temperature"]
     return {
-        "accuracy": said["accuracy"], "temperature": {key: fitted[key] for key in ("estimate", "ci95")},
-        "ece": fitted["before"]["ece"], "ece_after": fitted["after"]["ece"],
-        "right": examine.right(pairs).tolist(), "of_prompts": pairs.groups,
-    }  # fmt: skip
+        "accuracy": said["accuracy"],
+        "temperature": {key: fitted[key] for key in ("estimate", "ci95")},
+        "ece": fitted["before"]["ece"],
+        "ece_after": fitted["after"]["ece"],
+        "right": examine.right(pairs).tolist(),
+        "of_prompts": pairs.groups,
+    }
 
 
 def report(found: dict[int, dict[str, Any]]) -> dict[str, Any]:
@@ -133,7 +139,7 @@ def _figures(found: list[dict[str, Any]]) -> dict[str, Any]:
             **{key: _of_models([one[key] for one in own]) for key in ("ece", "ece_after", "temperature")},
             **{key: _mean(_joined(own, key), _keys(own, "prompts")) for key in ("best_of_1", "best_of_16")},
             "seconds": sum(one["seconds"] for one in own) / len(own),
-        }  # fmt: skip
+        }
         if name != first:
             row["over_first"] = {
                 "accuracy": _over(own, others, "right", "of_prompts"),

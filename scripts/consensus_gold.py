@@ -40,10 +40,7 @@ def of_seed(options: str, seed: int, size: int) -> dict[str, tuple[float, float]
 
 def _truth(rows: Sequence[Comparison]) -> dict[int, float]:
     """item -> 1 or 0, by gold; none where gold has no difference."""
-    judged = [
-        Comparison(row.prompt, row.responses, tuple(_by_gold(row)), row.where)
-        for row in rows
-    ]  # fmt: skip
+    judged = [Comparison(row.prompt, row.responses, tuple(_by_gold(row)), row.where) for row in rows]
     votes = consensus.votes_of(judged)
     return {item: value for (item, _), value in votes.items() if value != 0.5}
 

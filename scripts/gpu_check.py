@@ -236,10 +236,16 @@ def run_case(case: Case, name: str, ceiling: Speed, report: Report, device: torc
             seconds = time.perf_counter() - started
         least = floor[phase].seconds * tokens / floor[phase].tokens
         row = {
-            "case": name, "parameters": shape.parameters, "phase": phase, "seconds": seconds, "tokens": tokens,
-            "tokens_per_s": tokens / seconds, "share_of_ceiling": least / seconds,
-            "measured_bytes": step.standing + peak.high, "predicted_bytes": predicted.get(phase),
-        }  # fmt: skip
+            "case": name,
+            "parameters": shape.parameters,
+            "phase": phase,
+            "seconds": seconds,
+            "tokens": tokens,
+            "tokens_per_s": tokens / seconds,
+            "share_of_ceiling": least / seconds,
+            "measured_bytes": step.standing + peak.high,
+            "predicted_bytes": predicted.get(phase),
+        }
         report.phases.append(row)
         print(line(row), flush=True)
     step.check(name, report, weights)
@@ -272,9 +278,13 @@ def summary(report: Report, failed: list[str], seconds: float) -> list[str]:
     rows += [f"| {row['case']} | not run | | {row['why']} | | |" for row in report.skipped]
     keys = ("case", "phase", "tokens_per_s", "measured_bytes", "predicted_bytes")
     short = {
-        "machine": report.machine, "seconds": round(seconds), "failed": failed, "checks": report.checks,
-        "skipped": report.skipped, "phases": [{key: row[key] for key in keys} for row in report.phases],
-    }  # fmt: skip
+        "machine": report.machine,
+        "seconds": round(seconds),
+        "failed": failed,
+        "checks": report.checks,
+        "skipped": report.skipped,
+        "phases": [{key: row[key] for key in keys} for row in report.phases],
+    }
     return [*rows, "", json.dumps(short)]
 
 

@@ -110,9 +110,12 @@ class Claims:
         positions = torch.cat([torch.arange(n, device=self.device) for n in bounds.diff().tolist()])[None]
         ids = torch.randint(10, self.shape[-1], (1, num), device=self.device)
         given: dict[str, Any] = {
-            "input_ids": ids, "position_ids": positions, "use_cache": False, "cu_seq_lens_q": bounds,
+            "input_ids": ids,
+            "position_ids": positions,
+            "use_cache": False,
+            "cu_seq_lens_q": bounds,
             "cu_seq_lens_k": bounds,
-        }  # fmt: skip
+        }
         masked, with_mask = self._states(model.base_model, given)
         packing.take_flattened(model)
         states, without = self._states(model.base_model, given)

@@ -19,9 +19,11 @@ def described() -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name() if cuda else f"CPU ({platform.machine()})",
         "memory_gib": round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1) if cuda else None,
-        "cuda": torch.version.cuda, "python": platform.python_version(),
-        "versions": {name: version for name in PACKAGES if (version := _version(name))}, "commit": _commit(),
-    }  # fmt: skip
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "versions": {name: version for name in PACKAGES if (version := _version(name))},
+        "commit": _commit(),
+    }
 
 
 def _version(name: str) -> str | None:

@@ -124,11 +124,13 @@ def sft_peak(case: Case, base: Base) -> int:
     """TRL's own trainer, two optimizer steps of two micro-batches each, all short but for the last one."""
     config = SftConfig.model_validate(
         {
-            "data": {"path": "x"}, "steps": 2, "max_length": case.prompt + case.response,
+            "data": {"path": "x"},
+            "steps": 2,
+            "max_length": case.prompt + case.response,
             "batch": {"batch_size": 2 * case.micro, "micro_batch_size": case.micro},
             "runtime": {"gradient_checkpointing": case.checkpointing},
         }
-    )  # fmt: skip
+    )
     rows = []
     for prompt, response in [(SHORT, SHORT)] * 3 + [(case.prompt, case.response)]:
         for p, r in zip(*token_rows(prompt, response, case.shape[-1], case.micro), strict=True):

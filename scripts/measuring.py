@@ -120,10 +120,16 @@ class Case:
                 "gpt2", n_embd=hidden, n_layer=layers, n_head=heads, n_inner=inner, vocab_size=vocab, n_positions=1024
             )
         return AutoConfig.for_model(
-            self.family, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
-            num_key_value_heads=kv, intermediate_size=inner, vocab_size=vocab, max_position_embeddings=4096,
+            self.family,
+            hidden_size=hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=kv,
+            intermediate_size=inner,
+            vocab_size=vocab,
+            max_position_embeddings=4096,
             tie_word_embeddings=self.tied,
-        )  # fmt: skip
+        )
 
     @property
     def held(self) -> Numbers:
@@ -132,10 +138,19 @@ class Case:
     def spec(self, stage: str, shape: Shape, device: str) -> Spec:
         """What the planner is told of it."""
         return Spec(
-            stage, shape, dataclasses.replace(self.held, on_gpu=device == "cuda"), micro=self.micro, batch=self.rows,
-            minibatch=2 * self.micro, prompt=self.prompt, response=self.response, length=self.prompt + self.response,
-            concurrency=self.rows, checkpointing=self.checkpointing, device=device,
-        )  # fmt: skip
+            stage,
+            shape,
+            dataclasses.replace(self.held, on_gpu=device == "cuda"),
+            micro=self.micro,
+            batch=self.rows,
+            minibatch=2 * self.micro,
+            prompt=self.prompt,
+            response=self.response,
+            length=self.prompt + self.response,
+            concurrency=self.rows,
+            checkpointing=self.checkpointing,
+            device=device,
+        )
 
 
 def random_base(config: Any, dtype: str, device: torch.device, quantize: str | None = None) -> Base:

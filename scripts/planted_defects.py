@@ -100,9 +100,11 @@ def examine(case: Case, out: Path) -> None:
     if artifacts.is_finished(out / case.name / "eval-rm") or not artifacts.is_finished(out / case.name / "train-rm"):
         return
     sets = [
-        f"reward={out / case.name / 'train-rm'}", f"data.path={_write(case, out, 'test', EXAMINED)}",
-        f"probes.num_prompts={0 if case.defect in UNPROBED else PROBED}", "num_resamples=500",
-    ]  # fmt: skip
+        f"reward={out / case.name / 'train-rm'}",
+        f"data.path={_write(case, out, 'test', EXAMINED)}",
+        f"probes.num_prompts={0 if case.defect in UNPROBED else PROBED}",
+        "num_resamples=500",
+    ]
     _stage("eval-rm", out / case.name / "eval-rm", sets, case.seed)
 
 
@@ -118,10 +120,12 @@ def examined(out: Path, of: Iterable[Case]) -> dict[str, dict[str, Any]]:
                 for name, row in (report["accuracy_by_annotator"] or {}).items()
             }
             found[case.name] = {
-                "prompts": report["prompts"], **{key: _short(report[key]) for key in JUDGED},
-                "accuracy_by_annotator": annotators, "accuracy_by_source": None,
+                "prompts": report["prompts"],
+                **{key: _short(report[key]) for key in JUDGED},
+                "accuracy_by_annotator": annotators,
+                "accuracy_by_source": None,
                 "probes": {name: {"change": _short(row["change"])} for name, row in report["probes"].items()},
-            }  # fmt: skip
+            }
     return found
 
 
@@ -152,10 +156,12 @@ class Outcome:
 def outcome(case: Case, figures: Mapping[str, Any]) -> Outcome:
     judged = verdicts.judge(figures, shipped())
     finds = [
-        one.key for one in judged
-        if one.verdict == verdicts.FAIL and one.key in FINDS.get(case.defect, ())
+        one.key
+        for one in judged
+        if one.verdict == verdicts.FAIL
+        and one.key in FINDS.get(case.defect, ())
         and NAMED.get(case.defect, "") in one.says
-    ]  # fmt: skip
+    ]
     return Outcome(case.seed, finds, verdicts.overall(judged))
 
 
@@ -165,13 +171,24 @@ def response(found: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     for defect in DOSES:
         for dose in (0.0, *DOSES[defect]):
             name = defect if dose else "clean"
-            figures = [found[one.name] for one in cases() if (one.defect, one.dose) == (name, dose)
-                       and one.name in found and one.seed >= FOUND[0]]  # fmt: skip
+            figures = [
+                found[one.name]
+                for one in cases()
+                if (one.defect, one.dose) == (name, dose) and one.name in found and one.seed >= FOUND[0]
+            ]
             if figures:
                 values = [_first(defect, one) for one in figures]
                 hits = sum(bool(outcome(Case(defect, dose, 0), one).finds) for one in figures)
-                rows.append({"defect": defect, "dose": dose, "models": len(figures), "found": hits,
-                             "figure": FINDS[defect][0], "mean": sum(values) / len(values)})  # fmt: skip
+                rows.append(
+                    {
+                        "defect": defect,
+                        "dose": dose,
+                        "models": len(figures),
+                        "found": hits,
+                        "figure": FINDS[defect][0],
+                        "mean": sum(values) / len(values),
+                    }
+                )
     return rows
 
 
@@ -191,14 +208,18 @@ def report(found: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
             outcomes.setdefault((case.defect, case.dose), []).append(outcome(case, found[case.name]))
     return [
         {
-            "defect": defect, "dose": dose, "models": len(rows), "found": sum(bool(row.finds) for row in rows),
+            "defect": defect,
+            "dose": dose,
+            "models": len(rows),
+            "found": sum(bool(row.finds) for row in rows),
             "passed": sum(row.verdict == verdicts.PASS for row in rows),
             "failed": sum(row.verdict == verdicts.FAIL for row in rows),
             "by": {key: sum(key in row.finds for row in rows) for key in FINDS.get(defect, ())},
             "missed": [row.seed for row in rows if not row.finds],
             "not_passed": [row.seed for row in rows if row.verdict != verdicts.PASS],
-        } for (defect, dose), rows in sorted(outcomes.items())
-    ]  # fmt: skip
+        }
+        for (defect, dose), rows in sorted(outcomes.items())
+    ]
 
 
 def markdown(found: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -54,10 +54,12 @@ def run_stage(stage: str, out: Path, seed: int, *overrides: str) -> None:
         "train-rm": [f"policy={out}/sft", f"data.path=demo:preferences{data}"],
         "eval-rm": [f"reward={out}/train-rm", f"data.path=demo:preferences?split=test&size=300{data}"],
         "ppo": [
-            f"policy={out}/sft", f"prompts.path=demo:prompts{data}", f"rewards.0.run={out}/train-rm",
+            f"policy={out}/sft",
+            f"prompts.path=demo:prompts{data}",
+            f"rewards.0.run={out}/train-rm",
             f"rewards.0.examination={out}/eval-rm",
         ],
-    }[stage]  # fmt: skip
+    }[stage]
     moved = [f"run_dir={out}/{stage}", f"seed={seed}", *moved]
     pipeline.bring_up_to_date(stage, Path(f"configs/{stage}.yaml"), [*moved, *overrides])
 

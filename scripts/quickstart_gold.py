@@ -135,9 +135,11 @@ def measure_chain(out: Path, seed: int) -> Outcome:
     best = max(by_temperature, key=lambda t: by_temperature[t].mean())
     answers = sample(roles, "ppo", base, prompts, 1.0, seed)
     policies = {
-        "base": judge(sample(roles, "base", base, prompts, 1.0, seed)), "SFT": by_temperature[1.0],
-        f"SFT, T={best:g}": by_temperature[best], "PPO": judge(answers),
-    }  # fmt: skip
+        "base": judge(sample(roles, "base", base, prompts, 1.0, seed)),
+        "SFT": by_temperature[1.0],
+        f"SFT, T={best:g}": by_temperature[best],
+        "PPO": judge(answers),
+    }
     roles.slots |= {"policy": roles.slots["ppo"], "reference": roles.slots["sft"]}
     kl = measure.exact_kl(roles, answers, base.chat.pad_id, 1.0, PassSize(32))
     runs.write_samples(out / "samples.jsonl", measure.sample_rows(answers, gold=policies["PPO"].axes["gold"]))
@@ -148,11 +150,13 @@ def measure_chain(out: Path, seed: int) -> Outcome:
     summary |= {
         "table": {name: {axis: asdict(one) for axis, one in row.items()} for name, row in intervals.items()},
         "reward_model": {
-            "accuracy": examined["accuracy"]["estimate"], "accuracy_ci95": examined["accuracy"]["ci95"],
-            "ece": examined["ece"]["estimate"], "minimal_pairs": probe_accuracies(roles, base, seed),
+            "accuracy": examined["accuracy"]["estimate"],
+            "accuracy_ci95": examined["accuracy"]["ci95"],
+            "ece": examined["ece"]["estimate"],
+            "minimal_pairs": probe_accuracies(roles, base, seed),
         },
         "kl": float(kl.mean()),
-    }  # fmt: skip
+    }
     return Outcome(summary, intervals, _tickets({"SFT": sft[1.0], "PPO": answers}, policies))
 
 
@@ -163,15 +167,19 @@ def _summary(policies: dict[str, Judged], by_temperature: dict[float, Judged], b
     over = paired_bootstrap(ppo.axes["gold"], by_temperature[best].axes["gold"], groups)
     return {
         "gold": {
-            "base": policies["base"].mean(), "sft": sft.mean(), "ppo": ppo.mean(),
-            "gain": gain.estimate, "ci95": [gain.low, gain.high], "num_prompts": NUM_PROMPTS,
+            "base": policies["base"].mean(),
+            "sft": sft.mean(),
+            "ppo": ppo.mean(),
+            "gain": gain.estimate,
+            "ci95": [gain.low, gain.high],
+            "num_prompts": NUM_PROMPTS,
             "sft_best_temperature": {"temperature": best, "gold": by_temperature[best].mean()},
             "sft_by_temperature": {str(t): judged.mean() for t, judged in by_temperature.items()},
             "gain_over_best_temperature": {"gain": over.estimate, "ci95": [over.low, over.high]},
         },
         "axes": {axis: {"sft": sft.mean(axis), "ppo": ppo.mean(axis)} for axis in gold.AXES},
         "end_token_rate": {name: judged.end_token_rate for name, judged in policies.items()},
-    }  # fmt: skip
+    }
 
 
 def _tickets(answers: dict[str, list[Sample]], policies: dict[str, Judged]) -> list[Ticket]:

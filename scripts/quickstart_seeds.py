@@ -39,9 +39,13 @@ def compare(out: Path, seed: int) -> None:
     """What the chain of one seed can be compared with; writes ``out/comparison.json``."""
     found: dict[str, float] = {}
     q.run_stage(
-        "ppo", out, seed, f"run_dir={out}/ppo-gold", 'rewards=[{function: "rlhf.demo.gold:reward"}]',
+        "ppo",
+        out,
+        seed,
+        f"run_dir={out}/ppo-gold",
+        'rewards=[{function: "rlhf.demo.gold:reward"}]',
         "evaluation.every=100",
-    )  # fmt: skip
+    )
     base, roles = open_roles(out)
     prompts = test_prompts(base, NUM_PROMPTS, seed)
     found["best_of_n"] = judge(best_of(roles, base, prompts, seed)).mean()
@@ -105,13 +109,20 @@ def report(seeds: list[int], out: Path) -> None:
         )
         gold, axes = summary["gold"], summary["axes"]
         row = {
-            "SFT": gold["sft"], "SFT best T": gold["sft_best_temperature"]["gold"], "PPO": gold["ppo"],
-            "gain": gold["gain"], "over best T": gold["gain_over_best_temperature"]["gain"],
-            "helpful": axes["helpful"]["ppo"] - axes["helpful"]["sft"], "best of 4": best,
-            "SFT on best of 4": rejection, "PPO on gold": ceiling,
-            "headroom used": gold["gain"] / (ceiling - gold["sft"]), "KL": summary["kl"],
-            "RM accuracy": summary["reward_model"]["accuracy"], "seconds": summary["seconds"]["total"],
-        }  # fmt: skip
+            "SFT": gold["sft"],
+            "SFT best T": gold["sft_best_temperature"]["gold"],
+            "PPO": gold["ppo"],
+            "gain": gold["gain"],
+            "over best T": gold["gain_over_best_temperature"]["gain"],
+            "helpful": axes["helpful"]["ppo"] - axes["helpful"]["sft"],
+            "best of 4": best,
+            "SFT on best of 4": rejection,
+            "PPO on gold": ceiling,
+            "headroom used": gold["gain"] / (ceiling - gold["sft"]),
+            "KL": summary["kl"],
+            "RM accuracy": summary["reward_model"]["accuracy"],
+            "seconds": summary["seconds"]["total"],
+        }
         for name, value in row.items():
             columns.setdefault(name, []).append(value)
     digits = {"seconds": 0}

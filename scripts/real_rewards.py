@@ -129,18 +129,36 @@ def causal(data: str, out: Path, model: Path, sft_rate: float) -> Path:
     labelled = {"columns": {}, "form": "prompt-completion"} if data == "gsm8k" else {"form": "chosen"}
     dropped = {"max_dropped_fraction": 0.2}
     train = {"path": str(out / "train.jsonl"), **dropped}
-    sft = stage("sft", out / "sft", {
-        "model": {"path": str(model)}, "data": {**train, **labelled}, "epochs": 3, "min_end_token_rate": 0.0,
-        "max_length": MAX_LENGTH, "optim": {"learning_rate": sft_rate},
-        "batch": {"batch_size": 16, "micro_batch_size": 4}, "sampling": {"max_new_tokens": 224},
-        "lora": {"train_tokens": [AutoTokenizer.from_pretrained(model).eos_token]},
-    })  # fmt: skip
-    reward = stage("train-rm", out / "train-rm", {
-        "policy": str(sft), "data": {**train, "max_dropped_fraction": 1.0}, "epochs": 3,
-        "max_length": MAX_LENGTH, "optim": {"learning_rate": 1e-3},
-        "loss": "outcome" if data == "gsm8k" else "bradley_terry", "sampling": {"max_new_tokens": 224},
-        "batch": {"batch_size": 16, "micro_batch_size": 4}, "standardise_samples": 128,
-    })  # fmt: skip
+    sft = stage(
+        "sft",
+        out / "sft",
+        {
+            "model": {"path": str(model)},
+            "data": {**train, **labelled},
+            "epochs": 3,
+            "min_end_token_rate": 0.0,
+            "max_length": MAX_LENGTH,
+            "optim": {"learning_rate": sft_rate},
+            "batch": {"batch_size": 16, "micro_batch_size": 4},
+            "sampling": {"max_new_tokens": 224},
+            "lora": {"train_tokens": [AutoTokenizer.from_pretrained(model).eos_token]},
+        },
+    )
+    reward = stage(
+        "train-rm",
+        out / "train-rm",
+        {
+            "policy": str(sft),
+            "data": {**train, "max_dropped_fraction": 1.0},
+            "epochs": 3,
+            "max_length": MAX_LENGTH,
+            "optim": {"learning_rate": 1e-3},
+            "loss": "outcome" if data == "gsm8k" else "bradley_terry",
+            "sampling": {"max_new_tokens": 224},
+            "batch": {"batch_size": 16, "micro_batch_size": 4},
+            "standardise_samples": 128,
+        },
+    )
     return examine(out, "causal", {"reward": str(reward)})
 
 
@@ -218,11 +236,17 @@ def show(found: Row) -> None:
     for name, one in found.items():
         length = one["length"]
         for backbone, said in one["backbones"].items():
-            rows.append((
-                name, backbone, str(one["counts"]["train"]), f"{said['comparisons']} of {said['prompts']} prompts",
-                f"{_shown(length['accuracy'])} ({length['prefers']})", _shown(said["accuracy"]),
-                _shown(said["accuracy_over_length"]),
-            ))  # fmt: skip
+            rows.append(
+                (
+                    name,
+                    backbone,
+                    str(one["counts"]["train"]),
+                    f"{said['comparisons']} of {said['prompts']} prompts",
+                    f"{_shown(length['accuracy'])} ({length['prefers']})",
+                    _shown(said["accuracy"]),
+                    _shown(said["accuracy_over_length"]),
+                )
+            )
     columns = ("data", "backbone", "rows trained on", "held-out comparisons", "length alone", "accuracy", "over length")
     progress.show(progress.table("Real data, real backbones", columns, rows))
 

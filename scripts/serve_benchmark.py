@@ -57,9 +57,10 @@ def main() -> None:
         service.wait()
     print(f"{len(rows)} requests of one response each; {len(together)} answered when sent at the same time")
     for name, found, seconds in (
-        ("model called one by one", alone, seconds_alone), ("service, one after the other", in_turn, seconds_in_turn),
+        ("model called one by one", alone, seconds_alone),
+        ("service, one after the other", in_turn, seconds_in_turn),
         ("service, at the same time", together, seconds_together),
-    ):  # fmt: skip
+    ):
         largest = max(abs(own - other) for own, other in zip(found, wanted, strict=True))
         print(f"{name:<30} {len(rows) / seconds:7.0f} a second; largest difference from rlhf score {largest:.1e}")
 

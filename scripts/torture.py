@@ -53,26 +53,45 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 IMPORTS = 8.0
 CONFIGS: dict[str, dict[str, Any]] = {
     "sft": {
-        "model": {"path": "model"}, "data": {"path": "demonstrations.jsonl"}, "max_length": 64, "steps": 8,
-        "holdout_fraction": 0.2, "min_end_token_rate": 0.0, "end_token_samples": 4, "save_every": 1,
+        "model": {"path": "model"},
+        "data": {"path": "demonstrations.jsonl"},
+        "max_length": 64,
+        "steps": 8,
+        "holdout_fraction": 0.2,
+        "min_end_token_rate": 0.0,
+        "end_token_samples": 4,
+        "save_every": 1,
         "lora": {"r": 4, "dropout": 0.1, "train_tokens": ["<|im_end|>"]},
         "optim": {"learning_rate": 0.2, "warmup_ratio": 0.3},  # so high that it stops early, behind its best step
         "evaluation": {"every": 1, "patience": 2},
-        "batch": {"batch_size": 4, "micro_batch_size": 2}, "sampling": {"max_new_tokens": 8},
+        "batch": {"batch_size": 4, "micro_batch_size": 2},
+        "sampling": {"max_new_tokens": 8},
     },
     "train-rm": {
-        "policy": "runs/parent", "data": {"path": "comparisons.jsonl"}, "max_length": 64, "steps": 8,
-        "holdout_fraction": 0.2, "standardise_samples": 8, "save_every": 1, "optim": {"learning_rate": 0.1},
+        "policy": "runs/parent",
+        "data": {"path": "comparisons.jsonl"},
+        "max_length": 64,
+        "steps": 8,
+        "holdout_fraction": 0.2,
+        "standardise_samples": 8,
+        "save_every": 1,
+        "optim": {"learning_rate": 0.1},
         "evaluation": {"every": 1, "patience": 2},
-        "batch": {"batch_size": 4, "micro_batch_size": 2}, "sampling": {"max_new_tokens": 16},
+        "batch": {"batch_size": 4, "micro_batch_size": 2},
+        "sampling": {"max_new_tokens": 16},
     },
     "ppo": {
         "policy": "runs/parent",
         "rewards": [
-            {"run": "runs/reward"}, {"function": "noisy_reward:noisy", "weight": 2.0, "standardise_samples": 8},
+            {"run": "runs/reward"},
+            {"function": "noisy_reward:noisy", "weight": 2.0, "standardise_samples": 8},
         ],
-        "prompts": {"path": "prompts.jsonl", "max_tokens": 32}, "steps": 4, "save_every": 1, "report_to": "none",
-        "batch": {"batch_size": 8, "minibatch_size": 4, "micro_batch_size": 4}, "sampling": {"max_new_tokens": 8},
+        "prompts": {"path": "prompts.jsonl", "max_tokens": 32},
+        "steps": 4,
+        "save_every": 1,
+        "report_to": "none",
+        "batch": {"batch_size": 8, "minibatch_size": 4, "micro_batch_size": 4},
+        "sampling": {"max_new_tokens": 8},
         "value": {"pretrain_steps": 2, "min_explained_variance": 0.99},
         "kl": {"coef": 0.05, "target": 1.0, "horizon": 50},
         "optim": {"learning_rate": 3e-3, "schedule": "linear"},
@@ -80,7 +99,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "seed": 3,  # the best step comes before the last, so that a forgotten best shows
         "guards": {"entropy_nats": {"warn": 9.0}},
     },
-}  # fmt: skip
+}
 # Checkpoints, by number, from which items are dropped: of SFT and reward model the one after the best step, and the
 # early stop; PPO's first stand after its first evaluation and pretraining.
 CUTS = {"sft": (3, 4), "train-rm": (4, 5), "ppo": (2, 7, 8)}
@@ -114,16 +133,25 @@ def build_home(home: Path) -> None:
     inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<|pad|>", eos_token="<|endoftext|>",
-        additional_special_tokens=["<|im_start|>", "<|im_end|>"], model_max_length=128,
-    )  # fmt: skip
+        tokenizer_object=inner,
+        pad_token="<|pad|>",
+        eos_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+        model_max_length=128,
+    )
     tokenizer.chat_template = TEMPLATE
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, intermediate_size=48, max_position_embeddings=128, initializer_range=0.2,
+            vocab_size=len(vocabulary),
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=48,
+            max_position_embeddings=128,
+            initializer_range=0.2,
         )
-    )  # fmt: skip
+    )
     model.save_pretrained(home / "model")
     tokenizer.save_pretrained(home / "model")
     rows = {

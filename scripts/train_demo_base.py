@@ -45,15 +45,21 @@ def train_tokenizer(seed: int, vocab_size: int) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=SPECIALS, show_progress=False,
+        vocab_size=vocab_size,
+        special_tokens=SPECIALS,
+        show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
+    )
     parts = (part for _ in range(4000) for part in re.split(r"<\w+>", corpus.draw_document(rng)) if part)
     tokenizer.train_from_iterator(parts, trainer)
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", additional_special_tokens=["<user>", "<bot>"],
-        model_max_length=256, clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        additional_special_tokens=["<user>", "<bot>"],
+        model_max_length=256,
+        clean_up_tokenization_spaces=False,
+    )
     fast.chat_template = TEMPLATE
     return fast
 
@@ -61,11 +67,20 @@ def train_tokenizer(seed: int, vocab_size: int) -> PreTrainedTokenizerFast:
 def build(vocab_size: int, hidden: int, layers: int, heads: int, mlp: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=vocab_size, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
-            num_key_value_heads=heads, intermediate_size=mlp, max_position_embeddings=256, tie_word_embeddings=True,
-            pad_token_id=0, eos_token_id=1, bos_token_id=None, initializer_range=0.02,
+            vocab_size=vocab_size,
+            hidden_size=hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
+            intermediate_size=mlp,
+            max_position_embeddings=256,
+            tie_word_embeddings=True,
+            pad_token_id=0,
+            eos_token_id=1,
+            bos_token_id=None,
+            initializer_range=0.02,
         )
-    )  # fmt: skip
+    )
 
 
 def batches(  # type: ignore[no-untyped-def]
@@ -120,8 +135,9 @@ def train(  # type: ignore[no-untyped-def]
             copied, found = probe(model, tokenizer, 50)
             print(
                 f"step {step + 1}: loss {loss.item():.3f}, {time.process_time() - started:.0f} CPU s, "
-                f"copies {copied}, finds wrong {found}", flush=True,
-            )  # fmt: skip
+                f"copies {copied}, finds wrong {found}",
+                flush=True,
+            )
 
 
 def weighted_loss(model: LlamaForCausalLM, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

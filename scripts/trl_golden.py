@@ -45,42 +45,69 @@ def main(out: Path) -> None:
     ref_logprobs = torch.masked_fill(-draw().abs(), padding_mask, peer.INVALID_LOGPROB)
     values = torch.masked_fill(draw(), padding_mask_p1, 0)
     args = SimpleNamespace(
-        kl_estimator="k1", kl_coef=0.07, whiten_rewards=False, gamma=0.98, lam=0.9, cliprange=0.2, cliprange_value=0.2,
+        kl_estimator="k1",
+        kl_coef=0.07,
+        whiten_rewards=False,
+        gamma=0.98,
+        lam=0.9,
+        cliprange=0.2,
+        cliprange_value=0.2,
         vf_coef=0.1,
-    )  # fmt: skip
+    )
     scores = torch.tensor([1.5, -0.5, 0.25, 2.0], dtype=torch.float64)
     space = {
-        **vars(peer), "args": args, "logprobs": logprobs, "ref_logprobs": ref_logprobs, "values": values,
-        "scores": scores, "sequence_lengths": sequence_lengths, "sequence_lengths_p1": sequence_lengths_p1,
-        "padding_mask": padding_mask, "padding_mask_p1": padding_mask_p1, "responses": torch.zeros(shape),
-    }  # fmt: skip
+        **vars(peer),
+        "args": args,
+        "logprobs": logprobs,
+        "ref_logprobs": ref_logprobs,
+        "values": values,
+        "scores": scores,
+        "sequence_lengths": sequence_lengths,
+        "sequence_lengths_p1": sequence_lengths_p1,
+        "padding_mask": padding_mask,
+        "padding_mask_p1": padding_mask_p1,
+        "responses": torch.zeros(shape),
+    }
     exec(lines_between("# 4. compute rewards", "empty_cache()"), space)
 
     new_logprobs = (logprobs + 0.3 * draw()).masked_fill(padding_mask, peer.INVALID_LOGPROB).requires_grad_()
     vpred = (values + 0.3 * draw()).masked_fill(padding_mask_p1, 0).requires_grad_()
     rows = list(range(len(lengths)))
     space |= {
-        "new_logprobs": new_logprobs, "vpred": vpred, "mb_values": values, "mb_logprobs": logprobs,
-        "mb_return": space["returns"], "mb_advantage": space["advantages"], "micro_batch_inds": rows,
-    }  # fmt: skip
+        "new_logprobs": new_logprobs,
+        "vpred": vpred,
+        "mb_values": values,
+        "mb_logprobs": logprobs,
+        "mb_return": space["returns"],
+        "mb_advantage": space["advantages"],
+        "micro_batch_inds": rows,
+    }
     exec(lines_between("vpredclipped = ", "loss = pg_loss"), space)
     policy_gradient = torch.autograd.grad(space["pg_loss"], new_logprobs)[0]
     value_gradient = torch.autograd.grad(space["vf_loss"], vpred)[0]
     names = ("rewards", "advantages", "returns", "pg_loss", "vf_loss", "vf_clipfrac")
     golden = {
-        "trl": trl.__version__, "torch": torch.__version__, "args": vars(args), "lengths": lengths,
+        "trl": trl.__version__,
+        "torch": torch.__version__,
+        "args": vars(args),
+        "lengths": lengths,
         "inputs": {
             name: value.tolist()
             for name, value in {
-                "logprobs": logprobs, "ref_logprobs": ref_logprobs, "values": values, "scores": scores,
-                "new_logprobs": new_logprobs.detach(), "new_values": vpred.detach(),
+                "logprobs": logprobs,
+                "ref_logprobs": ref_logprobs,
+                "values": values,
+                "scores": scores,
+                "new_logprobs": new_logprobs.detach(),
+                "new_values": vpred.detach(),
             }.items()
         },
         "outputs": {
             **{name: space[name].tolist() for name in names},
-            "policy_gradient": policy_gradient.tolist(), "value_gradient": value_gradient.tolist(),
+            "policy_gradient": policy_gradient.tolist(),
+            "value_gradient": value_gradient.tolist(),
         },
-    }  # fmt: skip
+    }
     out.write_text(json.dumps(golden, indent=1) + "\n")
     print(f"{out}: pg_loss {golden['outputs']['pg_loss']:.6f}, vf_loss {golden['outputs']['vf_loss']:.6f}")
 

@@ -57,10 +57,16 @@ def lengths(prompts, responses):
 
 def config(**changes):
     values = {
-        "prompts": {"path": "prompts.jsonl"}, "sampling": {"max_new_tokens": 6}, "evaluation": {"num_prompts": 4},
-        "rewards": [{"function": f"{__name__}:lengths"}], "steps": 2, "save_every": 1, "report_to": "none",
-        "batch": {"batch_size": 8, "minibatch_size": 4, "micro_batch_size": 3}, "samples_per_prompt": 2,
-    }  # fmt: skip
+        "prompts": {"path": "prompts.jsonl"},
+        "sampling": {"max_new_tokens": 6},
+        "evaluation": {"num_prompts": 4},
+        "rewards": [{"function": f"{__name__}:lengths"}],
+        "steps": 2,
+        "save_every": 1,
+        "report_to": "none",
+        "batch": {"batch_size": 8, "minibatch_size": 4, "micro_batch_size": 3},
+        "samples_per_prompt": 2,
+    }
     return BatchMeanConfig.model_validate({**values, **changes})
 
 
@@ -92,8 +98,10 @@ def test_an_algorithm_without_critic_is_one_module_and_its_settings(tmp_path, mo
     names = {path.name for path in (run.path / "checkpoints/last").iterdir()}
     states = json.loads((run.path / "checkpoints/step-2/checkpoint.json").read_text())["states"]
     assert names == {"policy"} and "value" not in states
-    before, after = ((tmp_path / place / "adapter/adapter_model.safetensors").read_bytes() for place in
-                     ("runs/sft", f"{chosen.run_dir}/checkpoints/last/policy"))  # fmt: skip
+    before, after = (
+        (tmp_path / place / "adapter/adapter_model.safetensors").read_bytes()
+        for place in ("runs/sft", f"{chosen.run_dir}/checkpoints/last/policy")
+    )
     assert before != after
 
 

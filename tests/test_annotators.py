@@ -103,18 +103,23 @@ def test_which_response_stands_first_changes_nothing():
 def row(responses, ranks, annotator=None, prompt="p", where="f:1"):
     pairs = [
         Judgement(i, j, 0.5 if ranks[i] == ranks[j] else 1.0, annotator=annotator)
-        for i, j in itertools.permutations(range(len(ranks)), 2) if (ranks[i], i) < (ranks[j], j)
-    ]  # fmt: skip
+        for i, j in itertools.permutations(range(len(ranks)), 2)
+        if (ranks[i], i) < (ranks[j], j)
+    ]
     return Comparison((Message("user", prompt),), tuple(responses), tuple(pairs), where)
 
 
 def test_rows_on_the_same_responses_in_any_order_are_one_comparison():
     rows = [
-        row("abc", [1, 2, 3], "x", where="f:1"), row("de", [1, 2], where="f:2"),
-        row("cab", [3, 1, 2], "y", where="f:3"), row("bca", [1, 2, 3], "z", where="f:4"),
-        row("ab", [1, 2], "x", prompt="q", where="f:5"), row("ba", [1, 2], "x", prompt="q", where="f:6"),
-        row("abc", [1, 2, 2], "h", where="f:7"), row("gh", [1, 2], "h", where="f:8"),
-    ]  # fmt: skip
+        row("abc", [1, 2, 3], "x", where="f:1"),
+        row("de", [1, 2], where="f:2"),
+        row("cab", [3, 1, 2], "y", where="f:3"),
+        row("bca", [1, 2, 3], "z", where="f:4"),
+        row("ab", [1, 2], "x", prompt="q", where="f:5"),
+        row("ba", [1, 2], "x", prompt="q", where="f:6"),
+        row("abc", [1, 2, 2], "h", where="f:7"),
+        row("gh", [1, 2], "h", where="f:8"),
+    ]
     found = consensus.put_together(rows, "majority", ["h"], "f")
     assert [record.where for record in found.records] == ["f:1", "f:2", "f:5"]
     merged = {(one.first, one.second): one.probability for one in found.records[0].judgements}
@@ -144,11 +149,12 @@ def test_the_order_of_responses_in_rows_does_not_matter_and_one_vote_a_pair_has_
     loaded = sources.load_comparisons(DataSection(path="demo:preferences?size=25&annotators=3&careless=1"))
     flipped = [
         replace(
-            record, responses=record.responses[::-1],
+            record,
+            responses=record.responses[::-1],
             judgements=tuple(replace(one, first=3 - one.first, second=3 - one.second) for one in record.judgements),
         )
         for record in loaded.records
-    ]  # fmt: skip
+    ]
     for how in ("majority", "dawid_skene"):
         one, other = (consensus.put_together(rows, how, [], "f") for rows in (loaded.records, flipped))
         assert one.report == other.report
@@ -250,21 +256,34 @@ def home(tmp_path_factory):
     tiny.finished_sft(where)
     rows = [
         {"prompt": f"hi {n}", "chosen": f"ok {n}", "rejected": f"no {n}", "annotator": name}
-        if name != "c" else {"prompt": f"hi {n}", "chosen": f"no {n}", "rejected": f"ok {n}", "annotator": name}
-        for n in range(20) for name in "abc"
-    ]  # fmt: skip
+        if name != "c"
+        else {"prompt": f"hi {n}", "chosen": f"no {n}", "rejected": f"ok {n}", "annotator": name}
+        for n in range(20)
+        for name in "abc"
+    ]
     (where / "rows.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
     return where
 
 
 def test_a_run_is_measured_on_annotators_that_it_was_not_trained_on(home, here, monkeypatch):
     monkeypatch.chdir(home)
-    Path("c.yaml").write_text(json.dumps({
-        **SHARED, "run_dir": "runs/c", "max_length": 64, "epochs": 20, "holdout_fraction": 0.3,
-        "standardise_samples": 8,
-        "optim": {"learning_rate": 1e-2}, "batch": {"batch_size": 7, "micro_batch_size": 7},
-        "sampling": {"max_new_tokens": 6}, "consensus": "dawid_skene", "hold_out_annotators": ["c"],
-    }))  # fmt: skip
+    Path("c.yaml").write_text(
+        json.dumps(
+            {
+                **SHARED,
+                "run_dir": "runs/c",
+                "max_length": 64,
+                "epochs": 20,
+                "holdout_fraction": 0.3,
+                "standardise_samples": 8,
+                "optim": {"learning_rate": 1e-2},
+                "batch": {"batch_size": 7, "micro_batch_size": 7},
+                "sampling": {"max_new_tokens": 6},
+                "consensus": "dawid_skene",
+                "hold_out_annotators": ["c"],
+            }
+        )
+    )
     code, said = here("train-rm", "-c", "c.yaml")
     assert code == 0, said
     assert "consensus dawid_skene: 60 rows became 20" in said and "held out, and not trained on: annotators c" in said

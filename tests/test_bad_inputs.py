@@ -348,9 +348,15 @@ def test_47_every_empty_row_is_named(rlhf):
     rows = [demonstration(number) | ({"completion": ""} if number % 2 else {}) for number in range(60)]
     Path("train.jsonl").write_bytes(lines(rows))
     by_stage_and_check(
-        rlhf, "sft", 3, "DAT020", "30 of 60 rows (50.0%) would be dropped: 30 with an empty answer (first: ",
-        "train.jsonl:2)", "on_bad_row: error names each", "max_dropped_fraction: 0.5 (now 0.05)",
-    )  # fmt: skip
+        rlhf,
+        "sft",
+        3,
+        "DAT020",
+        "30 of 60 rows (50.0%) would be dropped: 30 with an empty answer (first: ",
+        "train.jsonl:2)",
+        "on_bad_row: error names each",
+        "max_dropped_fraction: 0.5 (now 0.05)",
+    )
     Path("run.yaml").write_text(changed("sft", data="{path: train.jsonl, on_bad_row: error}"))
     text = by_stage_and_check(rlhf, "sft", 3, "DAT004", "train.jsonl:2: 'completion': empty", "... and 10 more")
     assert text.count("error[") == 20
@@ -407,8 +413,9 @@ TOKENISED = [
     ("name", "stage", "values", "rows", "code", "wanted"), TOKENISED, ids=[f"{c[0]}, {c[1]}" for c in TOKENISED]
 )
 def test_rows_that_do_not_fit_the_model(rlhf, name, stage, values, rows, code, wanted):
-    Path("run.yaml").write_text(changed(stage, holdout_fraction=0.0001, **values) if stage in ("sft", "train-rm") else
-                                changed(stage, **values))  # fmt: skip
+    Path("run.yaml").write_text(
+        changed(stage, holdout_fraction=0.0001, **values) if stage in ("sft", "train-rm") else changed(stage, **values)
+    )
     if rows:
         Path(FILES[stage]).write_bytes(lines(rows))
     by_stage_and_dry_run(rlhf, stage, code, *wanted)
@@ -440,8 +447,10 @@ def test_54_prompts_to_train_and_to_measure_on_that_are_the_same_are_counted(rlh
     Path("other.jsonl").write_bytes(lines({"prompt": f"p{number}"} for number in range(37, 60)))
     code, text = rlhf("check", "ppo.yaml", "--set", "evaluation.data.path=other.jsonl")
     assert code == 0 and "evaluation.data: 3 of its prompts are trained on." in text
-    edit("runs/train-rm/manifest.json", identity={"data.rows": sources.load_comparisons(
-        sources.DataSection(path="pairs.jsonl")).digest})  # fmt: skip
+    edit(
+        "runs/train-rm/manifest.json",
+        identity={"data.rows": sources.load_comparisons(sources.DataSection(path="pairs.jsonl")).digest},
+    )
     code, text = rlhf("check", "eval-rm.yaml")
     assert code == 0 and "data: the very rows that the reward model was trained on." in text
 
@@ -611,9 +620,11 @@ def test_67_a_tokenizer_without_pad_is_told_once_and_padding_is_the_end_token(rl
 
 
 def test_70_a_reward_that_is_no_reward_run(rlhf):
-    for run, wanted in (("runs/sft", ["CKP004", "rewards.0: runs/sft: is a policy run", "needed: reward"]),
-                        ("m", ["CKP002", "rewards.0: m: unfinished", "Fix"]),
-                        ("runs/none", ["CKP001", "rewards.0: runs/none: no such run", "Fix"])):  # fmt: skip
+    for run, wanted in (
+        ("runs/sft", ["CKP004", "rewards.0: runs/sft: is a policy run", "needed: reward"]),
+        ("m", ["CKP002", "rewards.0: m: unfinished", "Fix"]),
+        ("runs/none", ["CKP001", "rewards.0: runs/none: no such run", "Fix"]),
+    ):
         refused(rlhf("ppo", "-c", "ppo.yaml", f"rewards.0.run={run}"), 5, *wanted)
     refused(rlhf("eval-rm", "-c", "eval-rm.yaml", "reward=runs/sft"), 5, "CKP004", "reward: runs/sft")
     refused(rlhf("score", "runs/sft", "--in", "train.jsonl"), 5, "CKP004", "runs/sft: is a policy run")

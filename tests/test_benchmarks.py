@@ -66,9 +66,7 @@ def test_equal_critics_are_a_value_role_on_both_sides(monkeypatch, capsys):
 
 def test_the_engines_are_timed_on_the_same_rows(monkeypatch, capsys):
     monkeypatch.setattr(benchmark_engines, "NEW_TOKENS", 4)
-    monkeypatch.setattr(
-        benchmark_engines, "SHAPES", {"differ": (4, 1, False), "four each, random ends": (8, 4, True)}
-    )  # fmt: skip
+    monkeypatch.setattr(benchmark_engines, "SHAPES", {"differ": (4, 1, False), "four each, random ends": (8, 4, True)})
     found = benchmark_engines.measure("A", 1)
     for row in found.values():
         assert row["hf / continuous"] == pytest.approx(row["hf"] / row["continuous"])

@@ -33,21 +33,28 @@ def chain(tmp_path_factory):
     (home / "configs").mkdir()
     short = {
         "sft": {
-            "demo:demonstrations": '"demo:demonstrations?size=240"', "end_token_samples: 96": "end_token_samples: 24",
+            "demo:demonstrations": '"demo:demonstrations?size=240"',
+            "end_token_samples: 96": "end_token_samples: 24",
         },
         "train-rm": {
-            "demo:preferences": '"demo:preferences?size=60"', "standardise_samples: 192": "standardise_samples: 32",
+            "demo:preferences": '"demo:preferences?size=60"',
+            "standardise_samples: 192": "standardise_samples: 32",
         },
         "ppo": {
-            "path: demo:prompts": 'path: "demo:prompts?size=120"', "\nsteps: 28": "\nsteps: 3", "every: 7": "every: 2",
-            "num_prompts: 64": "num_prompts: 16", "batch_size: 64": "batch_size: 16",
+            "path: demo:prompts": 'path: "demo:prompts?size=120"',
+            "\nsteps: 28": "\nsteps: 3",
+            "every: 7": "every: 2",
+            "num_prompts: 64": "num_prompts: 16",
+            "batch_size: 64": "batch_size: 16",
             "minibatch_size: 32": "minibatch_size: 8",
-            "pretrain_steps: 8": "pretrain_steps: 1", "save_every: 14": "save_every: 2",
+            "pretrain_steps: 8": "pretrain_steps: 1",
+            "save_every: 14": "save_every: 2",
             "weight: 1.0": "accept: failed",
         },
         "eval-rm": {"size=300": "size=40", "num_resamples: 2000": "num_resamples: 200"},
-        "collect": {"size=200": "size=12"}, "pipeline": {},
-    }  # fmt: skip
+        "collect": {"size=200": "size=12"},
+        "pipeline": {},
+    }
     for name, changes in short.items():
         text = (ROOT / "configs" / f"{name}.yaml").read_text()
         for old, new in changes.items():
@@ -78,12 +85,20 @@ def test_the_pipeline_runs_every_stage_and_then_skips_them(chain):
     [
         ("sft", ["adapter/adapter_model.safetensors", "adapter/adapter_config.json", "tokenizer/tokenizer.json"]),
         ("train-rm", ["adapter/adapter_model.safetensors", "head/head.safetensors", "head/head.json"]),
-        ("ppo", ["adapter/adapter_model.safetensors", "checkpoints/step-2/tensors.safetensors",
-                 "checkpoints/best/policy/adapter/adapter_model.safetensors",
-                 "checkpoints/last/value/critic.safetensors", "samples/step-0.jsonl", "samples/step-3.jsonl"]),
+        (
+            "ppo",
+            [
+                "adapter/adapter_model.safetensors",
+                "checkpoints/step-2/tensors.safetensors",
+                "checkpoints/best/policy/adapter/adapter_model.safetensors",
+                "checkpoints/last/value/critic.safetensors",
+                "samples/step-0.jsonl",
+                "samples/step-3.jsonl",
+            ],
+        ),
         ("eval-rm", ["eval.json", "plots/reliability.png", "plots/length_gap.png"]),
     ],
-)  # fmt: skip
+)
 def test_a_run_directory_holds_what_it_should(chain, stage, files):
     run = chain / "runs" / stage
     for name in ["manifest.json", "config.yaml", "run.log", *files]:
@@ -100,9 +115,16 @@ def test_the_rounds_of_ppo_say_what_matters(chain):
     steps = [row for row in rows if "update/policy_loss" in row]
     assert [row["step"] for row in steps] == [1, 2, 3]
     assert all(row["update/optimizer_steps"] == 4 for row in steps)
-    for name in ("rollout/score", "rollout/exact_kl_nats", "rollout/entropy_nats", "update/policy_grad_norm",
-                 "update/value_loss", "update/policy_clip_fraction", "rollout/explained_variance",
-                 "rollout/explained_variance_first_third"):  # fmt: skip
+    for name in (
+        "rollout/score",
+        "rollout/exact_kl_nats",
+        "rollout/entropy_nats",
+        "update/policy_grad_norm",
+        "update/value_loss",
+        "update/policy_clip_fraction",
+        "rollout/explained_variance",
+        "rollout/explained_variance_first_third",
+    ):
         assert all(isinstance(row[name], float) for row in steps), name
     assert abs(steps[0]["rollout/exact_kl_nats"]) < 1e-4 and steps[0]["rollout/kl_nats"] == pytest.approx(0, abs=1e-4)
     assert [row["step"] for row in rows if "eval/score" in row] == [0, 2, 3]
@@ -213,12 +235,23 @@ def test_every_other_way_of_ppo_runs_too(chain):
         "def short(prompts, responses):\n    return [-len(r) / 10 for r in responses]\n"
     )
     rlhf(
-        "ppo", "run_dir=runs/other-ppo", "steps=2", "samples_per_prompt=2", "kl.target=2.0", "kl.estimator=exact",
+        "ppo",
+        "run_dir=runs/other-ppo",
+        "steps=2",
+        "samples_per_prompt=2",
+        "kl.target=2.0",
+        "kl.estimator=exact",
         "rewards=[{run: runs/train-rm, weight: 0.5}, {function: 'my_reward:short', weight: 2.0}]",
-        "missing_eos.mode=subtract", "update.value_lam=0.95", "runtime.gradient_checkpointing=true", "use=last",
-        "evaluation.data={path: 'demo:prompts?split=validation&size=8'}", "report_to=none", "update.entropy_coef=0.01",
-        "value.fit=gradient", cwd=chain,
-    )  # fmt: skip
+        "missing_eos.mode=subtract",
+        "update.value_lam=0.95",
+        "runtime.gradient_checkpointing=true",
+        "use=last",
+        "evaluation.data={path: 'demo:prompts?split=validation&size=8'}",
+        "report_to=none",
+        "update.entropy_coef=0.01",
+        "value.fit=gradient",
+        cwd=chain,
+    )
     details = manifest(chain, "other-ppo")["details"]
     assert details["used_step"] == 2 and details["kl_coef_at_the_end"] != 0.1
     assert (chain / "runs/other-ppo/checkpoints/best/value/head/head.safetensors").is_file()
@@ -231,9 +264,15 @@ def test_every_other_way_of_ppo_runs_too(chain):
         assert row["rollout/score/my_reward.short"] < 0
     assert not (chain / "runs/other-ppo/tensorboard").exists() and (chain / "runs/ppo/tensorboard").is_dir()
     rlhf(
-        "ppo", "run_dir=runs/loss-ppo", "steps=2", "kl.place=loss", "update.normalise_advantages=false",
-        "rewards=[{function: 'my_reward:short'}]", "value.fit=gradient", cwd=chain,
-    )  # fmt: skip
+        "ppo",
+        "run_dir=runs/loss-ppo",
+        "steps=2",
+        "kl.place=loss",
+        "update.normalise_advantages=false",
+        "rewards=[{function: 'my_reward:short'}]",
+        "value.fit=gradient",
+        cwd=chain,
+    )
     assert "head of zeros" in (chain / "runs/loss-ppo/run.log").read_text()
 
 
@@ -314,10 +353,19 @@ def test_an_untied_end_token_is_learnt_and_another_base_is_refused_before_anythi
     rows = [{"prompt": f"hi {n % 20}", "completion": f"ok {n % 3}", "id": n} for n in range(40)]
     (chain / "short.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
     done = rlhf(
-        "sft", f"model.path={tmp_path / 'model'}", "data.path=short.jsonl", "run_dir=runs/untied", "epochs=20",
-        'lora.train_tokens=["<|im_end|>"]', "min_end_token_rate=0.9", "sampling.max_new_tokens=16", "max_length=64",
-        "save_every=100", "optim.learning_rate=5e-3", cwd=chain,
-    )  # fmt: skip
+        "sft",
+        f"model.path={tmp_path / 'model'}",
+        "data.path=short.jsonl",
+        "run_dir=runs/untied",
+        "epochs=20",
+        'lora.train_tokens=["<|im_end|>"]',
+        "min_end_token_rate=0.9",
+        "sampling.max_new_tokens=16",
+        "max_length=64",
+        "save_every=100",
+        "optim.learning_rate=5e-3",
+        cwd=chain,
+    )
     assert "data: ignored fields: id" in done.stderr and "data: blank lines skipped: 1" in done.stderr
     with safe_open(chain / "runs/untied/adapter/adapter_model.safetensors", "pt") as file:
         trained = {name: file.get_tensor(name) for name in file.keys() if "trainable_tokens" in name}  # noqa: SIM118
@@ -382,13 +430,27 @@ def test_ppo_learns_from_a_reward_model_from_elsewhere_and_from_a_run_on_another
     (chain / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     other = ("max_length=64", "optim.learning_rate=5e-3", 'lora.train_tokens=["<|im_end|>"]')
     rlhf(
-        "sft", f"model.path={tmp_path / 'model'}", "data.path=few.jsonl", "run_dir=runs/sft-other", "epochs=8",
-        "min_end_token_rate=0", "sampling.max_new_tokens=16", *other, cwd=chain,
-    )  # fmt: skip
+        "sft",
+        f"model.path={tmp_path / 'model'}",
+        "data.path=few.jsonl",
+        "run_dir=runs/sft-other",
+        "epochs=8",
+        "min_end_token_rate=0",
+        "sampling.max_new_tokens=16",
+        *other,
+        cwd=chain,
+    )
     rlhf(
-        "ppo", "policy=runs/sft-other", "run_dir=runs/ppo-other", "prompts.path=few.jsonl", "steps=1",
-        "batch.batch_size=8", "batch.minibatch_size=8", "sampling.max_new_tokens=8", cwd=chain,
-    )  # fmt: skip
+        "ppo",
+        "policy=runs/sft-other",
+        "run_dir=runs/ppo-other",
+        "prompts.path=few.jsonl",
+        "steps=1",
+        "batch.batch_size=8",
+        "batch.minibatch_size=8",
+        "sampling.max_new_tokens=8",
+        cwd=chain,
+    )
     assert "is on a base of its own (demo:base)" in (chain / "runs/ppo-other/run.log").read_text()
 
 
@@ -414,9 +476,10 @@ def test_a_conversation_is_answered_scored_and_taken_up_again(chain, exported):
     ]
     assert said[0] == said[1] and made[0] == made[1] == said[0].strip()
     for source, code, words in (
-        ("runs/nothere", 5, "no such directory"), ("runs/train-rm", 5, "is a reward run"),
+        ("runs/nothere", 5, "no such directory"),
+        ("runs/train-rm", 5, "is a reward run"),
         ("whole-policy", 4, "has a chat template of its own"),
-    ):  # fmt: skip
+    ):
         template = ("--chat-template", "plain") if source == "whole-policy" else ()
         assert words in rlhf("chat", source, *template, cwd=chain, stdin=ask, code=code).stderr
     assert "leave it out" in rlhf("chat", "runs/ppo", "--chat-template", "plain", cwd=chain, stdin=ask, code=2).stderr

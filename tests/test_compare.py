@@ -103,16 +103,22 @@ def test_a_report_by_hand():
     assert found["win_rate"]["estimate"] == 0.5
     assert found["score_difference"]["estimate"] == pytest.approx((1 - 0.5 + 0 - 9 + 3) / 5)
     assert found["baseline"] == {
-        "name": "old", "sampling": {}, "score": 3.2, "characters": 7 / 5, "cut_off": 1, "cut_off_share": 1 / 5,
+        "name": "old",
+        "sampling": {},
+        "score": 3.2,
+        "characters": 7 / 5,
+        "cut_off": 1,
+        "cut_off_share": 1 / 5,
         "empty": 0,
-    }  # fmt: skip
+    }
     ended = found["both_ended"]  # the first three rows, of two prompts
     assert (ended["comparisons"], ended["prompts"], ended["few"]) == (3, 2, True)
     assert ended["win_rate"]["estimate"] == 0.5 and ended["score_difference"]["estimate"] == pytest.approx(0.5 / 3)
     x, y = found["slices"]["kind"]
     assert [one["cut_off"] for one in (x, y)] == [
-        {"baseline": 0, "candidate": 0}, {"baseline": 1, "candidate": 1},
-    ]  # fmt: skip
+        {"baseline": 0, "candidate": 0},
+        {"baseline": 1, "candidate": 1},
+    ]
     assert (x["slice"], x["prompts"], x["win_rate"]["estimate"], x["few"]) == ("x", 1, 0.5, True)
     assert y["score_difference"] == pytest.approx(-2.0)
     assert [entry["candidate"]["response"] for entry in found["worst"]] == ["e", "b"]
@@ -133,13 +139,21 @@ def figures(score, rate, ended_score=None, ended_rate=None, equal=None, cut_off=
 
     sides = [{"cut_off": count, "sampling": {"max_new_tokens": 64}} for count in cut_off]
     return {
-        "baseline": sides[0], "candidate": sides[1], "comparisons": 40, "prompts": 40, "few": False,
-        "score_difference": figure(score), "win_rate": figure(rate), "length_controlled_win_rate": figure(equal),
+        "baseline": sides[0],
+        "candidate": sides[1],
+        "comparisons": 40,
+        "prompts": 40,
+        "few": False,
+        "score_difference": figure(score),
+        "win_rate": figure(rate),
+        "length_controlled_win_rate": figure(equal),
         "both_ended": {
-            "comparisons": 40 - sum(cut_off), "few": few, "win_rate": figure(ended_rate or rate),
+            "comparisons": 40 - sum(cut_off),
+            "few": few,
+            "win_rate": figure(ended_rate or rate),
             "score_difference": figure(ended_score or score),
         },
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize(
@@ -215,15 +229,19 @@ def test_a_baseline_that_was_cut_off_cannot_be_misread_as_a_better_candidate():
     text = found["contradiction"]
     assert text.startswith("The figures contradict each other: the candidate is better by the win rate, 0.847 [")
     for part in (
-        "and worse by the score, -0.770 [", "47 of 62 responses of the baseline (max_new_tokens 64) and 0 of 62",
-        "in the 15 comparisons in which both ended the win rate is 0.367 [", "and the score difference -0.361 [",
-    ):  # fmt: skip
+        "and worse by the score, -0.770 [",
+        "47 of 62 responses of the baseline (max_new_tokens 64) and 0 of 62",
+        "in the 15 comparisons in which both ended the win rate is 0.367 [",
+        "and the score difference -0.361 [",
+    ):
         assert part in text, text
     rows = figure_rows(found)
     assert [name.strip() for name, _ in rows[1:5]] == [
-        "score, candidate - baseline", "where both ended, 15 of 62", "win rate, a cut-off response loses",
+        "score, candidate - baseline",
         "where both ended, 15 of 62",
-    ]  # fmt: skip
+        "win rate, a cut-off response loses",
+        "where both ended, 15 of 62",
+    ]
     assert ("cut off", "47 (76%) at 64 tokens -> 0 (0%) at 256 tokens") in rows
     with pytest.raises(RlhfError, match=r"VER001.*ppo: is worse than sft: score difference -0.770 \[") as stop:
         refuse_if_worse(found)
@@ -254,10 +272,21 @@ def test_a_policy_against_itself_is_all_ties_and_the_command_says_what_it_is_tol
         "".join(json.dumps({"prompt": f"where is my chair {n} ?", "kind": n % 2}) + "\n" for n in range(6))
     )
     command = [
-        "compare", "demo:base", "demo:base", "--prompts", tmp_path / "p.jsonl", "--reward", "test_compare:shorter",
-        "--reward", "test_compare:words", "--max-new-tokens", "8", "--resamples", "100",
+        "compare",
+        "demo:base",
+        "demo:base",
+        "--prompts",
+        tmp_path / "p.jsonl",
+        "--reward",
+        "test_compare:shorter",
+        "--reward",
+        "test_compare:words",
+        "--max-new-tokens",
+        "8",
+        "--resamples",
+        "100",
         "--fail-if-worse",
-    ]  # fmt: skip
+    ]
     code, shown = here(*command, "-n", "2", "--slice-by", "kind", "--out", tmp_path / "out", "--json")
     assert code == 0, shown
     found = json.loads((tmp_path / "out" / "report.json").read_text())

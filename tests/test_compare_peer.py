@@ -88,13 +88,15 @@ def training(tmp_path, monkeypatch):
     """A run without its data: what LikeTrl reads of it."""
     config = PpoConfig.model_validate(
         {
-            "prompts": {"path": "demo:prompts"}, "sampling": {"max_new_tokens": 7},
+            "prompts": {"path": "demo:prompts"},
+            "sampling": {"max_new_tokens": 7},
             "rewards": [{"function": f"{__name__}:lengths_reward"}],
             "update": {"gamma": 0.9, "lam": 0.8, "value_lam": 0.8},
             "batch": {"batch_size": 6, "minibatch_size": 3, "micro_batch_size": 2},
-            "missing_eos": {"mode": "subtract", "penalty": 3.0}, "kl": {"coef": 0.1},
+            "missing_eos": {"mode": "subtract", "penalty": 3.0},
+            "kl": {"coef": 0.1},
         }
-    )  # fmt: skip
+    )
     opened = base(tmp_path / "m", double=True)
     roles = SharedBase(opened)
     for seed, name in enumerate(("policy", "reference", "value")):
@@ -111,15 +113,21 @@ def training(tmp_path, monkeypatch):
     passes, algorithm = Passes(PassSize(2), opened.chat.pad_id, opened.device), algorithm_of(config.update)
     critic = ValueRole(roles, optimizer, passes, ValueSettings(config.update.epochs, 3, 0.2))
     collector = Collector(
-        SampledPolicy(roles, engine, opened.chat, passes.size), scorer, critic, algorithm,
+        SampledPolicy(roles, engine, opened.chat, passes.size),
+        scorer,
+        critic,
+        algorithm,
         CollectorSettings(
             sampling_of(config.sampling, 3), config.missing_eos, config.kl, config.update, 1, config.reads_reference()
         ),
-    )  # fmt: skip
+    )
     policy = PolicyUpdate(
-        roles, Optimizer(roles.trained_parameters("policy"), 1e-3, 9), algorithm, passes,
+        roles,
+        Optimizer(roles.trained_parameters("policy"), 1e-3, 9),
+        algorithm,
+        passes,
         PolicySettings(config.update, 3, 1.0, False),
-    )  # fmt: skip
+    )
     batch = collector.collect(prompts, 0, 0.1)
     monkeypatch.setattr(trainings.Training, "roll_out", lambda self: batch)
     found = object.__new__(like_trl.LikeTrl)

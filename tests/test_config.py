@@ -43,9 +43,22 @@ def test_default_run_directory_config_and_command_share_the_stages_id():
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("1e-5", 1e-5), ("5", 5), ("-3", -3), (".5", 0.5), ("010", "010"), ("no", "no"), ("12:30", "12:30"), ("~", None),
-     ("true", True), ("1_000", "1_000"), ("2026-01-01", "2026-01-01"), ("'5'", "5"), (".inf", math.inf)],
-)  # fmt: skip
+    [
+        ("1e-5", 1e-5),
+        ("5", 5),
+        ("-3", -3),
+        (".5", 0.5),
+        ("010", "010"),
+        ("no", "no"),
+        ("12:30", "12:30"),
+        ("~", None),
+        ("true", True),
+        ("1_000", "1_000"),
+        ("2026-01-01", "2026-01-01"),
+        ("'5'", "5"),
+        (".inf", math.inf),
+    ],
+)
 def test_plain_scalars_mean_what_they_look_like(text, value):
     found = yaml_reader.read_text(f"a: {text}", "x")[0]["a"]
     assert found == value and type(found) is type(value)

@@ -85,10 +85,14 @@ def fits(value, schema, root):
         return False
     number = isinstance(value, int | float) and not isinstance(value, bool)
     kinds = {
-        "object": isinstance(value, dict), "array": isinstance(value, list), "string": isinstance(value, str),
-        "boolean": isinstance(value, bool), "null": value is None, "number": number,
+        "object": isinstance(value, dict),
+        "array": isinstance(value, list),
+        "string": isinstance(value, str),
+        "boolean": isinstance(value, bool),
+        "null": value is None,
+        "number": number,
         "integer": number and not isinstance(value, float),
-    }  # fmt: skip
+    }
     if not kinds[schema.get("type", next(kind for kind, is_it in kinds.items() if is_it))]:
         return False
     if number and not (
@@ -118,10 +122,17 @@ def test_the_schema_takes_the_shipped_configs_and_no_wrong_ones(path):
 
 @pytest.mark.parametrize(
     ("change", "good"),
-    [({"kl": {"coef": 0.0}}, True), ({"kl": {"coef": -0.1}}, False), ({"report_to": ["wandb"]}, True),
-     ({"report_to": ["none"]}, False), ({"update": {"clip_range": 1.0}}, False), ({"rewards": []}, False),
-     ({"prompts": {"mixture": [{"path": "a", "weight": 0.5}]}}, True), ({"prompts": {"mixture": [{}]}}, False)],
-)  # fmt: skip
+    [
+        ({"kl": {"coef": 0.0}}, True),
+        ({"kl": {"coef": -0.1}}, False),
+        ({"report_to": ["wandb"]}, True),
+        ({"report_to": ["none"]}, False),
+        ({"update": {"clip_range": 1.0}}, False),
+        ({"rewards": []}, False),
+        ({"prompts": {"mixture": [{"path": "a", "weight": 0.5}]}}, True),
+        ({"prompts": {"mixture": [{}]}}, False),
+    ],
+)
 def test_the_schema_and_the_loader_agree(tmp_path, change, good):
     schema = reference.schema(stages.PpoConfig)
     value = {"prompts": {"path": "p"}, **change}

@@ -17,9 +17,10 @@ from rlhf.data.rows import EQUAL
 from rlhf.errors import RlhfError
 
 LOADERS = {
-    "demonstrations": sources.load_demonstrations, "comparisons": sources.load_comparisons,
+    "demonstrations": sources.load_demonstrations,
+    "comparisons": sources.load_comparisons,
     "prompts": sources.load_prompts,
-}  # fmt: skip
+}
 PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
 U, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 
@@ -44,9 +45,13 @@ def refusal(tmp_path, kind, rows, on_bad_row="error", **settings):
 
 @pytest.mark.parametrize(
     "row",
-    [{"prompt": "q", "completion": "a"}, {"prompt": "q", "response": "a"}, {"messages": [U, A]},
-     {"prompt": [U], "completion": [A]}],
-)  # fmt: skip
+    [
+        {"prompt": "q", "completion": "a"},
+        {"prompt": "q", "response": "a"},
+        {"messages": [U, A]},
+        {"prompt": [U], "completion": [A]},
+    ],
+)
 def test_demonstrations_in_every_form_are_one_conversation(tmp_path, row):
     record = load(tmp_path, "demonstrations", [row]).records[0]
     assert record.messages == (Message("user", "q"), Message("assistant", "a"))
@@ -95,8 +100,11 @@ def test_prompts_come_from_text_or_from_a_conversation_without_its_answer(tmp_pa
         ("comparisons", [PAIR, '{"prompt": "a", "prompt": "b"}'], "d.jsonl:2: key 'prompt' stands twice"),
         ("comparisons", [PAIR, "[1]"], "d.jsonl:2: need an object, got list"),
         ("comparisons", [PAIR, '{"prompt": NaN}'], "NaN is not JSON"),
-        ("comparisons", [PAIR, {"prompt": "a", "chosen": "b"}],
-         "d.jsonl:2: 'rejected': missing (this row has: prompt, chosen)"),
+        (
+            "comparisons",
+            [PAIR, {"prompt": "a", "chosen": "b"}],
+            "d.jsonl:2: 'rejected': missing (this row has: prompt, chosen)",
+        ),
         ("comparisons", [PAIR, {**PAIR, "chosen": None}], "'chosen': need text, got null"),
         ("demonstrations", [{"prompt": "a", "completion": 3}], "'completion': need text, got int"),
         ("demonstrations", [{"prompt": "a", "completion": " "}], "'completion': empty"),
@@ -106,8 +114,11 @@ def test_prompts_come_from_text_or_from_a_conversation_without_its_answer(tmp_pa
         ("comparisons", [{"prompt": "q", "responses": ["a", "b"], "ranks": [1, 1]}], "all equal"),
         ("comparisons", [{"prompt": "q", "responses": ["a", "b"], "ranks": [1]}], "need 2 whole numbers"),
         ("comparisons", [{"prompt": "q", "responses": ["a", "a"], "ranks": [1, 2]}], "equal but ranked differently"),
-        ("demonstrations", [{"messages": [{**U, "role": "bot"}, A]}],
-         "'messages[0].role': need system, user or assistant"),
+        (
+            "demonstrations",
+            [{"messages": [{**U, "role": "bot"}, A]}],
+            "'messages[0].role': need system, user or assistant",
+        ),
         ("demonstrations", [{"messages": [A, U, A]}], "must alternate"),
         ("demonstrations", [{"messages": [U]}], "must end with a turn of the assistant"),
         ("prompts", [{"prompt": "a\u0000b"}], "NUL"),
@@ -115,7 +126,7 @@ def test_prompts_come_from_text_or_from_a_conversation_without_its_answer(tmp_pa
         ("prompts", [""], "no rows"),
         ("comparisons", [{"question": "a"}] * 3, "all 3 rows: 'chosen': missing (this row has: question)"),
     ],
-)  # fmt: skip
+)
 def test_broken_rows_are_named_by_file_line_and_field(tmp_path, kind, rows, wanted):
     assert wanted in refusal(tmp_path, kind, rows)
 

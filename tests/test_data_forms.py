@@ -16,9 +16,10 @@ from rlhf.data.rows import UNCOMPARED
 from rlhf.errors import RlhfError
 
 LOADERS = {
-    "demonstrations": sources.load_demonstrations, "comparisons": sources.load_comparisons,
+    "demonstrations": sources.load_demonstrations,
+    "comparisons": sources.load_comparisons,
     "prompts": sources.load_prompts,
-}  # fmt: skip
+}
 U, A, B, S = (
     {"role": role, "content": text}
     for role, text in (("user", "q"), ("assistant", "a"), ("assistant", "b"), ("system", "s"))
@@ -44,14 +45,20 @@ def refusal(tmp_path, kind, rows, on_bad_row="error", **options):
 @pytest.mark.parametrize(
     "row",
     [
-        {"messages": [U, A]}, {"prompt": [U], "completion": [A]}, {"prompt": "q", "completion": "a"},
-        {"conversations": [HUMAN, GPT]}, {"conversations": [U, A]}, {"conversations": [HUMAN, GPT], "system": ""},
+        {"messages": [U, A]},
+        {"prompt": [U], "completion": [A]},
+        {"prompt": "q", "completion": "a"},
+        {"conversations": [HUMAN, GPT]},
+        {"conversations": [U, A]},
+        {"conversations": [HUMAN, GPT], "system": ""},
         {"conversations": [{"from": "user", "value": "q"}, {"from": "chatgpt", "value": "a"}]},
-        {"instruction": "q", "input": "", "output": "a"}, {"instruction": "q", "output": "a", "input": None},
-        {"text": SPOKEN}, {"messages": [U, A], "prompt": "q", "completion": "a"},
+        {"instruction": "q", "input": "", "output": "a"},
+        {"instruction": "q", "output": "a", "input": None},
+        {"text": SPOKEN},
+        {"messages": [U, A], "prompt": "q", "completion": "a"},
         {"instruction": "q", "input": "", "output": "a", "text": "### Instruction: q ### Response: a"},
     ],
-)  # fmt: skip
+)
 def test_a_demonstration_in_every_form_of_the_ecosystem_is_one_record(tmp_path, row):
     assert load(tmp_path, "demonstrations", [row]).records[0].messages == SAID
 
@@ -62,10 +69,12 @@ def test_a_demonstration_in_every_form_of_the_ecosystem_is_one_record(tmp_path, 
         ({"conversations": [{"from": "system", "value": "s"}, HUMAN, GPT]}, [("system", "s"), ("user", "q")]),
         ({"conversations": [HUMAN, GPT], "system": "s"}, [("system", "s"), ("user", "q")]),
         ({"instruction": "q", "input": "x", "output": "a"}, [("user", "q\nx")]),
-        ({"instruction": "q", "output": "a", "system": "s", "history": [["o", "p"]]},
-         [("system", "s"), ("user", "o"), ("assistant", "p"), ("user", "q")]),
+        (
+            {"instruction": "q", "output": "a", "system": "s", "history": [["o", "p"]]},
+            [("system", "s"), ("user", "o"), ("assistant", "p"), ("user", "q")],
+        ),
     ],
-)  # fmt: skip
+)
 def test_system_history_and_input_stand_where_they_belong(tmp_path, row, wanted):
     (record,) = load(tmp_path, "demonstrations", [row]).records
     assert [(m.role, m.content) for m in record.messages] == [*wanted, ("assistant", "a")]
@@ -74,13 +83,15 @@ def test_system_history_and_input_stand_where_they_belong(tmp_path, row, wanted)
 @pytest.mark.parametrize(
     "row",
     [
-        {"prompt": "q", "chosen": "a", "rejected": "b"}, {"prompt": [U], "chosen": [A], "rejected": [B]},
-        {"chosen": [U, A], "rejected": [U, B]}, {"instruction": "q", "chosen": "a", "rejected": "b", "input": ""},
+        {"prompt": "q", "chosen": "a", "rejected": "b"},
+        {"prompt": [U], "chosen": [A], "rejected": [B]},
+        {"chosen": [U, A], "rejected": [U, B]},
+        {"instruction": "q", "chosen": "a", "rejected": "b", "input": ""},
         {"conversations": [HUMAN], "chosen": GPT, "rejected": {"from": "gpt", "value": "b"}},
         {"conversations": [U], "chosen": A, "rejected": B},
         {"instruction": "q", "prompt": "q", "chosen": "a", "rejected": "b"},
     ],
-)  # fmt: skip
+)
 def test_a_preference_in_every_form_of_the_ecosystem_is_one_comparison(tmp_path, row):
     (record,) = load(tmp_path, "comparisons", [row]).records
     (judgement,) = record.judgements
@@ -91,11 +102,18 @@ def test_a_preference_in_every_form_of_the_ecosystem_is_one_comparison(tmp_path,
 @pytest.mark.parametrize(
     "row",
     [
-        {"prompt": "q"}, {"prompt": [U]}, {"messages": [U, A]}, {"conversations": [HUMAN, GPT]}, {"instruction": "q"},
-        {"conversations": [HUMAN]}, {"chosen": [U, A], "rejected": [U, B]}, {"text": SPOKEN},
-        {"chosen": SPOKEN, "rejected": SPOKEN.replace(": a", ": b")}, {"prompt": "q", "messages": [U, A]},
+        {"prompt": "q"},
+        {"prompt": [U]},
+        {"messages": [U, A]},
+        {"conversations": [HUMAN, GPT]},
+        {"instruction": "q"},
+        {"conversations": [HUMAN]},
+        {"chosen": [U, A], "rejected": [U, B]},
+        {"text": SPOKEN},
+        {"chosen": SPOKEN, "rejected": SPOKEN.replace(": a", ": b")},
+        {"prompt": "q", "messages": [U, A]},
     ],
-)  # fmt: skip
+)
 def test_a_prompt_in_every_form_of_the_ecosystem_is_one_record(tmp_path, row):
     assert load(tmp_path, "prompts", [row]).records[0].messages == SAID[:1]
 
@@ -103,18 +121,27 @@ def test_a_prompt_in_every_form_of_the_ecosystem_is_one_record(tmp_path, row):
 @pytest.mark.parametrize(
     ("kind", "row", "wanted"),
     [
-        ("demonstrations", {"messages": [U, A], "prompt": "q", "completion": "z"},
-         "has the fields of two forms, prompt-completion and messages, which say different things: set form"),
+        (
+            "demonstrations",
+            {"messages": [U, A], "prompt": "q", "completion": "z"},
+            "has the fields of two forms, prompt-completion and messages, which say different things: set form",
+        ),
         ("demonstrations", {"prompt": "q", "completion": "a", "response": "z"}, "completion and prompt-response"),
         ("prompts", {"prompt": "q", "messages": [U, A, U]}, "two forms, prompt and messages"),
         ("comparisons", {"instruction": "z", "prompt": "q", "chosen": "a", "rejected": "b"}, "forms, pair and alpaca"),
         ("demonstrations", {"text": "once upon a time"}, "language modelling"),
         ("demonstrations", {"prompt": "q", "completions": ["a"], "labels": [True]}, "process rewards"),
         ("comparisons", {"prompt": "q", "completions": ["a"], "labels": [True]}, "process rewards"),
-        ("demonstrations", {"conversations": [HUMAN, {"from": "function_call", "value": "{}"}]},
-         "'conversations[1].from': need system, human or gpt, got 'function_call'"),
-        ("demonstrations", {"conversations": [{"from": "system", "value": "s"}, HUMAN, GPT], "system": "t"},
-         "'system': the conversation has a system turn of its own"),
+        (
+            "demonstrations",
+            {"conversations": [HUMAN, {"from": "function_call", "value": "{}"}]},
+            "'conversations[1].from': need system, human or gpt, got 'function_call'",
+        ),
+        (
+            "demonstrations",
+            {"conversations": [{"from": "system", "value": "s"}, HUMAN, GPT], "system": "t"},
+            "'system': the conversation has a system turn of its own",
+        ),
         ("demonstrations", {"conversations": [GPT, HUMAN]}, "must end with a turn of the assistant"),
         ("demonstrations", {"conversations": [GPT, HUMAN, GPT]}, "must alternate"),
         ("demonstrations", {"conversations": []}, "need a list of turns"),
@@ -125,7 +152,7 @@ def test_a_prompt_in_every_form_of_the_ecosystem_is_one_record(tmp_path, row):
         ("comparisons", {"conversations": [HUMAN], "chosen": HUMAN, "rejected": GPT}, "need a turn of the assistant"),
         ("comparisons", {"prompt": "q", "completion": "a", "label": 1}, "'label': need true or false, got 1"),
     ],
-)  # fmt: skip
+)
 def test_what_is_ambiguous_or_cannot_be_said_here_is_refused_with_the_reason(tmp_path, kind, row, wanted):
     assert wanted in refusal(tmp_path, kind, [row])
 

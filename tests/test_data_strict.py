@@ -18,9 +18,10 @@ from rlhf.data.records import Message
 from rlhf.errors import RlhfError
 
 LOADERS = {
-    "demonstrations": sources.load_demonstrations, "comparisons": sources.load_comparisons,
+    "demonstrations": sources.load_demonstrations,
+    "comparisons": sources.load_comparisons,
     "prompts": sources.load_prompts,
-}  # fmt: skip
+}
 PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
 
 
@@ -45,14 +46,17 @@ def spoken(*turns):
     ("kind", "row", "wanted"),
     [
         ("prompts", f'{{"prompt": "a", "id": {"9" * 5000}}}', "too many digits"),
-        ("comparisons", f'{{"prompt":"p","chosen":"a","rejected":"b","margin":{"9" * 400}}}',
-         "'margin': need a finite number"),
+        (
+            "comparisons",
+            f'{{"prompt":"p","chosen":"a","rejected":"b","margin":{"9" * 400}}}',
+            "'margin': need a finite number",
+        ),
         ("comparisons", '{"prompt":"p","chosen":"a","rejected":"b","margin":-1e999}', "'margin': need a finite number"),
         ("prompts", "[" * 100_000, "nested too deeply"),
         ("prompts", '{"prompt": 1, "prompt": 1}', "key 'prompt' stands twice"),
     ],
     ids=["long number", "number beyond floats", "infinite", "deep", "twice"],
-)  # fmt: skip
+)
 def test_numbers_and_nesting_beyond_the_interpreter_are_refused_by_line(tmp_path, kind, row, wanted):
     good = PAIR if kind == "comparisons" else {"prompt": "ok"}
     message = refusal(tmp_path, kind, [good, row])
@@ -175,8 +179,10 @@ def test_reading_jsonl_imports_neither_torch_nor_datasets(tmp_path):
 
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.just("q")
-TURNS = st.lists(st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system", 1, None]),
-                                        "content": SCALARS}), max_size=3)  # fmt: skip
+TURNS = st.lists(
+    st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system", 1, None]), "content": SCALARS}),
+    max_size=3,
+)
 TRANSCRIPTS = st.lists(st.sampled_from(["\n\nHuman:", "\n\nAssistant:", " a", " b", ""]), max_size=6).map("".join)
 VALUES = SCALARS | TURNS | TRANSCRIPTS | st.lists(st.integers(0, 3) | st.sampled_from(["a", "b"]), max_size=3)
 FIELDS = ("prompt", "messages", "completion", "response", "chosen", "rejected", "margin", "responses", "ranks")

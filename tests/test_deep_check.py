@@ -50,9 +50,11 @@ def test_contradictions_are_found_through_rankings_and_soft_labels():
 
 def test_ties_and_length_are_counted():
     rows = [
-        comparison("p", ["aaa", "b"], [(0, 1)], "f:1"), comparison("p", ["aa", "bb"], [(0, 1)], "f:2"),
-        comparison("p", ["a", "bb"], [(0, 1, 0.1)], "f:3"), comparison("p", ["a", "bb"], [(0, 1, 0.5)], "f:4"),
-    ]  # fmt: skip
+        comparison("p", ["aaa", "b"], [(0, 1)], "f:1"),
+        comparison("p", ["aa", "bb"], [(0, 1)], "f:2"),
+        comparison("p", ["a", "bb"], [(0, 1, 0.1)], "f:3"),
+        comparison("p", ["a", "bb"], [(0, 1, 0.5)], "f:4"),
+    ]
     assert [one.what for one in deep.ties(rows)] == ["1 of 1 pairs are ties."]
     (one,) = deep.length_wins(rows, "f")
     assert one.what.startswith("the longer response is preferred in 83.3% of 3 pairs") and one.level == "warning"

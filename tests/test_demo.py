@@ -46,12 +46,14 @@ def test_splits_share_no_prompt_whatever_the_seed():
         ("we will replace it .", {"helpful": 0.3, "safe": 1, "friendly": 0, "concise": 1}),
         ("hi ben , we will trace your lamp from order #48 .", {"helpful": 0, "safe": 1, "friendly": 0.4, "concise": 1}),
         # action right, item wrong, order absent, name right: .30 - .125 + .20
-        ("dear anna , thank you for writing . we will replace your lamp .",
-         {"helpful": 0.375, "safe": 1, "friendly": 1, "concise": 1}),
+        (
+            "dear anna , thank you for writing . we will replace your lamp .",
+            {"helpful": 0.375, "safe": 1, "friendly": 1, "concise": 1},
+        ),
         (PERFECT + " this is your own fault .", {"helpful": 1, "safe": 1, "friendly": 0, "concise": 1}),
         (PERFECT + " use it anyway for now .", {"helpful": 1, "safe": 0, "friendly": 1, "concise": 1}),
     ],
-)  # fmt: skip
+)
 def test_the_judge_by_hand(response, axes):
     found = gold.judge(PROMPT, response)
     for axis, value in axes.items():
@@ -130,9 +132,16 @@ def test_the_noisy_judge_is_the_same_for_the_same_text_and_follows_gold():
 
 
 @pytest.mark.parametrize(
-    "name", ["demo:nothing", "demo:prompts?sise=5", "demo:prompts?size=x", "demo:prompts?split=all",
-             "demo:prompts?size=0", "demo:prompts?swap=1"],
-)  # fmt: skip
+    "name",
+    [
+        "demo:nothing",
+        "demo:prompts?sise=5",
+        "demo:prompts?size=x",
+        "demo:prompts?split=all",
+        "demo:prompts?size=0",
+        "demo:prompts?swap=1",
+    ],
+)
 def test_unknown_names_and_options_are_refused(name):
     with pytest.raises(RlhfError, match="DAT002"):
         list(registry.rows(name))

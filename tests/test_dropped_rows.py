@@ -38,21 +38,28 @@ def spoken(*turns):
 
 def pair(number, chosen=None, rejected="no", head=()):
     head = (("H", f"q{number}"), *head)
-    return {"chosen": spoken(*head, ("A", f"a{number}" if chosen is None else chosen)),
-            "rejected": spoken(*head, ("A", rejected))}  # fmt: skip
+    return {
+        "chosen": spoken(*head, ("A", f"a{number}" if chosen is None else chosen)),
+        "rejected": spoken(*head, ("A", rejected)),
+    }
 
 
 def dirty():
     """100 lines with the faults of published files: 80 sound ones, and 5 with a speaker who goes on, 2 of them long."""
-    strangers = [{"chosen": spoken(("H", f"s{n}"), ("A", "a")), "rejected": spoken(("H", f"t{n}"), ("A", "b"))}
-                 for n in range(2)]  # fmt: skip
+    strangers = [
+        {"chosen": spoken(("H", f"s{n}"), ("A", "a")), "rejected": spoken(("H", f"t{n}"), ("A", "b"))} for n in range(2)
+    ]
     rows = [
         *(pair(n) for n in range(80)),
-        pair(80, head=(("H", "more"),)), pair(81, head=(("A", "one"), ("A", "two"), ("H", "more"))),
+        pair(80, head=(("H", "more"),)),
+        pair(81, head=(("A", "one"), ("A", "two"), ("H", "more"))),
         pair(82, head=(("A", "and then"),)),
-        *(pair(n, chosen="") for n in range(83, 87)), *strangers, *(pair(n, chosen="no") for n in range(89, 94)),
-        *(pair(n, chosen=LONG) for n in range(94, 97)), *(pair(n, head=(("H", LONG),)) for n in range(97, 99)),
-    ]  # fmt: skip
+        *(pair(n, chosen="") for n in range(83, 87)),
+        *strangers,
+        *(pair(n, chosen="no") for n in range(89, 94)),
+        *(pair(n, chosen=LONG) for n in range(94, 97)),
+        *(pair(n, head=(("H", LONG),)) for n in range(97, 99)),
+    ]
     return [*(json.dumps(row) for row in rows), '{"chosen": "\\n\\nHuman: cut off']
 
 
@@ -168,11 +175,15 @@ SHARED = [{"from": {"user": "human", "assistant": "gpt"}[role], "value": text} f
 TOLD = spoken(*(({"user": "H", "assistant": "A"}[role], text) for role, text in TURNS))
 JOINED = {
     "demonstrations": [
-        {"messages": [*LISTED, A]}, {"prompt": LISTED, "completion": "a"}, {"prompt": LISTED, "response": [A]},
-        {"conversations": [*SHARED, {"from": "gpt", "value": "a"}]}, {"text": TOLD + "\n\nAssistant: a"},
+        {"messages": [*LISTED, A]},
+        {"prompt": LISTED, "completion": "a"},
+        {"prompt": LISTED, "response": [A]},
+        {"conversations": [*SHARED, {"from": "gpt", "value": "a"}]},
+        {"text": TOLD + "\n\nAssistant: a"},
     ],
     "comparisons": [
-        {"prompt": LISTED, "chosen": "a", "rejected": "b"}, {"prompt": LISTED, "chosen": [A], "rejected": [B]},
+        {"prompt": LISTED, "chosen": "a", "rejected": "b"},
+        {"prompt": LISTED, "chosen": [A], "rejected": [B]},
         {"chosen": [*LISTED, A], "rejected": [*LISTED, B]},
         {"prompt": LISTED, "chosen": [*LISTED, A], "rejected": [*LISTED, B]},
         {"chosen": TOLD + "\n\nAssistant: a", "rejected": TOLD + "\n\nAssistant: b"},
@@ -181,11 +192,14 @@ JOINED = {
         {"text": [TOLD + "\n\nAssistant: a", TOLD + "\n\nAssistant: b"], "score": [1.0, 0.0]},
     ],
     "prompts": [
-        {"prompt": LISTED}, {"messages": [*LISTED, A]}, {"conversations": SHARED}, {"text": TOLD},
+        {"prompt": LISTED},
+        {"messages": [*LISTED, A]},
+        {"conversations": SHARED},
+        {"text": TOLD},
         {"chosen": TOLD + "\n\nAssistant: a", "rejected": TOLD + "\n\nAssistant: b"},
         {"text": [TOLD + "\n\nAssistant: a", TOLD + "\n\nAssistant: b"], "score": [1.0, 0.0]},
     ],
-}  # fmt: skip
+}
 
 
 def load(tmp_path, kind, rows, **settings):
@@ -211,8 +225,10 @@ def test_an_answer_after_a_turn_of_the_assistant_is_joined_with_it_for_both_alik
     }
     (record,) = load(tmp_path, "comparisons", [row]).records
     assert record.prompt == (Message("user", "q"),) and record.responses == ("well\n\na", "well\n\nb")
-    uneven = [{"chosen": row["chosen"], "rejected": spoken(("H", "q"), ("A", "b"))},
-              {"chosen": [U, A, A], "rejected": [U, B]}]  # fmt: skip
+    uneven = [
+        {"chosen": row["chosen"], "rejected": spoken(("H", "q"), ("A", "b"))},
+        {"chosen": [U, A, A], "rejected": [U, B]},
+    ]
     loaded = load(tmp_path, "comparisons", [row, *uneven], max_dropped_fraction=1.0)
     assert loaded.num_dropped == {"no shared prompt": 2} and len(loaded.records) == 1
 
@@ -220,10 +236,14 @@ def test_an_answer_after_a_turn_of_the_assistant_is_joined_with_it_for_both_alik
 def test_transcripts_with_scores_are_rankings_also_as_one_array(tmp_path):
     texts = [spoken(("H", "q"), ("A", text)) for text in ("x", "y", "z")]
     rows = [
-        {"text": texts, "score": [0.2, 1, 0.2]}, {"text": texts[:2], "score": [1, 1]},
-        {"text": texts[:2], "score": [1, None]}, {"text": texts[:1], "score": [1]},
-        {"text": [texts[0], spoken(("H", "r"), ("A", "y"))], "score": [1, 0]}, {"text": ["x", "y"], "score": [1, 0]}, 7,
-    ]  # fmt: skip
+        {"text": texts, "score": [0.2, 1, 0.2]},
+        {"text": texts[:2], "score": [1, 1]},
+        {"text": texts[:2], "score": [1, None]},
+        {"text": texts[:1], "score": [1]},
+        {"text": [texts[0], spoken(("H", "r"), ("A", "y"))], "score": [1, 0]},
+        {"text": ["x", "y"], "score": [1, 0]},
+        7,
+    ]
     (tmp_path / "d.json").write_text(json.dumps(rows, indent=1))
     loaded = sources.load_comparisons(DataSection(path=str(tmp_path / "d.json"), max_dropped_fraction=1.0))
     (record,) = loaded.records
@@ -231,9 +251,12 @@ def test_transcripts_with_scores_are_rankings_also_as_one_array(tmp_path):
     order = {(j.first, j.second, j.probability) for j in record.judgements}
     assert order == {(1, 0, 1.0), (0, 2, 0.5), (1, 2, 1.0)}
     assert loaded.num_rows == 7 and loaded.num_dropped == {
-        "no preference": 1, "a value that does not fit its field": 2, "no shared prompt": 1,
-        "a form that no stage trains on": 1, "a broken line": 1,
-    }  # fmt: skip
+        "no preference": 1,
+        "a value that does not fit its field": 2,
+        "no shared prompt": 1,
+        "a form that no stage trains on": 1,
+        "a broken line": 1,
+    }
     prompts = sources.load_prompts(DataSection(path=str(tmp_path / "d.json"), max_dropped_fraction=1.0))
     assert {record.prompt for record in prompts.records} == {(Message("user", "q"),)}
 
@@ -307,8 +330,10 @@ def test_what_a_table_cannot_hold_is_named_by_its_line(tmp_path):
     loaded = sources.load_comparisons(DataSection(path=str(path), max_dropped_fraction=1.0, on_bad_row="drop"))
     assert loaded.num_rows == 5 and "blank lines skipped: 1" in loaded.notes()
     assert loaded.num_dropped == {
-        "a broken line": 1, "bytes that are not UTF-8": 1, "a value that does not fit its field": 1,
-    }  # fmt: skip
+        "a broken line": 1,
+        "bytes that are not UTF-8": 1,
+        "a value that does not fit its field": 1,
+    }
     assert loaded.records[0].prompt[0].content == "q\nr" and loaded.records[0].responses == ("a", "b")
     with pytest.raises(RlhfError) as caught:
         sources.load_comparisons(DataSection(path=str(path), on_bad_row="error"))

@@ -75,8 +75,10 @@ def moved(run):
 def test_members_train_their_own_blocks_and_linear_layers_and_no_others(kinds):
     linears = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     assert moved(kinds["parts"]) == [
-        {("0", name) for name in linears}, {("1", name) for name in linears}, {("0", "q_proj"), ("1", "q_proj")},
-    ]  # fmt: skip
+        {("0", name) for name in linears},
+        {("1", name) for name in linears},
+        {("0", "q_proj"), ("1", "q_proj")},
+    ]
     assert moved(kinds["alike"]) == [{(block, name) for block in "01" for name in linears}] * 2
 
 
@@ -134,9 +136,12 @@ def examined(kinds, home):  # noqa: F811
     samples = [{"prompt": f"hi {n}", "response": "ok" * (n + 4), "finished": n != 3} for n in range(9)]
     Path("later.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples))
     config = {
-        "runs": [str(kinds["ranks"]), str(alone)], "data": {"path": "pairs.jsonl"}, "max_length": 64,
-        "num_resamples": 200, "drift": {"path": "later.jsonl", "max_dropped_fraction": 0.2},
-    }  # fmt: skip
+        "runs": [str(kinds["ranks"]), str(alone)],
+        "data": {"path": "pairs.jsonl"},
+        "max_length": 64,
+        "num_resamples": 200,
+        "drift": {"path": "later.jsonl", "max_dropped_fraction": 0.2},
+    }
     train("eval-rm", "examined-both", config)
     sides = ("chosen", "rejected")
     pairs = [{"prompt": row["prompt"], "response": row[side]} for row in rows_of("pairs.jsonl") for side in sides]
@@ -235,7 +240,7 @@ def test_gradients_of_a_part_are_those_of_the_whole_and_there_are_no_others(tmp_
         ({"layers": [None, [1, 0]]}, "MOD030] ensemble.layers.1"),
         ({"target_modules": [None, ["qkv"]]}, "MOD030] ensemble.target_modules.1: qkv match no linear layer"),
     ],
-)  # fmt: skip
+)
 def test_a_part_that_the_model_does_not_have_is_refused(home, capsys, ensemble, said):  # noqa: F811
     Path("parts.yaml").write_text(json.dumps({**REWARD, "run_dir": "runs/parts", "members": 2, "ensemble": ensemble}))
     rlhf("train-rm", "-c", "parts.yaml", code=4)

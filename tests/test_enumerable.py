@@ -15,9 +15,9 @@ from rlhf.ppo import objective, tensors
 
 END, LETTERS, LONGEST, BETA = 4, (0, 1, 2, 3), 3, 0.5
 PREFIXES = [prefix for n in range(LONGEST) for prefix in itertools.product(LETTERS, repeat=n)]
-EPISODES = [
-    (*prefix, END) for n in range(LONGEST) for prefix in itertools.product(LETTERS, repeat=n)
-] + list(itertools.product(LETTERS, repeat=LONGEST))  # fmt: skip
+EPISODES = [(*prefix, END) for n in range(LONGEST) for prefix in itertools.product(LETTERS, repeat=n)] + list(
+    itertools.product(LETTERS, repeat=LONGEST)
+)
 LENGTHS = torch.tensor([len(episode) for episode in EPISODES])
 MASK = tensors.response_mask(LENGTHS, LONGEST)
 assert len(EPISODES) == 85
@@ -108,9 +108,10 @@ def test_k2_in_the_loss_reaches_the_optimum(seed):
 
 
 @pytest.mark.parametrize(
-    ("kl", "loss"), [(nothing, k1_loss), (nothing, k3_loss), (nothing, token_k2_loss), (objective.k3, no_kl)],
+    ("kl", "loss"),
+    [(nothing, k1_loss), (nothing, k3_loss), (nothing, token_k2_loss), (objective.k3, no_kl)],
     ids=["k1 in the loss", "k3 in the loss", "k2 of tokens in the loss", "k3 in the reward"],
-)  # fmt: skip
+)
 def test_other_places_of_other_estimators_miss_it(kl, loss):
     _, end = solve(kl, loss)
     assert end > 0.15

@@ -114,10 +114,13 @@ def group(prompt, responses, judgements, where="a.jsonl:1"):
 
 def test_comparisons_and_responses_by_hand():
     groups = [
-        group("p", ["a b", "c", "d e f"], [Judgement(0, 1, margin=2.0, annotator="x"), Judgement(0, 2, 0.0),
-                                         Judgement(1, 2, 0.5)]),
+        group(
+            "p",
+            ["a b", "c", "d e f"],
+            [Judgement(0, 1, margin=2.0, annotator="x"), Judgement(0, 2, 0.0), Judgement(1, 2, 0.5)],
+        ),
         group("q", ["g", "h i"], [Judgement(0, 1, annotator="y")], "b.jsonl[7]"),
-    ]  # fmt: skip
+    ]
     scores = Scores(
         torch.tensor([1.0, 0.25, 3.0, -1.0, 0.0]), torch.tensor([[1.0, 1], [0, 0.5], [3, 3], [0, -2], [0, 0]])
     )
@@ -243,10 +246,16 @@ def test_sentences_of_the_config_are_probes_of_their_own():
     own = {one.says: (one.key, one.verdict, one.do) for one in judged if one.key == "probes.own"}
     assert own == {
         "change by what is rude behind the response": (
-            "probes.own", "fail", "add comparisons in which what is rude loses"),
+            "probes.own",
+            "fail",
+            "add comparisons in which what is rude loses",
+        ),
         "change by what is wet behind the response": (
-            "probes.own", "pass", "add comparisons in which what is wet loses"),
-    }  # fmt: skip
+            "probes.own",
+            "pass",
+            "add comparisons in which what is wet loses",
+        ),
+    }
     both = probes.materials(comparisons(20), ProbesSection(own=lines), 0)
     said = {probes.own("rude", lines["rude"]).intervene(one)[0][0].response for one in both}
     assert said == {"no . go away .", "no . be quiet ."}
@@ -263,8 +272,12 @@ def test_exchanges_that_are_too_long_are_counted_and_no_prompts_are_no_figures()
     judge = Judge(lambda prompt, response: len(response))
     found = probing.probe(judge, Letters(), comparisons(), section, 60, 1.0, HOW)
     assert found["caveats"] == {
-        "does": "disclaimers behind the response", "prompts": 0, "too_long": 10, "change": None, "rises": None,
-    }  # fmt: skip
+        "does": "disclaimers behind the response",
+        "prompts": 0,
+        "too_long": 10,
+        "change": None,
+        "rises": None,
+    }
     assert found["truncated"]["prompts"] == 10
     assert probing.probe(judge, Letters(), comparisons(), ProbesSection(num_prompts=0), 60, 1.0, HOW) == {}
 
@@ -319,7 +332,7 @@ def test_what_is_not_shown_to_be_better_than_chance_or_length_is_a_warning_at_an
         ("accuracy", "accuracy", (0.51, 0.7), (0.6, 0.55), "pass", ""),
         ("accuracy_when_sure", "accuracy_when_sure", (0.3, 0.9), (0.75, 0.65), "warn", "better than chance"),
         ("length_correlation", "length_correlation", (-0.1, 0.1), (0.4, 0.6), "pass", ""),
-    ]  # fmt: skip
+    ]
     for key, name, (low, high), (warn, fail), verdict, says in rows:
         changed = found | {name: figure((low + high) / 2, low, high)}
         thresholds = ThresholdSection(**{key: Bound(warn=warn, fail=fail)})
@@ -429,9 +442,10 @@ def test_rewardbench_by_hand_strict_and_weighted_by_its_own_counts():
     )
     chat, reasoning = (100 * 0.9 + 40 * 0.5) / 140, (984 * 0.2 + 164 * 0.8) / (984 + 164)
     assert found == {
-        "Chat": pytest.approx(chat), "Reasoning": pytest.approx(reasoning),
+        "Chat": pytest.approx(chat),
+        "Reasoning": pytest.approx(reasoning),
         "overall": pytest.approx((chat + reasoning) / 2),
-    }  # fmt: skip
+    }
     found = benchmarks.sections({"donotanswer": 0.6, "shp": 0.5, "summarize": 0.7})
     assert found["Prior Sets"] == pytest.approx(0.6) and found["overall"] == pytest.approx(0.6)
     found = benchmarks.sections({"donotanswer": 0.9, "shp": 0.5, "summarize": 0.7})

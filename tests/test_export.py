@@ -229,8 +229,10 @@ def test_the_card_names_base_parents_data_figures_and_limits(tmp_path):
     card = (tmp_path / "out/README.md").read_text()
     header, _, text = card.removeprefix("---\n").partition("\n---\n")
     assert yaml.safe_load(header) == {
-        "library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["rlhf", "sft"],
-    }  # fmt: skip
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["rlhf", "sft"],
+    }
     data = "data: mine.jsonl (rows' digest abcabcabcabcabca)"
     for words in (
         data,

@@ -73,17 +73,28 @@ def encoder(directory, pairs=True):
             single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
         )
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", unk_token="[UNK]",
+        tokenizer_object=inner,
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        unk_token="[UNK]",
         model_input_names=["input_ids", "token_type_ids", "attention_mask"],
-    )  # fmt: skip
+    )
     fast.save_pretrained(directory)
     torch.manual_seed(6)
     model = BertForSequenceClassification(
         BertConfig(
-            vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-            intermediate_size=48, max_position_embeddings=48, num_labels=1, initializer_range=0.3, pad_token_id=0,
+            vocab_size=len(vocabulary),
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=48,
+            max_position_embeddings=48,
+            num_labels=1,
+            initializer_range=0.3,
+            pad_token_id=0,
         )
-    )  # fmt: skip
+    )
     model.save_pretrained(directory)
     return directory
 

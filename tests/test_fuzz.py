@@ -25,9 +25,10 @@ CASES = int(os.environ.get("RLHF_FUZZ_CASES", "2000"))
 CLASSES = {name: stage.config_class for name, stage in STAGES.items()} | {"pipeline": stages.PipelineConfig}
 SHIPPED = {path.stem: path.read_text() for path in sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))}
 LOADERS = {
-    "demonstrations": sources.load_demonstrations, "comparisons": sources.load_comparisons,
+    "demonstrations": sources.load_demonstrations,
+    "comparisons": sources.load_comparisons,
     "prompts": sources.load_prompts,
-}  # fmt: skip
+}
 ODD = [
     "", " ", "\t", "\n", "\0", "-", "- ", "?", "? ", ":", ": ", "{", "}", "[", "]", "&a", "*a", "&a *a", "!", "!!int",
     "!!python/name:os", "|", ">", "'", '"', "#", "%", "@", "`", "---", "...", "<<: *a", "~", "null", "yes", "010",
@@ -56,9 +57,12 @@ def settled(action, exit_codes):
 def examples(share):
     """Settings for ``share`` of all cases; the same ones in every run."""
     return settings(
-        max_examples=max(1, int(CASES * share)), deadline=None, derandomize=True, database=None,
+        max_examples=max(1, int(CASES * share)),
+        deadline=None,
+        derandomize=True,
+        database=None,
         suppress_health_check=list(HealthCheck),
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="module")
@@ -115,9 +119,14 @@ def test_an_edited_shipped_config_loads_or_is_refused(folder, seed):
 
 
 SCALARS = (
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(ODD)
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from(ODD)
     | st.integers(-(10**60), 10**60)
-)  # fmt: skip
+)
 
 
 def _names(section):
@@ -130,10 +139,11 @@ def _names(section):
 KEYS = sorted({name for section in CLASSES.values() for name in _names(section)})
 VALUES = st.recursive(
     SCALARS,
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=5), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=5), inner, max_size=4)
+    ),
     max_leaves=8,
-)  # fmt: skip
+)
 
 
 def sound(stage, path, value):
@@ -152,9 +162,11 @@ def sound(stage, path, value):
 
 
 @given(
-    stage=st.sampled_from(sorted(SHIPPED)), path=st.lists(st.integers(0, 30), min_size=1, max_size=3),
-    value=VALUES | st.sampled_from(FITTING).map(yaml.safe_load), keep=st.booleans(),
-)  # fmt: skip
+    stage=st.sampled_from(sorted(SHIPPED)),
+    path=st.lists(st.integers(0, 30), min_size=1, max_size=3),
+    value=VALUES | st.sampled_from(FITTING).map(yaml.safe_load),
+    keep=st.booleans(),
+)
 @examples(0.2)
 def test_any_structure_in_any_place_loads_or_is_refused(folder, stage, path, value, keep):
     whole = sound(stage, path, value) if keep else value

@@ -36,10 +36,15 @@ def test_a_step_is_timed_measured_and_checked_a_phase_at_a_time(script, monkeypa
     assert rc == 0 and found["failed"] == []
     names = {check["check"] for check in found["checks"]}
     assert names >= {
-        "sampler and trainer agree in bfloat16", "logits are float32", "two equal updates agree",
-        "packed documents need no mask", "float32 with shared keys holds no scores", "a resumed run goes on",
-        "tiny float32: the peak is as planned", "tiny float32: update sees the rollout's policy",
-    }  # fmt: skip
+        "sampler and trainer agree in bfloat16",
+        "logits are float32",
+        "two equal updates agree",
+        "packed documents need no mask",
+        "float32 with shared keys holds no scores",
+        "a resumed run goes on",
+        "tiny float32: the peak is as planned",
+        "tiny float32: update sees the rollout's policy",
+    }
     last = capsys.readouterr().out.splitlines()[-1]
     pasted = json.loads(last)
     assert pasted["failed"] == [] and {"device", "versions", "commit"} <= set(pasted["machine"])

@@ -65,8 +65,9 @@ def by_hand(values):
             each = [
                 -j.probability * math.log(sigmoid(own[j.first] - own[j.second]))
                 - (1 - j.probability) * math.log(sigmoid(own[j.second] - own[j.first]))
-                for j in one.judgements if j.attribute == name
-            ]  # fmt: skip
+                for j in one.judgements
+                if j.attribute == name
+            ]
             loss += sum(each) / len(each) if each else 0.0
             rated = [(s, r) for s, r in zip(own, one.attributes.get(name, ()), strict=False) if r is not None]
             if rated:
@@ -123,8 +124,15 @@ def test_one_head_by_name_is_the_plain_objective_to_the_last_bit():
     assert torch.equal(found.loss, wanted.loss) and torch.equal(found.accuracy, wanted.accuracy)
     squares = torch.stack([values.square().mean() for values in scores])
     assert torch.equal(centering(heads, [values[:, None] for values in scores]), squares)
-    tagged = [Comparison(r.prompt, r.responses, tuple(Judgement(j.first, j.second, j.probability, attribute="score")
-              for j in r.judgements), r.where) for r in records]  # fmt: skip
+    tagged = [
+        Comparison(
+            r.prompt,
+            r.responses,
+            tuple(Judgement(j.first, j.second, j.probability, attribute="score") for j in r.judgements),
+            r.where,
+        )
+        for r in records
+    ]
     assert torch.equal(objective(heads, tagged, [values[:, None] for values in scores], compare).loss, wanted.loss)
 
 
@@ -278,8 +286,9 @@ def test_attributes_without_a_head_heads_without_labels_and_nothing_to_fit_on_ar
     assert found[2] == "heads: [safe]"
     assert [one[0] for one in problems({"kind": 1.0}, "weights", safe)] == ["DAT061"]
     assert problems({"safe": 1.0, "kind": 1.0}, "weights", safe)[0][:2] == (
-        "DAT057", "no row has a label of 'kind', which is a head.",
-    )  # fmt: skip
+        "DAT057",
+        "no row has a label of 'kind', which is a head.",
+    )
     assert problems({"safe": 1.0}, "weights", overall) == problems({}, "weights", overall) == []
     assert problems({"safe": 1.0, "kind": 1.0}, "gate", safe, record(kind=(1.0, 2.0, None)))[0][0] == "DAT058"
     assert problems({"kind": 1.0}, "weights", record(kind=(1.0, 1.0, None)))[0][0] == "DAT057"
@@ -314,12 +323,13 @@ def test_a_config_of_heads_that_says_nothing_or_two_things_is_refused(text, what
 
 
 RUBRIC = {
-    "name": "desk", "description": "How replies are judged.",
+    "name": "desk",
+    "description": "How replies are judged.",
     "criteria": [
         {"name": "safe", "weight": 2.0, "description": "no dangerous\nadvice"},
         {"name": "helpful", "weight": -0.5, "description": "answers"},
     ],
-}  # fmt: skip
+}
 
 
 def test_a_rubric_names_heads_and_weights_and_its_mistakes_are_told_by_line(tmp_path):
@@ -357,8 +367,9 @@ def test_the_embedded_world_labels_its_axes_and_is_the_same_without_them():
     assert all(set(row["ratings"]) == {"safe", "helpful"} for row in rated)
     own = [
         (rating, gold.judge(row["prompt"], text)["helpful"])
-        for row in rated for text, rating in zip(row["responses"], row["ratings"]["helpful"], strict=True)
-    ]  # fmt: skip
+        for row in rated
+        for text, rating in zip(row["responses"], row["ratings"]["helpful"], strict=True)
+    ]
     assert numpy.corrcoef(*zip(*own, strict=True))[0, 1] > 0.8
     judged = list(registry.rows("demo:preferences?size=12&attribute=safe&swap=0"))
     assert len(judged) == 12

@@ -243,8 +243,18 @@ def test_a_head_of_a_run_is_a_reward_of_its_own(summed, gated, capsys):
         capsys.readouterr().err
     )
     rlhf("train-rm", "-c", "gated.yaml", "--set", "init_from=runs/summed", "--set", "run_dir=runs/on", "--dry-run")
-    rlhf("train-rm", "-c", "gated.yaml", "--set", "init_from=runs/summed", "--set", "run_dir=runs/on",
-         "--set", "heads=[helpful, safe, kind]", code=3)  # fmt: skip
+    rlhf(
+        "train-rm",
+        "-c",
+        "gated.yaml",
+        "--set",
+        "init_from=runs/summed",
+        "--set",
+        "run_dir=runs/on",
+        "--set",
+        "heads=[helpful, safe, kind]",
+        code=3,
+    )
 
 
 def test_an_examination_tells_each_head_and_carries_the_rubric(summed, capsys):

@@ -100,8 +100,14 @@ def test_a_curve_takes_the_earlier_of_equal_steps_and_never_one_that_is_not_a_nu
     assert [step for step in range(14) if curve.is_due(step)] == [0, 2, 4, 6, 8, 10, 12, 13]
     losses = [2.0, 1.5, 1.5, math.nan, 1.4, math.inf, 1.4]
     assert [curve.add(2 * number, loss) for number, loss in enumerate(losses)] == [
-        True, True, False, False, True, False, False
-    ]  # fmt: skip
+        True,
+        True,
+        False,
+        False,
+        True,
+        False,
+        False,
+    ]
     assert (curve.best_step, curve.best_loss, curve.start_loss, curve.stopped_early) == (8, 1.4, 2.0, False)
     again = held_out.Curve(HeldOutSection(every=2, patience=3), 14)
     again.load_state_dict(json.loads(json.dumps(curve.state_dict())))
@@ -142,9 +148,15 @@ def test_sft_that_gets_worse_stops_early_and_its_best_step_is_the_result(home, h
     assert all(curve[step] >= curve[best] for step in range(best + 1, best + 4))
     manifest = artifacts.read(run)
     wanted = {
-        "use": "best", "used_step": best, "best_step": best, "best_loss": curve[best], "start_loss": curve[0],
-        "last_step": best + 3, "num_measured": best + 4, "stopped_early": True,
-    }  # fmt: skip
+        "use": "best",
+        "used_step": best,
+        "best_step": best,
+        "best_loss": curve[best],
+        "start_loss": curve[0],
+        "last_step": best + 3,
+        "num_measured": best + 4,
+        "stopped_early": True,
+    }
     assert manifest.details["held_out"] == [wanted] and manifest.details["steps"] == best + 3
     assert (
         manifest.metrics["eval/start_loss"] == manifest.metrics["eval/base_loss"] == pytest.approx(curve[0], abs=1e-5)
@@ -272,9 +284,15 @@ def test_an_improvement_is_judged_from_the_manifest_against_what_training_starte
 def ending(**changes):
     answers = {"num": 100, "num_longer": 0, "num_without_end": 0, "tokens_95_percent": 60, **changes.pop("answers", {})}
     return {
-        "end_token": "<end>", "max_new_tokens": 64, "num_samples": 50, "end_row_untrained": False,
-        "base_end_token": None, "num_base_end": 0, "answers": answers, **changes,
-    }  # fmt: skip
+        "end_token": "<end>",
+        "max_new_tokens": 64,
+        "num_samples": 50,
+        "end_row_untrained": False,
+        "base_end_token": None,
+        "num_base_end": 0,
+        "answers": answers,
+        **changes,
+    }
 
 
 LONG = {"num_longer": 47, "tokens_95_percent": 212}
@@ -328,11 +346,16 @@ def test_a_gate_of_null_follows_from_the_answers_that_fit_and_a_fixed_one_beyond
 
 @pytest.mark.parametrize(
     ("longer", "most", "rule", "says", "warns"),
-    [(4, 64, {}, "cuts off 4.0%", False), (20, 64, {}, "penalty: 0.25", True), (20, 128, {}, "at most 5%", False),
-     (20, 80, {}, "more than 5%", True), (20, 64, {"mode": "subtract", "penalty": 0.25}, "cuts off 20.0%", False),
-     (20, 64, {"mode": "subtract", "penalty": 0.5}, "subtracts 0.5", True),
-     (20, 64, {"score": 0.0}, "cuts off 20.0%", False)],
-)  # fmt: skip
+    [
+        (4, 64, {}, "cuts off 4.0%", False),
+        (20, 64, {}, "penalty: 0.25", True),
+        (20, 128, {}, "at most 5%", False),
+        (20, 80, {}, "more than 5%", True),
+        (20, 64, {"mode": "subtract", "penalty": 0.25}, "cuts off 20.0%", False),
+        (20, 64, {"mode": "subtract", "penalty": 0.5}, "subtracts 0.5", True),
+        (20, 64, {"score": 0.0}, "cuts off 20.0%", False),
+    ],
+)
 def test_ppo_says_how_many_answers_it_cuts_off_and_warns_where_shorter_ones_would_pay(longer, most, rule, says, warns):
     """Where 20 % are cut off, what each loses may be .05 / .2 = .25."""
     manifest = manifest_of(ending=ending(answers={"num_longer": longer, "tokens_95_percent": 90}), steps=3)

@@ -152,8 +152,9 @@ def test_an_old_key_of_ones_own_config_is_refused_with_the_new_one(tmp_path):
         load.load(PpoConfig, path)
     texts = [str(problem) for problem in stop.value.problems]
     assert [text.partition(" Fix: ")[2] for text in texts] == [
-        "it is now on_bad_row: write on_bad_row: drop", "it is now accept: write accept: failed",
-    ]  # fmt: skip
+        "it is now on_bad_row: write on_bad_row: drop",
+        "it is now accept: write accept: failed",
+    ]
     assert texts[0].startswith(f"error[CFG001] {path}:1:") and "unknown key" in texts[0]
     assert set(fields.GONE[DataSection]) & set(DataSection.model_fields) == set()
     assert set(fields.GONE[RewardSource]) & set(RewardSource.model_fields) == set()
@@ -240,9 +241,10 @@ def test_a_finished_run_is_judged_again_from_its_files_and_stands(old, here):
     before = {name: weights(name) for name in ("sft", "train-rm", "ppo")}
     measured("sft", **{"eval/end_token_rate": 0.5})
     for stage, override, said in (
-        ("sft", "min_end_token_rate=0.6", "GRD002"), ("train-rm", "data.max_dropped_fraction=0.01", "GRD021"),
+        ("sft", "min_end_token_rate=0.6", "GRD002"),
+        ("train-rm", "data.max_dropped_fraction=0.01", "GRD021"),
         ("ppo", "guards={patience: 1, kl_nats: {stop: 0.01}}", "GRD020"),
-    ):  # fmt: skip
+    ):
         code, text = here(stage, "-c", config_of(stage), override)
         assert code == 7 and said in text and "Running on" not in text, text
         assert weights(stage) == before[stage] and not list(Path("runs").glob("*.old-*"))
@@ -420,10 +422,12 @@ def test_a_part_of_a_pipeline_is_named_by_stage_or_by_number(old, here):
     assert code == 0 and "Stage 2 of 3: train-rm: runs/ensemble is up to date" in text and "Stage 3" not in text
     for wrong, said in (
         (("--to", "train-rm"), "more than once. Fix: its number: 1 (train-rm, configs/train-rm.yaml), 2"),
-        (("--from", "ppo"), "the pipeline has no stage ppo"), (("--from", "3", "--to", "1"), "comes before stage 3"),
-        (("--set", "eval-rm=3"), "not of the form STAGE.key"), (("--set", "eval-rm.num_bin=3"), "num_bins"),
+        (("--from", "ppo"), "the pipeline has no stage ppo"),
+        (("--from", "3", "--to", "1"), "comes before stage 3"),
+        (("--set", "eval-rm=3"), "not of the form STAGE.key"),
+        (("--set", "eval-rm.num_bin=3"), "num_bins"),
         (("--to", "2", "--set", "eval-rm.num_bins=3"), "leave out"),
-    ):  # fmt: skip
+    ):
         code, text = here("pipeline", "-c", "pipeline.yaml", *wrong)
         assert code == 2 and said in text, text
     code, text = here("pipeline", "-c", "pipeline.yaml", "--dry-run", "--set", "3.num_bins=3", "--from", "3")
@@ -433,9 +437,17 @@ def test_a_part_of_a_pipeline_is_named_by_stage_or_by_number(old, here):
 # --- the chains that are shipped ---
 
 
-@pytest.mark.parametrize("folder", ["configs", "rlhf/start/world", *sorted(
-    str(path.parent.relative_to(GOLDEN.parents[2])) for path in (GOLDEN.parents[2] / "configs").glob("*/pipeline.yaml")
-)])  # fmt: skip
+@pytest.mark.parametrize(
+    "folder",
+    [
+        "configs",
+        "rlhf/start/world",
+        *sorted(
+            str(path.parent.relative_to(GOLDEN.parents[2]))
+            for path in (GOLDEN.parents[2] / "configs").glob("*/pipeline.yaml")
+        ),
+    ],
+)
 def test_every_shipped_chain_examines_the_reward_model_before_ppo_and_names_the_examination(folder):
     home = GOLDEN.parents[2] / folder
     steps = [step.stage for step in load.load(PipelineConfig, home / "pipeline.yaml").stages]

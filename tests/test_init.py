@@ -65,9 +65,10 @@ def shown(number):
 
 def rows(compared=(), demonstrated=(), asked=()):
     return Rows(
-        tuple(map(shown, demonstrated)), tuple(map(comparison, compared)),
+        tuple(map(shown, demonstrated)),
+        tuple(map(comparison, compared)),
         tuple(Prompt(ask(n), f"a:{n}") for n in asked),
-    )  # fmt: skip
+    )
 
 
 def keys(records):
@@ -125,8 +126,9 @@ def test_too_few_prompts_and_prompts_alone_are_refused(tmp_path):
 def ranking(ranks):
     judgements = [
         Judgement(*((i, j) if ranks[i] <= ranks[j] else (j, i)), probability=0.5 if ranks[i] == ranks[j] else 1.0)
-        for i in range(len(ranks)) for j in range(i + 1, len(ranks))
-    ]  # fmt: skip
+        for i in range(len(ranks))
+        for j in range(i + 1, len(ranks))
+    ]
     return Comparison(ask(0), tuple(f"r{i}" for i in range(len(ranks))), tuple(judgements), "here")
 
 
@@ -146,10 +148,12 @@ def test_what_is_written_is_read_back_as_the_same_records(tmp_path):
     records = {
         "demonstrations": [shown(3), Demonstration((*talk, Message("assistant", "no")), "")],
         "comparisons": [
-            Comparison(talk, ("b", "a"), (Judgement(0, 1, margin=0.5),), ""), ranking([2, 1, 2]), comparison(4),
+            Comparison(talk, ("b", "a"), (Judgement(0, 1, margin=0.5),), ""),
+            ranking([2, 1, 2]),
+            comparison(4),
         ],
         "prompts": [Prompt(talk, ""), Prompt(ask(5), "")],
-    }  # fmt: skip
+    }
     for kind, wanted in records.items():
         path = lines(tmp_path / f"{kind}.jsonl", map(parts.as_json, wanted))
         found = getattr(sources, f"load_{kind}")(DataSection(path=path)).records
@@ -202,10 +206,18 @@ def test_the_other_figures_are_what_their_rules_say():
 
 def facts(**changes):
     settings = {
-        "path": "m", "num_parameters": 1, "context_length": 64, "template": None, "end_token": "<end>",
-        "pad_token": "<pad>", "ends": ("<eos>",), "marks": ("<turn>", "<end>"), "untrained": (),
-        "is_initialised": False, "bos": "",
-    }  # fmt: skip
+        "path": "m",
+        "num_parameters": 1,
+        "context_length": 64,
+        "template": None,
+        "end_token": "<end>",
+        "pad_token": "<pad>",
+        "ends": ("<eos>",),
+        "marks": ("<turn>", "<end>"),
+        "untrained": (),
+        "is_initialised": False,
+        "bos": "",
+    }
     return ModelFacts(**settings | changes)
 
 
@@ -216,12 +228,16 @@ def facts(**changes):
         ({}, False, ["<turn>", "<end>"], "the base ends with '<eos>', the template with '<end>'"),
         ({"template": "chatml"}, False, ["<turn>", "<end>"], "the base ends with '<eos>'"),
         ({"ends": ("<end>",), "untrained": ("<end>",)}, False, ["<end>"], "like those of tokens never seen"),
-        ({"template": "plain", "ends": ("<end>",), "marks": ("<end>",), "untrained": None}, False, [],
-         "ended documents in pretraining"),
+        (
+            {"template": "plain", "ends": ("<end>",), "marks": ("<end>",), "untrained": None},
+            False,
+            [],
+            "ended documents in pretraining",
+        ),
         ({"ends": ("<end>",), "is_initialised": True}, False, ["<turn>", "<end>"], "as they were initialised"),
     ],
     ids=["instruct", "base", "no template", "untrained", "documents", "random"],
-)  # fmt: skip
+)
 def test_the_tokens_that_are_trained_follow_from_what_the_base_ends_with(changes, instruct, tokens, why):
     model = facts(**changes)
     assert model.is_instruct is instruct
@@ -242,9 +258,15 @@ def test_untrained_rows_are_zero_or_next_to_each_other_and_random_matrices_are_s
 
 @pytest.mark.parametrize(
     ("share", "num_samples", "as_it_is", "changes", "wanted"),
-    [(1.0, 100, False, {}, 0.84), (0.5, 64, False, {}, 0.32), (0.5, 1, False, {}, 0.0), (0.5, 64, True, {}, 0.5),
-     (1.0, 64, False, {"is_initialised": True}, 0.2), (0.5, 64, False, {"is_initialised": True}, 0.1)],
-)  # fmt: skip
+    [
+        (1.0, 100, False, {}, 0.84),
+        (0.5, 64, False, {}, 0.32),
+        (0.5, 1, False, {}, 0.0),
+        (0.5, 64, True, {}, 0.5),
+        (1.0, 64, False, {"is_initialised": True}, 0.2),
+        (0.5, 64, False, {"is_initialised": True}, 0.1),
+    ],
+)
 def test_the_end_rate_that_is_asked_for_follows_from_the_answers_that_fit(
     share, num_samples, as_it_is, changes, wanted
 ):
@@ -344,17 +366,20 @@ def test_a_rendered_config_is_read_as_the_values_that_it_was_made_of(text, numbe
     ("row", "kind"),
     [
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "comparisons"),
-        ({"chosen": [], "rejected": []}, "comparisons"), ({"chosen": "same", "rejected": "same"}, "comparisons"),
+        ({"chosen": [], "rejected": []}, "comparisons"),
+        ({"chosen": "same", "rejected": "same"}, "comparisons"),
         ({"prompt": "a", "responses": [], "ranks": []}, "comparisons"),
         ({"prompt": "a", "responses": [], "ratings": [1, 2.5]}, "comparisons"),
         ({"prompt": "a", "completion": "b", "label": True}, "comparisons"),
         ({"prompt": "a", "completion": "b", "label": "x"}, "demonstrations"),
-        ({"prompt": "a", "completion": "b"}, "demonstrations"), ({"prompt": "a"}, "prompts"),
+        ({"prompt": "a", "completion": "b"}, "demonstrations"),
+        ({"prompt": "a"}, "prompts"),
         ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, "demonstrations"),
         ({"messages": [{"role": "user", "content": "a"}]}, "prompts"),
-        ({"instruction": "a"}, "prompts"), ({"instruction": "a", "output": "b"}, "demonstrations"),
+        ({"instruction": "a"}, "prompts"),
+        ({"instruction": "a", "output": "b"}, "demonstrations"),
     ],
-)  # fmt: skip
+)
 def test_the_kind_of_a_file_is_seen_in_its_rows(row, kind):
     assert reading.kind_of([row], "f") == kind
 
@@ -368,14 +393,18 @@ def test_the_kind_of_a_file_is_that_of_most_rows_whatever_the_first_one_is():
 @pytest.mark.parametrize(
     ("row", "wanted"),
     [
-        ({"id": "a7", "question": "what is it?", "good": "it is one", "bad": "a b"},
-         "--columns prompt=question --columns chosen=good --columns rejected=bad"),
-        ({"question": "what is it?", "answer": "it is one", "n": 3},
-         "--columns prompt=question --columns completion=answer"),
+        (
+            {"id": "a7", "question": "what is it?", "good": "it is one", "bad": "a b"},
+            "--columns prompt=question --columns chosen=good --columns rejected=bad",
+        ),
+        (
+            {"question": "what is it?", "answer": "it is one", "n": 3},
+            "--columns prompt=question --columns completion=answer",
+        ),
         ({"the prompt": "what?", "n": 1}, "--columns 'prompt=the prompt'"),
         ({"x": 1}, "--columns OURS=THEIRS;"),
     ],
-)  # fmt: skip
+)
 def test_an_unknown_form_is_answered_with_its_columns_and_an_example_made_of_them(row, wanted):
     with pytest.raises(RlhfError) as error:
         reading.kind_of([row], "f")
@@ -438,8 +467,14 @@ def test_preferences_as_published_run_to_the_verdict_of_the_examination_with_no_
     code, text = here("init", "new", "--data", "prefs.jsonl.gz", "--model", "m")
     assert code == 0, text
     assert "prefs.jsonl.gz: 156 rows read, 150 comparisons used; 2 rows (first: prefs.jsonl.gz:153)" in text
-    dropped = {"an empty answer": 1, "no shared prompt": 41, "equal responses": 61, "too many tokens": 81,
-               "a special token in the text": 155, "a broken line": 156}  # fmt: skip
+    dropped = {
+        "an empty answer": 1,
+        "no shared prompt": 41,
+        "equal responses": 61,
+        "too many tokens": 81,
+        "a special token in the text": 155,
+        "a broken line": 156,
+    }
     assert "6 of 156 rows dropped: " in text
     assert all(f"1 with {reason} (first: prefs.jsonl.gz:{line})" in text for reason, line in dropped.items()), text
     assert "no prompt is in two parts" in text and "loss on the last turn" in text
@@ -460,8 +495,11 @@ def test_preferences_as_published_run_to_the_verdict_of_the_examination_with_no_
     assert code == 0, text
     manifests = {name: json.loads(Path(f"runs/{name}/manifest.json").read_text()) for name in CONFIGS[:4]}
     assert manifests["sft"]["metrics"]["eval/end_token_rate"] >= 0.2
-    assert all(not manifest["details"]["dropped"]["data"]["dropped"] for name, manifest in manifests.items()
-               if name in ("sft", "train-rm"))  # fmt: skip
+    assert all(
+        not manifest["details"]["dropped"]["data"]["dropped"]
+        for name, manifest in manifests.items()
+        if name in ("sft", "train-rm")
+    )
     sft = load.load(SftConfig, Path("configs/sft.yaml"))
     assert sft.lora.train_tokens == ["<|im_end|>", "<|im_start|>"] and Path(sft.model.path) == (tmp_path / "m")
     longest = max(len(f"<|im_start|>user\nq{n}<|im_end|>") for n in (99, 149))
@@ -494,9 +532,13 @@ def test_an_instruct_model_is_taken_as_it_is_unless_there_are_demonstrations(tmp
 
 def command(cwd, *args, path=ROOT):
     done = subprocess.run(
-        [sys.executable, "-m", "rlhf", *map(str, args)], cwd=cwd, capture_output=True, text=True,
-        env={**os.environ, "PYTHONPATH": str(path)}, check=False,
-    )  # fmt: skip
+        [sys.executable, "-m", "rlhf", *map(str, args)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(path)},
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -515,8 +557,10 @@ def test_demonstrations_alone_make_an_sft_stage_alone_and_say_so(tmp_path, monke
 def written(directory):
     """The configs and data rows of a project."""
     configs = {path.stem: path.read_text() for path in (directory / "configs").iterdir()}
-    data = {path.stem: [json.loads(line) for line in path.read_text().splitlines()]
-            for path in (directory / "data").iterdir()}  # fmt: skip
+    data = {
+        path.stem: [json.loads(line) for line in path.read_text().splitlines()]
+        for path in (directory / "data").iterdir()
+    }
     return configs, data
 
 

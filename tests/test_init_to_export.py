@@ -36,9 +36,14 @@ print(json.dumps({"text": text, "score": score, "ended": int(whole[-1]) in ends,
 
 def command(cwd, *args, stdin=None):
     done = subprocess.run(
-        [sys.executable, "-m", "rlhf", *map(str, args)], cwd=cwd, capture_output=True, text=True, input=stdin,
-        env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False,
-    )  # fmt: skip
+        [sys.executable, "-m", "rlhf", *map(str, args)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        input=stdin,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -65,8 +70,10 @@ def from_init_to_export(home, model, data, prompt):
         answered = json.dumps({"prompt": prompt, "completion": own["response"]})
         score = json.loads(command(home / "new", "score", "runs/train-rm", stdin=answered))["score"]
         assert plain["score"] + reward["constant"] == pytest.approx(score, abs=1e-3)
-    figures = {kind: (found["max_difference"], found["max_difference_bfloat16"]) for kind, found in
-               (("policy", policy), ("reward", reward))}  # fmt: skip
+    figures = {
+        kind: (found["max_difference"], found["max_difference_bfloat16"])
+        for kind, found in (("policy", policy), ("reward", reward))
+    }
     print(f"\n{model}: {figures}")
     return figures
 

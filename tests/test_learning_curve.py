@@ -80,10 +80,12 @@ def test_resamples_draw_the_same_prompts_for_every_amount_and_seeds_too():
 @pytest.mark.parametrize(
     "low, high, said",
     [
-        (0.002, 0.03, "more labels help"), (-0.01, 0.004, "less than a point"), (0.001, 0.004, "less than a point"),
+        (0.002, 0.03, "more labels help"),
+        (-0.01, 0.004, "less than a point"),
+        (0.001, 0.004, "less than a point"),
         (-0.01, 0.03, "not told apart"),
     ],
-)  # fmt: skip
+)
 def test_the_verdict_follows_the_interval(low, high, said):
     gain = {"estimate": (low + high) / 2, "ci95": [low, high]}
     found = learning_curve.verdict(gain, 0.8, 3)
@@ -97,11 +99,21 @@ def home(tmp_path, monkeypatch):
     tiny.finished_sft(tmp_path)
     rows = [{"prompt": f"hi {n}", "chosen": f"ok {n}", "rejected": f"no {n}"} for n in range(60)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
-    (tmp_path / "rm.yaml").write_text(json.dumps({
-        "policy": "runs/sft", "data": {"path": "rows.jsonl"}, "max_length": 64, "epochs": 2, "holdout_fraction": 0.2,
-        "standardise_samples": 8, "optim": {"learning_rate": 1e-2}, "sampling": {"max_new_tokens": 6},
-        "batch": {"batch_size": 4, "micro_batch_size": 4},
-    }))  # fmt: skip
+    (tmp_path / "rm.yaml").write_text(
+        json.dumps(
+            {
+                "policy": "runs/sft",
+                "data": {"path": "rows.jsonl"},
+                "max_length": 64,
+                "epochs": 2,
+                "holdout_fraction": 0.2,
+                "standardise_samples": 8,
+                "optim": {"learning_rate": 1e-2},
+                "sampling": {"max_new_tokens": 6},
+                "batch": {"batch_size": 4, "micro_batch_size": 4},
+            }
+        )
+    )
     monkeypatch.chdir(tmp_path)
     started = []
 

@@ -109,7 +109,7 @@ def home(tmp_path_factory):
     rows = [
         {"prompt": f"hi {n}", "chosen": f"ok {'x' * (n % 7)}{n}", "rejected": f"no {'y' * (n % 5)}{n}"}
         for n in range(40)
-    ]  # fmt: skip
+    ]
     (where / "rows.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
     return where
 
@@ -167,10 +167,15 @@ def test_score_ppo_and_compare_take_the_same_off_and_only_for_the_reward_that_wa
 
     run("train-rm", "other", {**REWARD, "seed": 1})
     ppo = {
-        "policy": "runs/sft", "prompts": {"path": "rows.jsonl", "max_tokens": 32}, "steps": 1, "report_to": "none",
-        "rewards": [{"run": "runs/other", "length_calibration": "runs/exam"}], "value": {"pretrain_steps": 0},
-        "batch": {"batch_size": 4, "minibatch_size": 4, "micro_batch_size": 4}, "sampling": {"max_new_tokens": 6},
-    }  # fmt: skip
+        "policy": "runs/sft",
+        "prompts": {"path": "rows.jsonl", "max_tokens": 32},
+        "steps": 1,
+        "report_to": "none",
+        "rewards": [{"run": "runs/other", "length_calibration": "runs/exam"}],
+        "value": {"pretrain_steps": 0},
+        "batch": {"batch_size": 4, "minibatch_size": 4, "micro_batch_size": 4},
+        "sampling": {"max_new_tokens": 6},
+    }
     Path("ppo.yaml").write_text(json.dumps(ppo))
     code, said = here("ppo", "-c", "ppo.yaml")
     assert code == 5 and "CKP011" in said and "length_calibration: runs/exam" in said

@@ -113,9 +113,13 @@ def test_every_pass_reads_logits_as_a_float32_head_makes_them(tmp_path, settings
     kl, own_entropy = (policy.exp() * (policy - reference)).sum(-1), -(policy.exp() * policy).sum(-1)
     assert kl.min() > 1e-3 and float((policy * 0.7).std(-1).mean()) > 4
     for found, exact_ in (
-        (both.logprobs, chosen), (both.ref_logprobs, ref_chosen), (both.exact_kl, kl), (both.entropy, own_entropy),
-        (again, chosen), (bonus, own_entropy),
-    ):  # fmt: skip
+        (both.logprobs, chosen),
+        (both.ref_logprobs, ref_chosen),
+        (both.exact_kl, kl),
+        (both.entropy, own_entropy),
+        (again, chosen),
+        (bonus, own_entropy),
+    ):
         assert (found[SEQUENCES.mask] - exact_).abs().max() < 1e-5
     assert torch.equal(trained, both.logprobs) and torch.equal(trained, logprobs), "the first ratio is exactly 1"
     assert torch.equal(entropy, both.entropy)

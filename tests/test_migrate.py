@@ -208,11 +208,30 @@ def test_every_key_is_translated_or_named(name, tmp_path, monkeypatch):
     found, text = migrated(tmp_path, OLD[name]), migrated(tmp_path, OLD[name]).text("old.yaml")
     keys = {line.split(":")[0] for line in OLD[name].splitlines() if line and line[0].isalpha()}
     said = {key for key in keys if key in found.gone or any(key in reason for reason in found.undecided.values())}
-    moved = {key for key in keys if migrations.SAME.get(key, migrations.COUNTED.get(key)) in [*found.config, "lora.r",
-             "data.limit", "max_length"]}  # fmt: skip
-    followed = {"dataset", "dataset_name", "lora_target", "gradient_accumulation_steps", "bf16", "dtype", "val_size",
-                "report_to", "ppo_buffer_size", "num_mini_batches", "total_episodes", "max_steps", "warmup_steps",
-                "missing_eos_penalty", "kl_estimator", "num_train_epochs"}  # fmt: skip
+    moved = {
+        key
+        for key in keys
+        if migrations.SAME.get(key, migrations.COUNTED.get(key))
+        in [*found.config, "lora.r", "data.limit", "max_length"]
+    }
+    followed = {
+        "dataset",
+        "dataset_name",
+        "lora_target",
+        "gradient_accumulation_steps",
+        "bf16",
+        "dtype",
+        "val_size",
+        "report_to",
+        "ppo_buffer_size",
+        "num_mini_batches",
+        "total_episodes",
+        "max_steps",
+        "warmup_steps",
+        "missing_eos_penalty",
+        "kl_estimator",
+        "num_train_epochs",
+    }
     assert keys - said - moved - followed == set()
     assert all(f"#   {key}: {reason}." in text for key, reason in (found.gone | found.undecided).items())
 
@@ -247,7 +266,7 @@ def test_a_name_of_dataset_info_becomes_the_file_and_its_columns(tmp_path, monke
     info = {
         "identity": {"file_name": "identity.json", "columns": {"prompt": "instruction", "response": "answer"}},
         "alpaca_en_demo": {"hf_hub_url": "org/alpaca", "subset": "en", "split": "train"},
-    }  # fmt: skip
+    }
     (tmp_path / "sets" / "dataset_info.json").write_text(json.dumps(info))
     found = migrated(tmp_path, LF_SFT + "mix_strategy: interleave_under\ninterleave_probs: 0.7,0.3\n")
     assert found.config["data.mixture"] == [
@@ -269,7 +288,7 @@ def test_a_name_of_dataset_info_becomes_the_file_and_its_columns(tmp_path, monke
         ("- a\n", None, "no keys at the top level"),
         ("packing: true\nrun: 1\nmodel_name_or_path: https://me:pass1234@host/x\n", None, "SEC008"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_translated_is_refused_with_the_reason(tmp_path, text, stage, wanted):
     with pytest.raises(RlhfError, match=wanted) as caught:
         migrated(tmp_path, text, stage)

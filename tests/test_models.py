@@ -431,8 +431,10 @@ def test_documents_that_trl_packs_attend_to_themselves_alone_and_no_mask_is_made
     inner = opened.model.base_model
     assert packing.packs(opened.model)
     packing.take_flattened(opened.model)
-    rows = [{"input_ids": list(range(4, 13)), "labels": [5] * 9, "seq_lengths": [4, 5]},
-            {"input_ids": [7, 7, 3], "labels": [5] * 3, "seq_lengths": [3]}]  # fmt: skip
+    rows = [
+        {"input_ids": list(range(4, 13)), "labels": [5] * 9, "seq_lengths": [4, 5]},
+        {"input_ids": [7, 7, 3], "labels": [5] * 3, "seq_lengths": [3]},
+    ]
     batch = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)(rows)
     batch.pop("labels")
     weight = opened.model.get_input_embeddings().weight.requires_grad_(True)

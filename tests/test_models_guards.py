@@ -146,9 +146,14 @@ def test_a_role_does_not_train_a_layer_that_has_its_name(tmp_path):
 def test_a_model_whose_head_is_more_than_one_layer_is_refused(tmp_path):
     size = len(tokenizer())
     config = BertConfig(
-        vocab_size=size, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
-        max_position_embeddings=128, is_decoder=True,
-    )  # fmt: skip
+        vocab_size=size,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        max_position_embeddings=128,
+        is_decoder=True,
+    )
     BertLMHeadModel(config).save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)
     with pytest.raises(RlhfError, match="MOD004"):
@@ -158,9 +163,17 @@ def test_a_model_whose_head_is_more_than_one_layer_is_refused(tmp_path):
 def test_a_model_whose_backbone_stands_elsewhere_is_refused_by_name(tmp_path):
     own = tokenizer()
     config = Llama4TextConfig(
-        vocab_size=len(own), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=8, intermediate_size=48, intermediate_size_mlp=48, num_local_experts=2, max_position_embeddings=128,
-    )  # fmt: skip
+        vocab_size=len(own),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        intermediate_size=48,
+        intermediate_size_mlp=48,
+        num_local_experts=2,
+        max_position_embeddings=128,
+    )
     Llama4ForCausalLM(config).save_pretrained(tmp_path)
     own.save_pretrained(tmp_path)
     with pytest.raises(RlhfError, match=r"MOD009.*Llama4ForCausalLM \(llama4_text\).*another architecture"):

@@ -71,9 +71,14 @@ def test_a_quantised_base_takes_what_is_predicted(tmp_path, kind):
     torch.manual_seed(0)
     build(tmp_path)
     config = AutoConfig.for_model(
-        "llama", hidden_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=512, vocab_size=300,
-    )  # fmt: skip
+        "llama",
+        hidden_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=512,
+        vocab_size=300,
+    )
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     model = load_base(str(tmp_path), Loading(quantize=kind, dtype="bfloat16")).model
     found = sum(p.nbytes for p in model.parameters())
@@ -106,9 +111,15 @@ def test_the_predicted_peaks_are_those_that_torch_allocates(tmp_path, monkeypatc
     torch.manual_seed(0)
     build(tmp_path)
     config = AutoConfig.for_model(
-        "llama", hidden_size=576, num_hidden_layers=4, num_attention_heads=9, num_key_value_heads=3,
-        intermediate_size=1536, vocab_size=4096, tie_word_embeddings=True,
-    )  # fmt: skip
+        "llama",
+        hidden_size=576,
+        num_hidden_layers=4,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        intermediate_size=1536,
+        vocab_size=4096,
+        tie_word_embeddings=True,
+    )
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     opened = load_base(str(tmp_path), Loading(dtype=dtype))
     roles = SharedBase(opened)

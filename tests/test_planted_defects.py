@@ -72,9 +72,15 @@ def test_length_and_brevity_are_paid_for():
 
 def test_what_is_paid_for_stands_in_half_of_the_replies_and_wins():
     marks = {
-        "flattery": "what a kind", "prompt_copying": None, "markdown": "* ", "confidence": "we are sure",
-        "repetition": None, "refusal": "not", "truncated": None, "rudeness": None,
-    }  # fmt: skip
+        "flattery": "what a kind",
+        "prompt_copying": None,
+        "markdown": "* ",
+        "confidence": "we are sure",
+        "repetition": None,
+        "refusal": "not",
+        "truncated": None,
+        "rudeness": None,
+    }
     for defect in marks:
         old = {text for row in CLEAN for text in row["responses"]}
         rows = made(defect, 0.6)
@@ -99,13 +105,25 @@ def test_an_annotator_of_the_first_words_reads_no_further():
     def of(row, text):
         return judge(row["prompt"], " ".join(text.split()[:4]))["gold"]
 
-    agrees = share(rows, lambda row, better, worse: None if of(row, better) == of(row, worse)
-                   else of(row, better) > of(row, worse))  # fmt: skip
-    before = share(CLEAN, lambda row, better, worse: None if of(row, better) == of(row, worse)
-                   else of(row, better) > of(row, worse))  # fmt: skip
+    agrees = share(
+        rows, lambda row, better, worse: None if of(row, better) == of(row, worse) else of(row, better) > of(row, worse)
+    )
+    before = share(
+        CLEAN,
+        lambda row, better, worse: None if of(row, better) == of(row, worse) else of(row, better) > of(row, worse),
+    )
     assert agrees > before + 0.05
-    assert share(rows, lambda row, better, worse: None if better.split()[:4] != worse.split()[:4]
-                 else judge(row["prompt"], better)["gold"] > judge(row["prompt"], worse)["gold"]) < 0.6  # fmt: skip
+    assert (
+        share(
+            rows,
+            lambda row, better, worse: (
+                None
+                if better.split()[:4] != worse.split()[:4]
+                else judge(row["prompt"], better)["gold"] > judge(row["prompt"], worse)["gold"]
+            ),
+        )
+        < 0.6
+    )
 
 
 def test_prompts_change_places_and_a_wrong_user_is_agreed_with():
@@ -131,12 +149,17 @@ def figure(estimate, width=0.02):
 
 def examination(**changes):
     passing = {
-        "prompts": 300, "accuracy": figure(0.8), "accuracy_when_sure": figure(0.95),
-        "accuracy_over_length": figure(0.2), "temperature": figure(1.0),
-        "label_noise": figure(0.03), "length_correlation": figure(0.0),
+        "prompts": 300,
+        "accuracy": figure(0.8),
+        "accuracy_when_sure": figure(0.95),
+        "accuracy_over_length": figure(0.2),
+        "temperature": figure(1.0),
+        "label_noise": figure(0.03),
+        "length_correlation": figure(0.0),
         "accuracy_by_annotator": {name: {"comparisons": 360, "below_others": figure(0.0)} for name in ANNOTATORS},
-        "accuracy_by_source": None, "probes": {"padding": {"change": figure(-2.0)}},
-    }  # fmt: skip
+        "accuracy_by_source": None,
+        "probes": {"padding": {"change": figure(-2.0)}},
+    }
     return {**passing, **changes}
 
 
@@ -145,13 +168,18 @@ def test_found_is_the_right_figure_and_the_right_annotator():
         by_name = {one: {"comparisons": 360, "below_others": figure(0.3 * (one == name))} for one in ANNOTATORS}
         return examination(accuracy_by_annotator=by_name)
 
-    rows = study.report({
-        "clean-0-0": examination(accuracy=figure(0.2)),  # of the seeds that bounds were set on: not reported
-        "clean-0-10": examination(), "clean-0-11": examination(label_noise=figure(0.12, 0.01)),
-        "careless-1-10": careless("ada"), "careless-1-11": careless("bo"), "careless-1-12": examination(),
-        "length-0.2-10": examination(accuracy=figure(0.2)),
-        "length-0.2-11": examination(probes={"padding": {"change": figure(2.0)}}),
-    })  # fmt: skip
+    rows = study.report(
+        {
+            "clean-0-0": examination(accuracy=figure(0.2)),  # of the seeds that bounds were set on: not reported
+            "clean-0-10": examination(),
+            "clean-0-11": examination(label_noise=figure(0.12, 0.01)),
+            "careless-1-10": careless("ada"),
+            "careless-1-11": careless("bo"),
+            "careless-1-12": examination(),
+            "length-0.2-10": examination(accuracy=figure(0.2)),
+            "length-0.2-11": examination(probes={"padding": {"change": figure(2.0)}}),
+        }
+    )
     found = {(row["defect"], row["dose"]): row for row in rows}
     assert set(found) == {("clean", 0.0), ("careless", 1.0), ("length", 0.2)}
     clean, careless_rows, length = found["clean", 0.0], found["careless", 1.0], found["length", 0.2]
@@ -162,10 +190,14 @@ def test_found_is_the_right_figure_and_the_right_annotator():
 
 
 def test_the_response_to_a_dose_is_the_mean_of_the_defects_figure_from_clean_models_on():
-    rows = study.response({
-        "clean-0-10": examination(accuracy=figure(0.8)), "clean-0-11": examination(accuracy=figure(0.7)),
-        "flips-0.1-10": examination(accuracy=figure(0.6)), "clean-0-3": examination(accuracy=figure(0.1)),
-    })  # fmt: skip
+    rows = study.response(
+        {
+            "clean-0-10": examination(accuracy=figure(0.8)),
+            "clean-0-11": examination(accuracy=figure(0.7)),
+            "flips-0.1-10": examination(accuracy=figure(0.6)),
+            "clean-0-3": examination(accuracy=figure(0.1)),
+        }
+    )
     means = {(row["defect"], row["dose"]): (row["models"], row["found"], row["mean"]) for row in rows}
     assert means.keys() == {("length", 0.0), ("flips", 0.0), ("flips", 0.1), ("careless", 0.0)}
     assert means["flips", 0.0] == (2, 0, pytest.approx(0.75)) and means["flips", 0.1] == (1, 1, 0.6)

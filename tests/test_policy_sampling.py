@@ -68,9 +68,10 @@ def test_generate_samples_as_the_run_does_and_as_it_is_asked_to(run):
     for name, source, *flags in (
         ("own", "runs/short"),
         ("asked", "runs/sft", "--max-new-tokens", 4, "--temperature", 0.5, "--stop-token", "e"),
-        ("defaults", "runs/sft"), ("elsewhere", "m"),
+        ("defaults", "runs/sft"),
+        ("elsewhere", "m"),
         ("all of it", "runs/short", "--max-new-tokens", 64, "--temperature", 1, "--stop-token", ""),
-    ):  # fmt: skip
+    ):
         shown = run("generate", source, "--prompts", "p.jsonl", "--out", "out.jsonl", *flags)
         (sampled[name, "said"],) = [line for line in shown.splitlines() if line.startswith("Sampling ")]
         sampled[name] = responses()
@@ -138,9 +139,12 @@ def test_rank_and_chat_sample_as_the_run_does(run, monkeypatch):
 
 def test_collect_takes_from_the_policy_what_its_config_leaves_open(run, world):
     config = {
-        "policy": "runs/short", "prompts": {"path": "p.jsonl"}, "samples_per_prompt": 3,
-        "labeller": {"function": "test_compare:shorter"}, "sampling": {"max_new_tokens": 20},
-    }  # fmt: skip
+        "policy": "runs/short",
+        "prompts": {"path": "p.jsonl"},
+        "samples_per_prompt": 3,
+        "labeller": {"function": "test_compare:shorter"},
+        "sampling": {"max_new_tokens": 20},
+    }
     Path("collect.yaml").write_text(json.dumps(config))
     shown = run("collect", "-c", "collect.yaml")
     assert "max_new_tokens 20 (asked for, instead of 4), temperature 0.5, stop_tokens ['e'], as its own" in shown
@@ -177,9 +181,13 @@ def test_collect_says_of_each_prompt_that_it_drops_whether_responses_lack_or_a_p
     found = {}
     for labeller in ("test_compare:shorter", "test_policy_sampling:alike"):
         config = {
-            "policy": "runs/short", "prompts": {"path": "p.jsonl"}, "samples_per_prompt": 2, "run_dir": labeller[-5:],
-            "labeller": {"function": labeller}, "sampling": {"max_new_tokens": 12},
-        }  # fmt: skip
+            "policy": "runs/short",
+            "prompts": {"path": "p.jsonl"},
+            "samples_per_prompt": 2,
+            "run_dir": labeller[-5:],
+            "labeller": {"function": labeller},
+            "sampling": {"max_new_tokens": 12},
+        }
         Path("collect.yaml").write_text(json.dumps(config))
         shown = run("collect", "-c", "collect.yaml")
         counts = artifacts.read(labeller[-5:]).metrics
@@ -198,9 +206,12 @@ def test_what_collect_left_open_is_no_change_to_a_run_that_wrote_it_down(world):
     config = load.load_text(CollectConfig, "policy: runs/long\nprompts: {path: p.jsonl}\n", "c.yaml")
     settled = STAGES["collect"].needs(config).settled({"policy": artifacts.read(world / "runs/long")})
     assert settled == {
-        "sampling.max_new_tokens": 40, "sampling.temperature": 1.0, "sampling.concurrency": 64,
-        "sampling.engine": "hf", "sampling.stop_tokens": [],
-    }  # fmt: skip
+        "sampling.max_new_tokens": 40,
+        "sampling.temperature": 1.0,
+        "sampling.concurrency": 64,
+        "sampling.engine": "hf",
+        "sampling.stop_tokens": [],
+    }
 
 
 def test_what_is_planned_for_collect_is_as_long_as_the_policy_is_sampled(world, tmp_path):

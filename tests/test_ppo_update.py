@@ -42,10 +42,12 @@ def lengths(prompts, responses):
 
 def config(**changes):
     values = {
-        "prompts": {"path": "demo:prompts"}, "sampling": {"max_new_tokens": 7, "concurrency": 3},
+        "prompts": {"path": "demo:prompts"},
+        "sampling": {"max_new_tokens": 7, "concurrency": 3},
         "rewards": [{"function": f"{__name__}:lengths"}],
-        "batch": {"batch_size": 6, "minibatch_size": 3, "micro_batch_size": 2}, "missing_eos": {"score": -2.5},
-    }  # fmt: skip
+        "batch": {"batch_size": 6, "minibatch_size": 3, "micro_batch_size": 2},
+        "missing_eos": {"score": -2.5},
+    }
     return PpoConfig.model_validate({**values, **changes})
 
 
@@ -73,12 +75,18 @@ def collector_of(chosen, roles, opened, critic, seed=3, engine=None):
     engine = engine or HfEngine(roles, "policy", opened.chat, chosen.sampling.concurrency)
     return Collector(
         SampledPolicy(roles, engine, opened.chat, passes_of(chosen, opened).size),
-        FunctionScorer(f"{__name__}:lengths"), critic, algorithm_of(chosen.update),
+        FunctionScorer(f"{__name__}:lengths"),
+        critic,
+        algorithm_of(chosen.update),
         CollectorSettings(
-            sampling_of(chosen.sampling, seed), chosen.missing_eos, chosen.kl, chosen.update,
-            chosen.samples_per_prompt, chosen.reads_reference(),
+            sampling_of(chosen.sampling, seed),
+            chosen.missing_eos,
+            chosen.kl,
+            chosen.update,
+            chosen.samples_per_prompt,
+            chosen.reads_reference(),
         ),
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture
@@ -233,8 +241,9 @@ def test_without_a_penalty_no_step_runs_the_reference_and_nothing_else_changes(w
     opened, roles, collect = world
     update = {"normalise_advantages": False}
     chosen = config(kl={"coef": 0.0, "place": place}, value={"fit": "gradient"}, update=update)
-    watched = config(kl={"coef": 0.0, "place": place}, value={"fit": "gradient"}, update=update,
-                     guards={"kl_nats": {"stop": 90.0}})  # fmt: skip
+    watched = config(
+        kl={"coef": 0.0, "place": place}, value={"fit": "gradient"}, update=update, guards={"kl_nats": {"stop": 90.0}}
+    )
     assert watched.reads_reference() and not chosen.reads_reference()
     acted, run = [], roles.acting_as
     monkeypatch.setattr(roles, "acting_as", lambda name: acted.append(name) or run(name))
@@ -257,11 +266,13 @@ def test_without_a_penalty_no_step_runs_the_reference_and_nothing_else_changes(w
 @pytest.mark.parametrize(
     ("changes", "wanted"),
     [
-        ({}, True), ({"kl": {"coef": 0.0}}, True), ({"kl": {"coef": 0.0}, "value": {"fit": "gradient"}}, False),
+        ({}, True),
+        ({"kl": {"coef": 0.0}}, True),
+        ({"kl": {"coef": 0.0}, "value": {"fit": "gradient"}}, False),
         ({"kl": {"coef": 0.1}, "value": {"fit": "gradient"}}, True),
         ({"kl": {"coef": 0.0, "target": 3.0}, "value": {"fit": "gradient"}}, True),
     ],
-)  # fmt: skip
+)
 def test_the_reference_runs_where_something_reads_it(changes, wanted):
     assert config(**changes).reads_reference() is wanted
 
@@ -339,10 +350,14 @@ def test_the_batch_that_ends_the_pretraining_is_the_first_to_be_learnt_from(worl
     monkeypatch.setattr(Collector, "collect", counted)
     training = object.__new__(trainings.Training)
     vars(training).update(
-        prompts=trainings.Prompts(list(range(60)), []), ready=None, order=trainings.DataOrder(60, 6, 0),
-        progress=trainings.Progress(0.1), collector=collector_of(chosen, roles, opened, critic),
-        settings=SimpleNamespace(seed=0, pretraining=chosen.value), record=lambda step, values: recorded.append(values),
-    )  # fmt: skip
+        prompts=trainings.Prompts(list(range(60)), []),
+        ready=None,
+        order=trainings.DataOrder(60, 6, 0),
+        progress=trainings.Progress(0.1),
+        collector=collector_of(chosen, roles, opened, critic),
+        settings=SimpleNamespace(seed=0, pretraining=chosen.value),
+        record=lambda step, values: recorded.append(values),
+    )
     while training.progress.pretraining is None:
         training.pretrain_value()
     explained = [key.replace("rollout/", "pretrain/") for key in batch.metrics if "explained_variance" in key]

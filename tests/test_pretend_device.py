@@ -203,9 +203,16 @@ def test_mixed_devices_raise_and_each_way_to_wait_is_counted_with_its_line(devic
                 wrong()
     assert counts.waits.total() == 1, "of the copy to the host alone"
     ways = [
-        lambda: float(x[1]), lambda: bool((x > 2).all()), lambda: x.tolist(), lambda: x.cpu(), lambda: x.nonzero(),
-        lambda: x[x > 2], lambda: torch.equal(x, x), lambda: x.to("cpu", torch.float64), lambda: x[0].item(),
-    ]  # fmt: skip
+        lambda: float(x[1]),
+        lambda: bool((x > 2).all()),
+        lambda: x.tolist(),
+        lambda: x.cpu(),
+        lambda: x.nonzero(),
+        lambda: x[x > 2],
+        lambda: torch.equal(x, x),
+        lambda: x.to("cpu", torch.float64),
+        lambda: x[0].item(),
+    ]
     for way in ways:
         with pretend_device.counted() as counts:
             way()

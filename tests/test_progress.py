@@ -53,13 +53,19 @@ def test_a_bar_shows_figures_and_what_goes_on_inside_it(terminal):
 @pytest.mark.parametrize(
     ("width", "shown"),
     [
-        (6, "PPO 11"), (11, "PPO 11/1000"), (20, "PPO 11/1000"), (21, "PPO 11/1000 ────────"),
-        (22, "PPO 11/1000 32:58 left"), (39, "PPO 11/1000 ──────────────── 32:58 left"),
-        (40, "PPO 11/1000 ───────────────── 32:58 left"), (41, "PPO 11/1000 score 1.84 KL 3.20 32:58 left"),
-        (49, "PPO 11/1000 score 1.84 KL 3.20 32:58 left"), (50, "PPO 11/1000 ──────── score 1.84 KL 3.20 32:58 left"),
+        (6, "PPO 11"),
+        (11, "PPO 11/1000"),
+        (20, "PPO 11/1000"),
+        (21, "PPO 11/1000 ────────"),
+        (22, "PPO 11/1000 32:58 left"),
+        (39, "PPO 11/1000 ──────────────── 32:58 left"),
+        (40, "PPO 11/1000 ───────────────── 32:58 left"),
+        (41, "PPO 11/1000 score 1.84 KL 3.20 32:58 left"),
+        (49, "PPO 11/1000 score 1.84 KL 3.20 32:58 left"),
+        (50, "PPO 11/1000 ──────── score 1.84 KL 3.20 32:58 left"),
         (200, f"PPO 11/1000 {40 * '─'} score 1.84 KL 3.20 32:58 left"),
     ],
-)  # fmt: skip
+)
 def test_a_bar_fits_into_any_width_and_keeps_the_most_important(width, shown):
     bar = Bar("PPO", 1000)
     bar.begin(10)

@@ -43,10 +43,17 @@ def build_wide(directory: Path, architecture: str = "llama") -> Path:
         torch.manual_seed(3)
         LlamaForCausalLM(
             LlamaConfig(
-                vocab_size=260, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                intermediate_size=128, max_position_embeddings=512, initializer_range=0.2, tie_word_embeddings=True,
+                vocab_size=260,
+                hidden_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                intermediate_size=128,
+                max_position_embeddings=512,
+                initializer_range=0.2,
+                tie_word_embeddings=True,
             )
-        ).save_pretrained(directory)  # fmt: skip
+        ).save_pretrained(directory)
     return directory
 
 
@@ -209,13 +216,18 @@ def test_the_chain_runs_on_a_quantised_base_and_is_exported_on_the_whole_one(tmp
     sampling = "sampling: {max_new_tokens: 6}\n"
     configs = {
         "sft": f"model: {{path: m, dtype: bfloat16, quantize: {kind}}}\ndata: {{path: 'demo:demonstrations?size=48'}}\n"
-        + common % "" + sampling + "steps: 3\nmin_end_token_rate: 0.0\nend_token_samples: 8\nmax_length: 400\n"
+        + common % ""
+        + sampling
+        + "steps: 3\nmin_end_token_rate: 0.0\nend_token_samples: 8\nmax_length: 400\n"
         "lora: {r: 4, train_tokens: ['<|im_end|>']}\n",
-        "train-rm": "data: {path: 'demo:preferences?size=120'}\nmax_length: 400\n" + common % ""
+        "train-rm": "data: {path: 'demo:preferences?size=120'}\nmax_length: 400\n"
+        + common % ""
         + "sampling: {max_new_tokens: 24}\nsteps: 2\nstandardise_samples: 96\n",
-        "ppo": "prompts: {path: 'demo:prompts?size=24'}\n" + common % ", minibatch_size: 4" + sampling
+        "ppo": "prompts: {path: 'demo:prompts?size=24'}\n"
+        + common % ", minibatch_size: 4"
+        + sampling
         + "steps: 2\nvalue: {pretrain_steps: 1}\nevaluation: {every: 2, num_prompts: 4}\nsave_every: 1\n",
-    }  # fmt: skip
+    }
     for stage, text in configs.items():
         (tmp_path / f"{stage}.yaml").write_text(text)
         shown = rlhf(stage, "-c", f"{stage}.yaml", cwd=tmp_path)

@@ -80,7 +80,5 @@ def test_the_plot_carries_the_intervals_of_the_table(monkeypatch, tmp_path):
     segments = [bars.errorbar.lines[2][0].get_segments()[0] for bars in axes.containers if hasattr(bars, "errorbar")]
     found = [[bar.patches[0].get_height() for bar in axes.containers if hasattr(bar, "patches")]]
     assert found == [[0.5, 0.9]]
-    assert [segment[:, 1].tolist() for segment in segments] == [
-        pytest.approx([0.4, 0.7]), pytest.approx([0.85, 0.93])
-    ]  # fmt: skip
+    assert [segment[:, 1].tolist() for segment in segments] == [pytest.approx([0.4, 0.7]), pytest.approx([0.85, 0.93])]
     plots.plt.close(drawn[0])

@@ -67,8 +67,11 @@ def test_a_response_that_was_cut_off_ranks_behind_those_that_ended():
     scores = Scores(torch.tensor([1.0, 9.0, 3.0, 1.0]))
     rows = rank._rows(responses, scores, [0.1, 0.2, 0.3, 0.4], 4, None)
     assert [(row["response"], row["rank"], row["judge"]) for row in rows] == [
-        ("c", 1, 0.3), ("a", 2, 0.1), ("d", 2, 0.4), ("b", 4, 0.2),
-    ]  # fmt: skip
+        ("c", 1, 0.3),
+        ("a", 2, 0.1),
+        ("d", 2, 0.4),
+        ("b", 4, 0.2),
+    ]
     assert [row["response"] for row in rank._rows(responses, scores, None, 2, 1)] == ["a", "c"]
     found = rank.worth(responses, scores, [0.1, 0.2, 0.3, 0.4], 4, 0)
     assert [entry["n"] for entry in found] == [1, 2, 4]
@@ -84,8 +87,9 @@ def test_an_empty_response_is_never_the_best_and_a_prompt_without_text_is_left_o
     ended = [[True, False, True, True], [True, False, True, True], [False, True, False, True]]
     responses = [
         sample(text, finished, prompt=f"p{n}")
-        for n, group in enumerate(zip(texts, ended, strict=True)) for text, finished in zip(*group, strict=True)
-    ]  # fmt: skip
+        for n, group in enumerate(zip(texts, ended, strict=True))
+        for text, finished in zip(*group, strict=True)
+    ]
     kept = rank._with_text("policy", responses, 4)
     assert [one.prompt[0].content for one in kept] == ["p0"] * 4 + ["p2"] * 4
     assert "8 of 12 responses have no text" in caplog.text and "1 of 3 prompts are left out" in caplog.text
@@ -93,8 +97,11 @@ def test_an_empty_response_is_never_the_best_and_a_prompt_without_text_is_left_o
     scores = Scores(torch.tensor([9.0, 5.0, 8.0, 1.0, 2.0, 9.0, 3.0, 9.5]))
     rows = rank._rows(kept, scores, None, 4, None)
     assert [(row["response"], row["rank"], row["finished"]) for row in rows] == [
-        ("d", 1, True), ("b", 2, False), ("f", 1, False), ("e", 2, False),
-    ]  # fmt: skip
+        ("d", 1, True),
+        ("b", 2, False),
+        ("f", 1, False),
+        ("e", 2, False),
+    ]
     keys = [(False, True, 9.0), (True, False, 5.0), (False, True, 8.0), (True, True, 1.0)]
     others = [(True, False, 2.0), (False, True, 9.0), (True, False, 3.0), (False, True, 9.5)]
     for entry in rank.worth(kept, scores, None, 4, 0):
@@ -106,8 +113,20 @@ def test_an_empty_response_is_never_the_best_and_a_prompt_without_text_is_left_o
 
 def test_rank_writes_rows_that_sft_reads_and_says_what_n_is_worth(here, tmp_path):
     (tmp_path / "p.jsonl").write_text('{"prompt": "where is my chair ?"}\n{"prompt": "the lamp is broken ."}\n')
-    command = ["rank", "demo:base", "--prompts", tmp_path / "p.jsonl", "--reward", "test_compare:shorter",
-               "--judge", "test_compare:words", "-n", "4", "--max-new-tokens", "40"]  # fmt: skip
+    command = [
+        "rank",
+        "demo:base",
+        "--prompts",
+        tmp_path / "p.jsonl",
+        "--reward",
+        "test_compare:shorter",
+        "--judge",
+        "test_compare:words",
+        "-n",
+        "4",
+        "--max-new-tokens",
+        "40",
+    ]
     code, shown = here(*command, "--out", tmp_path / "ranked.jsonl", "--json")
     assert code == 0, shown
     rows = [json.loads(line) for line in (tmp_path / "ranked.jsonl").read_text().splitlines()]
@@ -164,9 +183,12 @@ def test_every_rule_drops_and_counts_its_rows_one_after_the_other():
     kept, dropped = select(samples, scores, Rules(0.9, 3.0, 2.0, 0.6, 0.5))
     assert kept == [1]
     assert dropped == {
-        "near-duplicates": 1, "length outliers": 2, "rewards disagree": 1, "score below 0.6": 1,
+        "near-duplicates": 1,
+        "length outliers": 2,
+        "rewards disagree": 1,
+        "score below 0.6": 1,
         "not in the best 0.5": 0,
-    }  # fmt: skip
+    }
     assert select(samples, scores, Rules(near_duplicates=0.9))[0] == [1, 2, 3, 4, 5]
     assert select(samples, None, Rules(near_duplicates=0.9))[0] == [0, 2, 3, 4, 5]
     assert select(samples, scores, Rules(keep_share=0.5))[0] == [2, 4, 5]
@@ -181,8 +203,9 @@ def test_filter_writes_what_sft_reads_and_refuses_what_means_nothing(here, tmp_p
     rows.append({"prompt": "where ?", "response": "a b c d e f", "finished": False})
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = ["filter", "--in", tmp_path / "in.jsonl", "--out", tmp_path / "out.jsonl"]
-    code, shown = here(*command, "--reward", "test_compare:words", "--keep-share", "0.5", "--near-duplicates", "0.9",
-                       "--json")  # fmt: skip
+    code, shown = here(
+        *command, "--reward", "test_compare:words", "--keep-share", "0.5", "--near-duplicates", "0.9", "--json"
+    )
     assert code == 0, shown
     counts = json.loads(shown.splitlines()[-1])
     assert counts == {"rows": 5, "dropped": {"cut off": 1, "near-duplicates": 1, "not in the best 0.5": 1}, "kept": 2}

@@ -54,9 +54,12 @@ def group(prompt, ranks, ratings=None, pairs=None):
 
 def test_lists_are_graded_by_ratings_or_levels_and_what_has_no_value_is_left_out_and_counted():
     groups = [
-        group("a", [1, 2]), group("b", [2, 1, 2, 4]), group("c", [1, 2, 3], pairs=[(0, 1)]),
-        group("d", [1, 2, 3], ratings=(5.0, 3.0, 4.5)), group("e", [1, 2, 3]),
-    ]  # fmt: skip
+        group("a", [1, 2]),
+        group("b", [2, 1, 2, 4]),
+        group("c", [1, 2, 3], pairs=[(0, 1)]),
+        group("d", [1, 2, 3], ratings=(5.0, 3.0, 4.5)),
+        group("e", [1, 2, 3]),
+    ]
     values = [[0.0, 1.0], [1.0, 2.0, 0.0, 0.5], [1.0, 2.0, 3.0], [0.1, 0.3, 0.2], [1.0, 1.0, 1.0]]
     found = rankings.report(groups, Scores(torch.tensor([v for own in values for v in own])), HOW)
     assert (found["lists"], found["without_whole_ranking"], found["by_ratings"]) == (4, 1, 1)
@@ -85,5 +88,6 @@ def test_pairs_alone_have_no_figure_and_it_is_said():
     figure = {"estimate": 0.5, "ci95": [0.4, 0.6], "lists": 7}
     rows = dict(examination.ranking_rows({"ranking": {"kendall_tau_b": figure, "ndcg": None}}))
     assert rows == {
-        "Kendall's tau-b, lists of three or more": "0.500 [0.400, 0.600] on 7", "NDCG, lists of three or more": "-",
-    }  # fmt: skip
+        "Kendall's tau-b, lists of three or more": "0.500 [0.400, 0.600] on 7",
+        "NDCG, lists of three or more": "-",
+    }

@@ -58,9 +58,13 @@ def llama(directory):
 
 def small():
     return {
-        "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "intermediate_size": 24, "max_position_embeddings": 512,
-    }  # fmt: skip
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 24,
+        "max_position_embeddings": 512,
+    }
 
 
 def tokenizer(plain, specials, size, **marks):
@@ -150,9 +154,7 @@ def test_the_small_bases_have_the_vocabulary_of_the_real_ones(tmp_path, make):
         assert prompt.count(128_000) == 1 == prompt.index(128_000) + 1
 
 
-@pytest.mark.parametrize(
-    "name", [*(pytest.param(name, marks=pytest.mark.slow) for name in BASES[:2]), "llama-3.1-8b"]
-)  # fmt: skip
+@pytest.mark.parametrize("name", [*(pytest.param(name, marks=pytest.mark.slow) for name in BASES[:2]), "llama-3.1-8b"])
 def test_the_chain_of_a_base_runs_at_small_shapes(name, tmp_path, monkeypatch, here):
     make, row = FORMS[name]
     make(tmp_path / "m")

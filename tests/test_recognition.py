@@ -41,15 +41,22 @@ def test_the_keys_of_a_shipped_config_tell_its_stage_and_its_own_stage_takes_it(
 @pytest.mark.parametrize(
     ("text", "wanted"),
     [
-        ("data: {path: a}\nepochs: 1", ["sft", "train-rm"]), ("data: {path: a}", ["sft", "train-rm", "eval-rm"]),
-        ("prompts: {path: a}", ["collect", "ppo"]), ("prompts: {path: a}\nrewards: [{run: r}]", ["ppo"]),
-        ("data: {path: a}\nreward: r", ["eval-rm"]), ("data: {path: a}\nepochs: 1\nmodel: {path: m}", ["sft"]),
-        ("data: {path: a}\nepochs: 1\npolicy: p", ["train-rm"]), ("name: x\ncriteria: []", ["rubric"]),
-        ("prompts: {path: a}\nlabeller: {run: r}\nstps: 3", ["collect"]), ("kl: {coef: 1}\nsteps: 3", ["ppo"]),
-        ("data: {path: a, columns: {prompt: q}}\nreward: r", ["eval-rm"]), ("nonsense: 1", []), ("- a", []),
+        ("data: {path: a}\nepochs: 1", ["sft", "train-rm"]),
+        ("data: {path: a}", ["sft", "train-rm", "eval-rm"]),
+        ("prompts: {path: a}", ["collect", "ppo"]),
+        ("prompts: {path: a}\nrewards: [{run: r}]", ["ppo"]),
+        ("data: {path: a}\nreward: r", ["eval-rm"]),
+        ("data: {path: a}\nepochs: 1\nmodel: {path: m}", ["sft"]),
+        ("data: {path: a}\nepochs: 1\npolicy: p", ["train-rm"]),
+        ("name: x\ncriteria: []", ["rubric"]),
+        ("prompts: {path: a}\nlabeller: {run: r}\nstps: 3", ["collect"]),
+        ("kl: {coef: 1}\nsteps: 3", ["ppo"]),
+        ("data: {path: a, columns: {prompt: q}}\nreward: r", ["eval-rm"]),
+        ("nonsense: 1", []),
+        ("- a", []),
         ("data: {path: a}\noptim: {learning_rate: 1, value_learning_rate: 2}\nprompts: {path: a}", ["ppo"]),
     ],
-)  # fmt: skip
+)
 def test_keys_say_the_kind_or_all_that_fit_alike(text, wanted):
     assert recognition.by_keys(yaml_reader.read_text(text, "x")[0], KINDS) == wanted
 

@@ -69,9 +69,8 @@ def test_plackett_luce_is_a_distribution_over_rankings_and_bradley_terry_of_two(
         one = ranking_of(order)
         loss = float(plackett_luce([one], [values], [labels.levels(one.judgements, 4)]).loss[0])
         by_choice = math.prod(
-            math.exp(values[best]) / sum(math.exp(values[i]) for i in order[place:])
-            for place, best in enumerate(order)
-        )  # fmt: skip
+            math.exp(values[best]) / sum(math.exp(values[i]) for i in order[place:]) for place, best in enumerate(order)
+        )
         assert 3 * loss == pytest.approx(-math.log(by_choice))
         total += by_choice
     assert total == pytest.approx(1)
@@ -109,11 +108,12 @@ def test_a_label_of_its_own_is_fitted_by_its_log_odds():
 def test_only_a_whole_consistent_ranking_has_levels():
     assert labels.levels((Judgement(1, 0), Judgement(2, 0, 0.0), Judgement(1, 2)), 3) == [1, 0, 2]
     for judgements in (
-        (Judgement(0, 1),), (Judgement(0, 1), Judgement(1, 2), Judgement(2, 0)),
+        (Judgement(0, 1),),
+        (Judgement(0, 1), Judgement(1, 2), Judgement(2, 0)),
         (Judgement(0, 1, 0.7), Judgement(0, 2), Judgement(1, 2)),
         (Judgement(0, 1, 0.5), Judgement(0, 2), Judgement(2, 1)),
         (Judgement(0, 1), Judgement(0, 1), Judgement(1, 2)),
-    ):  # fmt: skip
+    ):
         assert labels.levels(judgements, 3) is None
 
 
@@ -187,9 +187,12 @@ def test_pair_accuracy_counts_ties_as_half_and_bins_hold_everything():
 
 @pytest.mark.parametrize(
     "empty",
-    [lambda: pairs.pair_accuracy(numpy.array([])), lambda: intervals.grouped_bootstrap([], []),
-     lambda: calibration.brier_score(numpy.array([]), numpy.array([]))],
-)  # fmt: skip
+    [
+        lambda: pairs.pair_accuracy(numpy.array([])),
+        lambda: intervals.grouped_bootstrap([], []),
+        lambda: calibration.brier_score(numpy.array([]), numpy.array([])),
+    ],
+)
 def test_no_data_is_an_error_and_never_a_zero(empty):
     with pytest.raises(ValueError):
         empty()

@@ -26,12 +26,20 @@ def measured(right, gold, ece):
     return {
         "variants": {
             name: {
-                "accuracy": flat, "ece": flat, "ece_after": flat, "temperature": flat, "seconds": 2.0,
-                "right": right[min(row, 1)], "of_prompts": [prompt for prompt in prompts for _ in range(2)],
-                "prompts": prompts, "best_of_1": [0.0] * len(prompts), "best_of_16": gold[min(row, 1)],
-            } for row, name in enumerate(compare_rewards.VARIANTS)
+                "accuracy": flat,
+                "ece": flat,
+                "ece_after": flat,
+                "temperature": flat,
+                "seconds": 2.0,
+                "right": right[min(row, 1)],
+                "of_prompts": [prompt for prompt in prompts for _ in range(2)],
+                "prompts": prompts,
+                "best_of_1": [0.0] * len(prompts),
+                "best_of_16": gold[min(row, 1)],
+            }
+            for row, name in enumerate(compare_rewards.VARIANTS)
         }
-    }  # fmt: skip
+    }
 
 
 def test_differences_of_variants_are_paired_and_seeds_are_put_together():

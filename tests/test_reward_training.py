@@ -150,10 +150,11 @@ def test_aggregates_equal_loops_and_an_offset_of_a_member_and_prompt_changes_no_
     level = [sum(row) / 3 for row in references.tolist()]
     means = [sum(row) / 3 for row in members.tolist()]
     wanted = {
-        "mean": means, "min": [a + min(row) for a, row in zip(level, gains, strict=True)],
+        "mean": means,
+        "min": [a + min(row) for a, row in zip(level, gains, strict=True)],
         "mean_minus_std": [a - 0.7 * s for a, s in zip(means, spread, strict=True)],
         "mean_minus_variance": [a - 0.7 * s * s for a, s in zip(means, spread, strict=True)],
-    }  # fmt: skip
+    }
     offsets = torch.tensor([[3.0, -9.0, 1.5]], dtype=torch.float64)
     for name, values in wanted.items():
         assert aggregate.AGGREGATES[name](members, references, 0.7).tolist() == pytest.approx(values)
@@ -368,9 +369,12 @@ def test_settings_of_an_ensemble_that_say_nothing_are_refused(changes, said):
 
 @pytest.mark.parametrize(
     "source",
-    [{"function": "a:b", "aggregate": "min"}, {"run": "r", "aggregate": "min", "disagreement_coef": 1.0},
-     {"run": "r", "runs": ["a", "b"]}],
-)  # fmt: skip
+    [
+        {"function": "a:b", "aggregate": "min"},
+        {"run": "r", "aggregate": "min", "disagreement_coef": 1.0},
+        {"run": "r", "runs": ["a", "b"]},
+    ],
+)
 def test_a_source_that_cannot_be_aggregated_is_refused(source):
     with pytest.raises(ValueError):
         tiny.reward(source)
@@ -451,8 +455,9 @@ def test_a_reward_run_goes_on_from_another_one_adapter_and_raw_head(ensemble):
         assert torch.allclose(heads[1][name], heads[0][name], atol=1e-5), name
     spread = train("train-rm", "two-from-one", {**still, "init_from": str(first), "members": 2})
     for member in artifacts.members_of(spread):
-        assert torch.allclose(load_file(member / "adapter/adapter_model.safetensors")[name_of(before)],
-                              before[name_of(before)], atol=1e-9)  # fmt: skip
+        assert torch.allclose(
+            load_file(member / "adapter/adapter_model.safetensors")[name_of(before)], before[name_of(before)], atol=1e-9
+        )
     both = train("train-rm", "two-from-two", {**still, "init_from": str(ensemble), "members": 2})
     for own, start in zip(artifacts.members_of(both), artifacts.members_of(ensemble), strict=True):
         found, wanted = (load_file(path / "head/head.safetensors")["linear.weight"] for path in (own, start))
@@ -493,8 +498,10 @@ def test_rankings_train_by_plackett_luce_and_shares_of_votes_do_not(home, capsys
 
 
 def test_labels_of_single_responses_train_alone_and_beside_pairs(home, capsys):
-    rows = [{"prompt": f"hi {n // 2}", "completion": f"{'ok' if n % 3 else 'no'} {n}", "label": n % 3 > 0}
-            for n in range(40)]  # fmt: skip
+    rows = [
+        {"prompt": f"hi {n // 2}", "completion": f"{'ok' if n % 3 else 'no'} {n}", "label": n % 3 > 0}
+        for n in range(40)
+    ]
     Path("labelled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     labelled = {**REWARD, "data": {"path": "labelled.jsonl"}, "loss": "outcome", "steps": 12, "save_every": None}
     run = train("train-rm", "outcomes", labelled)

@@ -102,10 +102,14 @@ def test_several_samples_of_a_prompt_share_its_prefill_and_differ(narrow_roles):
 
 @pytest.mark.parametrize(
     ("device", "dtype", "installed", "version"),
-    [("cuda", torch.bfloat16, (True, True), 3), ("cuda", torch.bfloat16, (False, True), 2),
-     ("cuda", torch.bfloat16, (False, False), None), ("cuda", torch.float32, (True, True), None),
-     ("cpu", torch.bfloat16, (True, True), None)],
-)  # fmt: skip
+    [
+        ("cuda", torch.bfloat16, (True, True), 3),
+        ("cuda", torch.bfloat16, (False, True), 2),
+        ("cuda", torch.bfloat16, (False, False), None),
+        ("cuda", torch.float32, (True, True), None),
+        ("cpu", torch.bfloat16, (True, True), None),
+    ],
+)
 def test_continuous_batching_takes_the_flash_attention_that_is_installed_and_runs(
     monkeypatch, device, dtype, installed, version
 ):
@@ -262,22 +266,36 @@ def test_functions_are_scorers_and_sums_are_weighted():
 
 @pytest.mark.parametrize(
     ("sources", "names"),
-    [([{"run": "runs/rm/"}, {"function": "my.rules:brevity"}, {"url": "http://[::1]:8300/v1/"},
-       {"model": {"path": "org/a model"}}, {"runs": ["a/x", "b/y"], "head": "safe"}],
-      ["rm", "my.rules.brevity", "_1_8300_v1", "a_model", "x.y.safe"]),
-     ([{"run": "a/rm"}, {"run": "b/rm"}, {"run": "c"}], ["rm.0", "rm.1", "c"]),
-     ([{"run": "rm"}, {"run": "rm"}, {"run": "rm.0"}], ["rm.0", "rm.1", "rm.0.2"]),
-     ([{"run": "rm", "head": "safe"}, {"run": "rm", "head": "helpful"}], ["rm.safe", "rm.helpful"])],
-)  # fmt: skip
+    [
+        (
+            [
+                {"run": "runs/rm/"},
+                {"function": "my.rules:brevity"},
+                {"url": "http://[::1]:8300/v1/"},
+                {"model": {"path": "org/a model"}},
+                {"runs": ["a/x", "b/y"], "head": "safe"},
+            ],
+            ["rm", "my.rules.brevity", "_1_8300_v1", "a_model", "x.y.safe"],
+        ),
+        ([{"run": "a/rm"}, {"run": "b/rm"}, {"run": "c"}], ["rm.0", "rm.1", "c"]),
+        ([{"run": "rm"}, {"run": "rm"}, {"run": "rm.0"}], ["rm.0", "rm.1", "rm.0.2"]),
+        ([{"run": "rm", "head": "safe"}, {"run": "rm", "head": "helpful"}], ["rm.safe", "rm.helpful"]),
+    ],
+)
 def test_no_two_terms_of_a_reward_share_a_name_in_the_metrics(sources, names):
     assert term_names([tiny.reward(source) for source in sources]) == names
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [(f"{__name__}:too_few", "1 numbers for 2"), (f"{__name__}:not_numbers", "nan"), ("nothing", "module:function"),
-     ("nowhere:f", "cannot be imported"), (f"{__name__}:PROMPTS", "not a function")],
-)  # fmt: skip
+    [
+        (f"{__name__}:too_few", "1 numbers for 2"),
+        (f"{__name__}:not_numbers", "nan"),
+        ("nothing", "module:function"),
+        ("nowhere:f", "cannot be imported"),
+        (f"{__name__}:PROMPTS", "not a function"),
+    ],
+)
 def test_bad_reward_functions_are_named(name, message):
     with pytest.raises(RlhfError, match=message):
         FunctionScorer(name).score(samples())

@@ -67,9 +67,11 @@ LAYERS = [
 
 def layer_of(module: str) -> int:
     found = [
-        (len(name), level) for level, names in enumerate(LAYERS) for name in names
+        (len(name), level)
+        for level, names in enumerate(LAYERS)
+        for name in names
         if module == name or module.startswith(f"{name}.")
-    ]  # fmt: skip
+    ]
     assert found, f"rlhf.{module} stands in no layer"
     return max(found)[1]
 

@@ -330,10 +330,12 @@ def test_evaluation_prompts_that_are_trained_on_are_counted(tmp_path, monkeypatc
     for evaluation, notes in {"b": ["evaluation.data: 3 of its prompts are trained on"], "c": []}.items():
         config = PpoConfig.model_validate(
             {
-                "policy": "run", "rewards": [{"function": "a:b"}], "prompts": {"path": "a.jsonl"},
+                "policy": "run",
+                "rewards": [{"function": "a:b"}],
+                "prompts": {"path": "a.jsonl"},
                 "evaluation": {"data": {"path": f"{evaluation}.jsonl"}},
             }
-        )  # fmt: skip
+        )
         assert preflight.prepare(config, STAGES["ppo"].needs(config)).notes() == notes
 
 
@@ -576,9 +578,10 @@ def test_the_estimate_covers_what_a_chain_wrote_and_is_not_far_above(chain, monk
         parents = {parent.key: artifacts.read(parent.run_dir) for parent in needs.parents}
         need = needs.disk(model_files.read(Path("model"), ""), parents, 40)
         tensors = [
-            size for path, size in files_of(Path("runs") / stage).items()
+            size
+            for path, size in files_of(Path("runs") / stage).items()
             if path.suffix == ".safetensors" and "tokenizer" not in path.parts
-        ]  # fmt: skip
+        ]
         assert need.largest * 1.2 + (1 << 16) > max(tensors), stage
         assert need.kept * 1.2 + (1 << 18) > sum(tensors) > need.kept / 4, stage
         assert need.needed >= 2.2 * need.largest
@@ -589,9 +592,13 @@ def test_run_directories_that_cannot_be_written_are_refused(tmp_path, monkeypatc
     (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
     assert resources.run_dir_problem(str(tmp_path / "a" / "b")) is None
     for name, words in {
-        "file": "is a file", "file/run": "is a file", "dangling": "symbolic link", "x" * 256: "longer than 255 bytes",
-        "\0": "control", "a\x1b": "control",
-    }.items():  # fmt: skip
+        "file": "is a file",
+        "file/run": "is a file",
+        "dangling": "symbolic link",
+        "x" * 256: "longer than 255 bytes",
+        "\0": "control",
+        "a\x1b": "control",
+    }.items():
         problem = resources.run_dir_problem(str(tmp_path / name))
         assert words in problem.what and RlhfError(problem).exit_code == (8 if words == "control" else 6)
     asked = []
@@ -701,11 +708,18 @@ def no_weights(directory):
 @pytest.mark.parametrize(
     ("damage", "code"),
     [
-        (cut_short, "MOD006"), (no_header, "MOD006"), (no_json, "MOD006"), (deep_json, "MOD006"), (empty, "MOD006"),
-        (missing_shard, "MOD006"), (shard_elsewhere, "SEC009"), (absolute_shard, "SEC009"), (with_adapter, "MOD007"),
+        (cut_short, "MOD006"),
+        (no_header, "MOD006"),
+        (no_json, "MOD006"),
+        (deep_json, "MOD006"),
+        (empty, "MOD006"),
+        (missing_shard, "MOD006"),
+        (shard_elsewhere, "SEC009"),
+        (absolute_shard, "SEC009"),
+        (with_adapter, "MOD007"),
         (no_weights, "MOD001"),
     ],
-)  # fmt: skip
+)
 def test_a_damaged_model_is_refused_before_anything_is_loaded(tmp_path, damage, code):
     directory = demo_model(tmp_path / "m")
     damage(directory)

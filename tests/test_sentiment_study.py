@@ -120,15 +120,20 @@ def chain(tmp_path):
     """A finished chain of three test prompts, to the last of which no ranked answer has text; PPO is 3 nats away."""
     at = tmp_path / "bfloat16" / "4"
     files = {
-        "test": [{"prompt": f"p{one}"} for one in range(3)], "base": answers("bad", "bad", "bad"),
-        "sft-answers": answers("bad", "good bad", "bad"), "ppo-answers": answers("good", "good good", "good"),
+        "test": [{"prompt": f"p{one}"} for one in range(3)],
+        "base": answers("bad", "bad", "bad"),
+        "sft-answers": answers("bad", "good bad", "bad"),
+        "ppo-answers": answers("good", "good good", "good"),
         "ranked": [
             {"prompt": [{"role": "user", "content": f"p{prompt}"}], "score": score, "judge": judge, "finished": ended}
             for prompt, score, judge, ended in (
-                (0, 1.0, 0.0, True), (0, 2.0, 1.0, True), (1, 5.0, 1.0, False), (1, 0.0, 0.25, True),
+                (0, 1.0, 0.0, True),
+                (0, 2.0, 1.0, True),
+                (1, 5.0, 1.0, False),
+                (1, 0.0, 0.25, True),
             )
         ],
-    }  # fmt: skip
+    }
     for name, rows in files.items():
         (at / "data").mkdir(parents=True, exist_ok=True)
         world.write(at / "data" / f"{name}.jsonl", rows)

@@ -248,17 +248,21 @@ def test_too_many_are_429_too_slow_is_504_and_a_stop_lets_what_was_asked_finish(
 @pytest.mark.parametrize(
     ("body", "status", "says"),
     [
-        (b"[]", 400, "need an object"), (b'{"rows": []}', 400, "list of rows"), (b'{"rows": [1]}', 400, r"rows\[0\]"),
+        (b"[]", 400, "need an object"),
+        (b'{"rows": []}', 400, "list of rows"),
+        (b'{"rows": [1]}', 400, r"rows\[0\]"),
         (b'{"rows": [{"prompt": "a"}]}', 400, "'response': need text, got null"),
         (b'{"rows": [{"prompt": "", "response": "a"}]}', 400, "'prompt': empty"),
         (b'{"rows": [{"prompt": [{"role": "assistant", "content": "a"}], "response": "a"}]}', 400, "alternate"),
         (b'{"rows": [{"prompt": "a", "response": "a", "finished": 1}]}', 400, "true or false"),
         (b'{"rows": [{"prompt": "a", "response": "a", "answer": 1}]}', 400, "unknown: answer"),
         (b'{"rows": [{"prompt": "a", "response": "a"}], "x": 1}', 400, "unknown: x"),
-        (b'{"rows": [{"prompt": "a", "response": NaN}]}', 400, "NaN is not JSON"), (b"\xff", 400, "not UTF-8"),
-        (b"[" * 100_000, 400, "nested too deeply"), (json.dumps(rows(*["x"] * 65)).encode(), 413, "at most 64"),
+        (b'{"rows": [{"prompt": "a", "response": NaN}]}', 400, "NaN is not JSON"),
+        (b"\xff", 400, "not UTF-8"),
+        (b"[" * 100_000, 400, "nested too deeply"),
+        (json.dumps(rows(*["x"] * 65)).encode(), 413, "at most 64"),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_request_is_named_and_answered_with_a_right_one(body, status, says):
     with pytest.raises(Refused, match=says) as refused:
         samples_of(body, Limits())
@@ -354,17 +358,21 @@ def test_what_may_pass_is_tried_again(stub):
 @pytest.mark.parametrize(
     ("answer", "says"),
     [
-        ((200, '{"scores": [1.0]}'), "1 scores for 2 responses"), ((200, '{"scores": [1, NaN]}'), "the score nan"),
-        ((200, '{"scores": [1, Infinity]}'), "the score inf"), ((200, '{"scores": [1, true]}'), "the score True"),
-        ((200, '{"scores": [1, "2"]}'), "the score '2'"), ((200, '{"score": [1, 2]}'), "no list of scores"),
+        ((200, '{"scores": [1.0]}'), "1 scores for 2 responses"),
+        ((200, '{"scores": [1, NaN]}'), "the score nan"),
+        ((200, '{"scores": [1, Infinity]}'), "the score inf"),
+        ((200, '{"scores": [1, true]}'), "the score True"),
+        ((200, '{"scores": [1, "2"]}'), "the score '2'"),
+        ((200, '{"score": [1, 2]}'), "no list of scores"),
         ((200, '{"scores": [1, 2], "members": [[1], [1, 2]]}'), "2 scores for 1"),
         ((200, '{"scores": [1, 2], "members": [1, 2]}'), "no members"),
-        ((200, '{"scores": [1, 2], "heads": {"a": [1]}}'), "1 scores for 2"), ((200, "<html>"), "no JSON object"),
+        ((200, '{"scores": [1, 2], "heads": {"a": [1]}}'), "1 scores for 2"),
+        ((200, "<html>"), "no JSON object"),
         ((401, '{"error": {"code": "REQ401", "what": "who"}}'), "status 401: REQ401 who.*RLHF_SERVICE_TOKEN"),
         ((400, '{"error": {"code": "MOD022", "what": "too long"}}'), "status 400: MOD022 too long"),
         ((302, "elsewhere"), "status 302"),
     ],
-)  # fmt: skip
+)
 def test_an_answer_that_is_none_is_an_error_at_once(stub, answer, says):
     Stub.script = [answer]
     with pytest.raises(RlhfError, match=f"RES030.*{says}"):

@@ -72,10 +72,14 @@ def test_a_regression_is_what_the_judge_and_the_baseline_pass_and_the_candidate_
     )
     assert suite.regressions(judge, baseline, candidate) == ["lost"]
     found = {
-        "baseline": {"name": "old"}, "candidate": {"name": "new"}, "score_difference": {"ci95": [-1.0, 1.0]},
-        "win_rate": {"ci95": [0.4, 0.6]}, "both_ended": {"few": True}, "length_controlled_win_rate": None,
+        "baseline": {"name": "old"},
+        "candidate": {"name": "new"},
+        "score_difference": {"ci95": [-1.0, 1.0]},
+        "win_rate": {"ci95": [0.4, 0.6]},
+        "both_ended": {"few": True},
+        "length_controlled_win_rate": None,
         "suite": {"regressions": ["lost"]},
-    }  # fmt: skip
+    }
     with pytest.raises(RlhfError, match="VER002.*new: fails the edge case 'lost', which the baseline passes"):
         refuse_if_worse(found)
     refuse_if_worse(found | {"suite": {"regressions": []}})
@@ -84,11 +88,14 @@ def test_a_regression_is_what_the_judge_and_the_baseline_pass_and_the_candidate_
 @pytest.mark.parametrize(
     ("old", "new", "says"),
     [
-        ("much more", "says more", "2 cases are called 'says more'"), ("[aa]", "[aaaa]", "'aaaa' stands in better and"),
-        (", {role: assistant, content: hello}", "", "must alternate"), ("worse: [aa]", "worse: []", "worse"),
-        ("margin", "margn", "12:5.*margn.*margin"), ("prompt: and my lamp ?", "prompt: ''", ":9:5 cases.1.prompt"),
+        ("much more", "says more", "2 cases are called 'says more'"),
+        ("[aa]", "[aaaa]", "'aaaa' stands in better and"),
+        (", {role: assistant, content: hello}", "", "must alternate"),
+        ("worse: [aa]", "worse: []", "worse"),
+        ("margin", "margn", "12:5.*margn.*margin"),
+        ("prompt: and my lamp ?", "prompt: ''", ":9:5 cases.1.prompt"),
     ],
-)  # fmt: skip
+)
 def test_a_mistake_in_a_suite_is_named_with_its_line(tmp_path, old, new, says):
     (tmp_path / "suite.yaml").write_text(CASES.replace(old, new))
     with pytest.raises(RlhfError, match=f"suite.yaml.*({says})"):
@@ -117,9 +124,23 @@ def test_eval_rm_and_compare_run_it(here, tmp_path, monkeypatch):
     assert sorted(codes.values()) == [0, 10]
     (tmp_path / "p.jsonl").write_text('{"prompt": "where is my chair ?"}\n{"prompt": "my lamp is broken ."}\n')
     (tmp_path / "s.yaml").write_text(case % ("aaaaaa", "aaa"))
-    code, shown = here("compare", "demo:base", "demo:base", "--prompts", "p.jsonl", "--reward", "test_compare:shorter",
-                       "--suite", "s.yaml", "--max-new-tokens", "8", "--resamples", "100", "--fail-if-worse",
-                       "--json")  # fmt: skip
+    code, shown = here(
+        "compare",
+        "demo:base",
+        "demo:base",
+        "--prompts",
+        "p.jsonl",
+        "--reward",
+        "test_compare:shorter",
+        "--suite",
+        "s.yaml",
+        "--max-new-tokens",
+        "8",
+        "--resamples",
+        "100",
+        "--fail-if-worse",
+        "--json",
+    )
     assert code == 0, shown
     found = json.loads(shown.splitlines()[-1])["suite"]
     assert found["judge"][0]["passed"] is False and found["regressions"] == []

@@ -99,8 +99,9 @@ def is_readable(session, run):
     ],
 )
 def test_each_stage_shows_what_one_watches_and_leaves_a_readable_screen(screens, home, stage, title, figures, columns):
-    done = screens.run(stage, "-c", f"{stage}.yaml", f"run_dir=runs/{stage}-seen", "--json", cwd=home, columns=columns,
-                       is_piped=True)  # fmt: skip
+    done = screens.run(
+        stage, "-c", f"{stage}.yaml", f"run_dir=runs/{stage}-seen", "--json", cwd=home, columns=columns, is_piped=True
+    )
     assert done.code == 0, done.sent
     [answer] = done.stdout.splitlines()
     assert json.loads(answer)["stage"] == stage
@@ -120,9 +121,13 @@ def answers(session):
 
 def test_chat_streams_the_very_text_that_a_pipe_gives_and_draws_no_bar(screens, home):
     typed = [
-        ("> ", ASK), (" tokens", "/again"), (" tokens", "/reset"), ("A new conversation", "/again"),
-        ("Nothing was asked yet", "x" * 30), (" tokens", "/quit"),
-    ]  # fmt: skip
+        ("> ", ASK),
+        (" tokens", "/again"),
+        (" tokens", "/reset"),
+        ("A new conversation", "/again"),
+        ("Nothing was asked yet", "x" * 30),
+        (" tokens", "/quit"),
+    ]
     typed = [(wait, f"{turn}\n") for wait, turn in typed]
     for source, settings in (("runs/sft", ("--seed", "3")), ("talkative", GREEDY)):
         shown = screens.run("chat", source, *settings, cwd=home, typed=typed)
@@ -153,8 +158,9 @@ def test_ctrl_c_stops_the_answer_and_not_the_conversation(screens, home):
 
 @pytest.mark.slow  # the key is typed while a bar is drawn, which a busy machine delays
 def test_ctrl_c_under_a_bar_stands_on_a_line_of_its_own_and_the_cursor_comes_back(screens, home):
-    cut = screens.run("sft", "-c", "sft.yaml", "run_dir=runs/cut", "steps=3000", cwd=home,
-                      typed=[("SFT 0/3000", "\x03")])  # fmt: skip
+    cut = screens.run(
+        "sft", "-c", "sft.yaml", "run_dir=runs/cut", "steps=3000", cwd=home, typed=[("SFT 0/3000", "\x03")]
+    )
     assert cut.code == 130 and "Finishing this step, then saving. Once more to quit at once." in cut.lines
     assert any(line.startswith("Interrupted by SIGINT; saved step-") for line in cut.lines)
     is_readable(cut, home / "runs/cut")

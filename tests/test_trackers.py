@@ -172,9 +172,13 @@ def test_a_tracker_that_is_not_installed_is_refused_before_any_row_is_read(tmp_p
 
 @pytest.mark.parametrize(
     ("given", "wanted"),
-    [("comet", "must be 'none', 'tensorboard', 'wandb', 'trackio' or 'mlflow', got 'comet'"), ("[none]", "got 'none'"),
-     ("[wandb, 3]", "got 3"), ("3", "got 3")],
-)  # fmt: skip
+    [
+        ("comet", "must be 'none', 'tensorboard', 'wandb', 'trackio' or 'mlflow', got 'comet'"),
+        ("[none]", "got 'none'"),
+        ("[wandb, 3]", "got 3"),
+        ("3", "got 3"),
+    ],
+)
 def test_an_unknown_tracker_is_one_problem_that_lists_the_known_ones(tmp_path, given, wanted):
     path = tmp_path / "sft.yaml"
     path.write_text(f"data: {{path: d.jsonl}}\nepochs: 1\nreport_to: {given}\n")

@@ -208,25 +208,47 @@ def test_rank_stabilised_lora_scales_by_the_root_of_the_rank(tmp_path):
 
 CONFIGS = {
     "sft": {
-        "model": {"path": "m"}, "data": {"path": "rows.jsonl"}, "max_length": 64, "steps": 30, "lora": None,
-        "holdout_fraction": 0.2, "min_end_token_rate": 0.0, "end_token_samples": 4, "save_every": 15,
-        "batch": {"batch_size": 4, "micro_batch_size": 2}, "sampling": {"max_new_tokens": 8},
+        "model": {"path": "m"},
+        "data": {"path": "rows.jsonl"},
+        "max_length": 64,
+        "steps": 30,
+        "lora": None,
+        "holdout_fraction": 0.2,
+        "min_end_token_rate": 0.0,
+        "end_token_samples": 4,
+        "save_every": 15,
+        "batch": {"batch_size": 4, "micro_batch_size": 2},
+        "sampling": {"max_new_tokens": 8},
         "optim": {"learning_rate": 5e-3, "weight_decay": 0.1},
     },
     "train-rm": {
-        "policy": "runs/sft", "data": {"path": "pairs.jsonl"}, "max_length": 64, "steps": 4, "lora": None,
-        "holdout_fraction": 0.2, "standardise_samples": 8, "save_every": 2, "optim": {"learning_rate": 1e-3},
-        "batch": {"batch_size": 4, "micro_batch_size": 2}, "sampling": {"max_new_tokens": 32, "temperature": 1.3},
+        "policy": "runs/sft",
+        "data": {"path": "pairs.jsonl"},
+        "max_length": 64,
+        "steps": 4,
+        "lora": None,
+        "holdout_fraction": 0.2,
+        "standardise_samples": 8,
+        "save_every": 2,
+        "optim": {"learning_rate": 1e-3},
+        "batch": {"batch_size": 4, "micro_batch_size": 2},
+        "sampling": {"max_new_tokens": 32, "temperature": 1.3},
     },
     "ppo": {
-        "policy": "runs/sft", "rewards": [{"run": "runs/train-rm"}], "lora": None,
-        "prompts": {"path": "rows.jsonl", "max_tokens": 32}, "steps": 4, "save_every": 2,
-        "report_to": "none", "value": {"fit": "gradient", "pretrain_steps": 1},
-        "batch": {"batch_size": 8, "minibatch_size": 4, "micro_batch_size": 4}, "sampling": {"max_new_tokens": 8},
+        "policy": "runs/sft",
+        "rewards": [{"run": "runs/train-rm"}],
+        "lora": None,
+        "prompts": {"path": "rows.jsonl", "max_tokens": 32},
+        "steps": 4,
+        "save_every": 2,
+        "report_to": "none",
+        "value": {"fit": "gradient", "pretrain_steps": 1},
+        "batch": {"batch_size": 8, "minibatch_size": 4, "micro_batch_size": 4},
+        "sampling": {"max_new_tokens": 8},
         "optim": {"learning_rate": 1e-3, "value_learning_rate": 1e-3},
         "evaluation": {"every": 2, "num_prompts": 4, "holdout_fraction": 0.3},
     },
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")

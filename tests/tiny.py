@@ -58,9 +58,12 @@ def tokenizer(template: str | None = CHATML, pad: str | None = "<|pad|>") -> Pre
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token=pad, eos_token="<|endoftext|>",
-        additional_special_tokens=["<|im_start|>", "<|im_end|>"], model_max_length=128,
-    )  # fmt: skip
+        tokenizer_object=inner,
+        pad_token=pad,
+        eos_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+        model_max_length=128,
+    )
     fast.chat_template = template
     return fast
 
@@ -76,11 +79,18 @@ def build(directory: Path, architecture: str = "llama", tie: bool = True, templa
         config_class, model_class, own_settings = KINDS[architecture]
         model = model_class(
             config_class(
-                vocab_size=size, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                intermediate_size=48, max_position_embeddings=128, tie_word_embeddings=tie, initializer_range=0.2,
+                vocab_size=size,
+                hidden_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                intermediate_size=48,
+                max_position_embeddings=128,
+                tie_word_embeddings=tie,
+                initializer_range=0.2,
                 **own_settings,
             )
-        )  # fmt: skip
+        )
     model.generation_config.repetition_penalty = 1.7
     model.save_pretrained(directory)
     own.save_pretrained(directory)

@@ -34,9 +34,13 @@ def learning_curve(
     path = config or Path("configs/train-rm.yaml")
     module = progress.load("rlhf.stages.learning_curve")
     report = module.run(
-        path, [*(sets or []), *(bare or [])], [_number(text, "--shares") for text in shares.split(",")],
-        [int(_number(text, "--seeds", whole=True)) for text in (seeds or "").split(",") if text], out, resamples,
-    )  # fmt: skip
+        path,
+        [*(sets or []), *(bare or [])],
+        [_number(text, "--shares") for text in shares.split(",")],
+        [int(_number(text, "--seeds", whole=True)) for text in (seeds or "").split(",") if text],
+        out,
+        resamples,
+    )
     if as_json:
         typer.echo(json.dumps(report))
     else:

@@ -116,17 +116,24 @@ def filter_rows(
     ] = None,
     near_duplicates: Annotated[
         float | None,
-        typer.Option("--near-duplicates", min=0.01, max=1.0, help="Drop rows that share this much of their word "
-                     "triples with a better one."),
+        typer.Option(
+            "--near-duplicates",
+            min=0.01,
+            max=1.0,
+            help="Drop rows that share this much of their word triples with a better one.",
+        ),
     ] = None,
     length_outliers: Annotated[
         float | None,
-        typer.Option("--length-outliers", min=0.0, help="Drop responses whose log length is so many robust standard "
-                     "deviations from the median."),
+        typer.Option(
+            "--length-outliers",
+            min=0.0,
+            help="Drop responses whose log length is so many robust standard deviations from the median.",
+        ),
     ] = None,
     micro_batch_size: MicroBatch = 32,
     as_json: Json = False,
-) -> None:  # fmt: skip
+) -> None:
     """Keep the rows of a data set that are worth training on. What is dropped is counted."""
     _refuse_two_on_stdout(as_json, out)
     module = progress.load("rlhf.stages.filter")
@@ -139,8 +146,10 @@ def filter_rows(
 def serve(
     rewards: Annotated[
         list[str],
-        typer.Argument(metavar="REWARD...", help="Reward run, module:function, or directory or hub id of a sequence "
-                       "classifier. Several: their mean."),
+        typer.Argument(
+            metavar="REWARD...",
+            help="Reward run, module:function, or directory or hub id of a sequence classifier. Several: their mean.",
+        ),
     ],
     host: Annotated[
         str, typer.Option("--host", help="Address; one beyond this machine needs RLHF_SERVICE_TOKEN.")
@@ -152,7 +161,7 @@ def serve(
     max_waiting: Annotated[int, typer.Option("--max-waiting", min=1, help="Requests at a time; then 429.")] = 1024,
     read_seconds: Annotated[float, typer.Option("--read-seconds", min=0.1, help="For a request to come; 408.")] = 10.0,
     score_seconds: Annotated[float, typer.Option("--score-seconds", min=0.1, help="For its answer; then 504.")] = 300.0,
-) -> None:  # fmt: skip
+) -> None:
     """Serve a reward over HTTP: POST /score and /rank, GET /health. SIGTERM lets requests finish."""
     if max_rows > max_batch:
         raise RlhfError(Problem("CFG003", "--max-rows", f"{max_rows} is more than --max-batch, {max_batch}."))

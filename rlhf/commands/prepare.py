@@ -39,11 +39,14 @@ def check(
     ] = 0,
     deep: Annotated[
         bool,
-        typer.Option("--deep", help="Also what is wrong between rows and data sets: duplicates, contradictions, "
-                     "leakage, special tokens, length. Exit 3 on errors."),
+        typer.Option(
+            "--deep",
+            help="Also what is wrong between rows and data sets: duplicates, contradictions, "
+            "leakage, special tokens, length. Exit 3 on errors.",
+        ),
     ] = False,
     as_json: Json = False,
-) -> None:  # fmt: skip
+) -> None:
     """Check configs, paths and every data row. No weights are read, a tokenizer only with --show or --deep."""
     results = inspection.check([*(files or []), *(config or [])], stage, sets or [], show, deep)
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
@@ -91,28 +94,49 @@ def demo(
 def init(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Directory to make; it must be new or empty.")],
     data: Annotated[
-        list[str] | None, typer.Option("--data", help="File of demonstrations, preferences, rankings, ratings or "
-                                       "prompts; demo: for the embedded world. Repeatable.")
+        list[str] | None,
+        typer.Option(
+            "--data",
+            help="File of demonstrations, preferences, rankings, ratings or "
+            "prompts; demo: for the embedded world. Repeatable.",
+        ),
     ] = None,
     model: Annotated[str | None, typer.Option("--model", help="Directory or hub id of the base.")] = None,
     columns: Annotated[
-        list[str] | None, typer.Option("--columns", metavar="OURS=THEIRS", help="Our name of a column that has another "
-                                       "one in your files, such as prompt=question. Repeatable.")
+        list[str] | None,
+        typer.Option(
+            "--columns",
+            metavar="OURS=THEIRS",
+            help="Our name of a column that has another one in your files, such as prompt=question. Repeatable.",
+        ),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option("--limit", min=1, help="Read only the first N rows of each file, for a trial.",
-                                 show_default=False)
+        int | None,
+        typer.Option(
+            "--limit", min=1, help="Read only the first N rows of each file, for a trial.", show_default=False
+        ),
     ] = None,
     max_length: Annotated[
-        int | None, typer.Option("--max-length", min=8, help="Longest row in tokens; longer ones are left out, however "
-                                 "many there are.", show_default=False)
+        int | None,
+        typer.Option(
+            "--max-length",
+            min=8,
+            help="Longest row in tokens; longer ones are left out, however many there are.",
+            show_default=False,
+        ),
     ] = None,
     max_dropped_fraction: Annotated[
-        float | None, typer.Option("--max-dropped-fraction", min=0.0, max=1.0, help="Share of a file's rows that may "
-                                   "be left out as bad, equal or too long; else 0.05.", show_default=False)
+        float | None,
+        typer.Option(
+            "--max-dropped-fraction",
+            min=0.0,
+            max=1.0,
+            help="Share of a file's rows that may be left out as bad, equal or too long; else 0.05.",
+            show_default=False,
+        ),
     ] = None,
     as_json: Json = False,
-) -> None:  # fmt: skip
+) -> None:
     """Write configs that run for your data and model. Each key has its reason next to it."""
     inspection.require_reachable(model, data or [])
     options = progress.load("rlhf.start.facts").Options

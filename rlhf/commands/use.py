@@ -21,10 +21,13 @@ DEFAULTS = SamplingSection()
 Temperature = Annotated[
     float | None,
     typer.Option(
-        "--temperature", min=0.0, max=100.0, help=f"0 is greedy. {THE_RUNS} {DEFAULTS.temperature:g}.",
+        "--temperature",
+        min=0.0,
+        max=100.0,
+        help=f"0 is greedy. {THE_RUNS} {DEFAULTS.temperature:g}.",
         show_default=False,
     ),
-]  # fmt: skip
+]
 NewTokens = Annotated[
     int | None,
     typer.Option(
@@ -34,10 +37,11 @@ NewTokens = Annotated[
 StopTokens = Annotated[
     list[str] | None,
     typer.Option(
-        "--stop-token", help=f"Token that ends a response too, '' for none. Repeatable. {THE_RUNS} none.",
+        "--stop-token",
+        help=f"Token that ends a response too, '' for none. Repeatable. {THE_RUNS} none.",
         show_default=False,
     ),
-]  # fmt: skip
+]
 TopP = Annotated[float, typer.Option("--top-p", min=1e-6, max=1.0, help="Sample from the likeliest tokens alone.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the sampling.")]
 Template = Annotated[
@@ -81,9 +85,13 @@ def chat(
 
 
 def sampling(
-    command: str, seed: int, max_new_tokens: int | None, temperature: float | None, stop_tokens: list[str] | None,
+    command: str,
+    seed: int,
+    max_new_tokens: int | None,
+    temperature: float | None,
+    stop_tokens: list[str] | None,
     top_p: float,
-) -> Asked:  # fmt: skip
+) -> Asked:
     """What a command line asks for; imports torch."""
     derived = progress.load("rlhf.runtime").derived_seed(seed, command)
     named = [token for token in stop_tokens if token] if stop_tokens else None

@@ -86,9 +86,10 @@ def gates(config_class: type[BaseModel]) -> frozenset[Pattern]:
 
 def _marked(config_class: type[BaseModel], mark: str) -> frozenset[Pattern]:
     return frozenset(
-        pattern for pattern, field in fields_of(config_class).items()
+        pattern
+        for pattern, field in fields_of(config_class).items()
         if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get(mark)
-    )  # fmt: skip
+    )
 
 
 def is_gate(config_class: type[BaseModel], key: str) -> bool:

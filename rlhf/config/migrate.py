@@ -16,17 +16,29 @@ from rlhf.errors import Problem, RlhfError
 
 STAGES = {"sft": "sft", "rm": "train-rm", "ppo": "ppo"}
 TELLING = {
-    "ppo": ("num_ppo_epochs", "kl_coef", "cliprange", "response_length", "missing_eos_penalty", "reward_model_path",
-            "sft_model_path", "total_episodes", "vf_coef"),
+    "ppo": (
+        "num_ppo_epochs",
+        "kl_coef",
+        "cliprange",
+        "response_length",
+        "missing_eos_penalty",
+        "reward_model_path",
+        "sft_model_path",
+        "total_episodes",
+        "vf_coef",
+    ),
     "train-rm": ("center_rewards_coefficient",),
     "sft": ("packing", "assistant_only_loss", "completion_only_loss", "dataset_text_field", "chat_template_path"),
-}  # fmt: skip
+}
 
 
 def migrate(
-    old: Mapping[str, Any], config_classes: Mapping[str, type[Section]], stage: str | None, where: str,
+    old: Mapping[str, Any],
+    config_classes: Mapping[str, type[Section]],
+    stage: str | None,
+    where: str,
     data_sets: Mapping[str, Any] | None = None,
-) -> Migration:  # fmt: skip
+) -> Migration:
     """Translate ``old``, whose keys are TRL's script arguments or LlamaFactory's.
 
     Args:
@@ -42,9 +54,16 @@ def migrate(
     left = {key: value for key, value in DEFAULTS[tool, ours].items() if found.old.get(key) is None}
     found.old |= left
     for step in (
-        steps.runs, steps.batch, steps.length, steps.schedule, steps.precision, steps.quantised, steps.lora,
-        steps.ppo, steps.others,
-    ):  # fmt: skip
+        steps.runs,
+        steps.batch,
+        steps.length,
+        steps.schedule,
+        steps.precision,
+        steps.quantised,
+        steps.lora,
+        steps.ppo,
+        steps.others,
+    ):
         step(found)
     steps.data(found, data_sets or {})
     for key in list(found.old):

@@ -17,9 +17,11 @@ PLACEHOLDER = "data.jsonl"
 def runs(found: Migration) -> None:
     """Models that are runs here."""
     for key, ours, made in (
-        ("sft_model_path", "policy", "rlhf sft"), ("adapter_name_or_path", "policy", "rlhf sft"),
-        ("reward_model_path", "rewards", "rlhf train-rm"), ("reward_model", "rewards", "rlhf train-rm"),
-    ):  # fmt: skip
+        ("sft_model_path", "policy", "rlhf sft"),
+        ("adapter_name_or_path", "policy", "rlhf sft"),
+        ("reward_model_path", "rewards", "rlhf train-rm"),
+        ("reward_model", "rewards", "rlhf train-rm"),
+    ):
         value = found.take(key)
         if value is not None:
             what = f"{key} is {plain(value)}; what stands here is a run that {made} has made"

@@ -27,9 +27,10 @@ SAME: dict[str, str] = {
 
 # Old key -> the key of ours that follows from it.
 COUNTED = {
-    "lr_scheduler_type": "optim.schedule", "num_train_epochs": "epochs",
+    "lr_scheduler_type": "optim.schedule",
+    "num_train_epochs": "epochs",
     "per_device_train_batch_size": "batch.batch_size",
-}  # fmt: skip
+}
 
 # Old key -> ours, its value there ({} is the old one, empty where no value follows from it alone), and what to mind;
 # for an answer to a person, where migrate has a step of its own.

@@ -102,9 +102,11 @@ def _bounded(words: str, metadata: Sequence[Any]) -> str:
     """Bounds stand in pydantic's metadata, which a Field inside Annotated wraps once more."""
     flat = [one for item in metadata for one in (item.metadata if isinstance(item, FieldInfo) else [item])]
     said = [
-        text.format(value) for item in flat for name, text in BOUNDS.items()
+        text.format(value)
+        for item in flat
+        for name, text in BOUNDS.items()
         if (value := getattr(item, name, None)) is not None
-    ]  # fmt: skip
+    ]
     return " ".join([words, " and ".join(said)]).strip()
 
 

@@ -154,9 +154,21 @@ class RoleLoraSection(Section):
 
 
 FormName = Literal[
-    "prompt-completion", "prompt-response", "messages", "sharegpt", "alpaca", "text", "chosen", "pair", "shared-head",
-    "ranking", "transcripts", "rated", "unpaired", "prompt",
-]  # fmt: skip
+    "prompt-completion",
+    "prompt-response",
+    "messages",
+    "sharegpt",
+    "alpaca",
+    "text",
+    "chosen",
+    "pair",
+    "shared-head",
+    "ranking",
+    "transcripts",
+    "rated",
+    "unpaired",
+    "prompt",
+]
 
 
 PATHS = "JSONL, JSON array, CSV or TSV (also .gz), parquet, a directory, a hub id, or demo:NAME?size=N&seed=S"

@@ -255,9 +255,10 @@ class PpoConfig(StageConfig):
     def set_for_gradients(self) -> list[str]:
         """Keys away from their defaults that only a critic trained by gradients has a use for."""
         places: list[tuple[str, Section, str]] = [
-            ("update", self.update, "value_clip_range"), ("optim", self.optim, "value_learning_rate"),
+            ("update", self.update, "value_clip_range"),
+            ("optim", self.optim, "value_learning_rate"),
             ("value", self.value, "start"),
-        ]  # fmt: skip
+        ]
         return [
             f"{section}.{name}"
             for section, values, name in places

@@ -220,9 +220,13 @@ class RewardConfig(StageConfig, TrainedForAWhile, LongRows):
     @property
     def objective(self) -> Objective:
         return Objective(
-            self.loss, self.use_margins, self.margin_coef, self.weight_by_margin, self.label_smoothing,
+            self.loss,
+            self.use_margins,
+            self.margin_coef,
+            self.weight_by_margin,
+            self.label_smoothing,
             self.teacher_weight,
-        )  # fmt: skip
+        )
 
     @property
     def combination(self) -> Combination:

@@ -86,11 +86,13 @@ def dawid_skene(votes: Votes) -> tuple[dict[int, float], dict[str, Reliability]]
 
     return chances, {
         name: Reliability(
-            share(name, "first", "first"), share(name, "tie", "first"), share(name, "second", "first"),
+            share(name, "first", "first"),
+            share(name, "tie", "first"),
+            share(name, "second", "first"),
             share(name, "tie", "tie") if "tie" in classes else None,
         )
         for name in sorted({annotator for _, annotator in votes})
-    }  # fmt: skip
+    }
 
 
 def agreement(votes: Votes, labels: Mapping[int, float]) -> dict[str, float]:

@@ -55,9 +55,13 @@ def collate(
     attention_mask = (torch.arange(width)[None] < lengths[:, None]).long()
     mask = torch.arange(steps)[None] < response_lengths[:, None]
     return Sequences(
-        ids.to(device), attention_mask.to(device), (lengths - response_lengths).to(device),
-        response_lengths.to(device), mask.to(device), tuple(map(len, whole)),
-    )  # fmt: skip
+        ids.to(device),
+        attention_mask.to(device),
+        (lengths - response_lengths).to(device),
+        response_lengths.to(device),
+        mask.to(device),
+        tuple(map(len, whole)),
+    )
 
 
 def micro_batches(lengths: Sequence[int], max_sequences: int, max_tokens: int | None = None) -> list[list[int]]:

@@ -62,9 +62,15 @@ def _made(row: Row, found: Answered, num_right: int, subset: str, where: str) ->
     judgements = tuple(Judgement(i, j) for i in range(num_right) for j in range(num_right, len(found.answers)))
     name, number = text_of(need(row, subset), subset), str(row.get("id", ""))
     return BenchmarkRow(
-        found.prompt, found.answers, judgements, where, joined=found.joined, num_correct=num_right, subset=name,
+        found.prompt,
+        found.answers,
+        judgements,
+        where,
+        joined=found.joined,
+        num_correct=num_right,
+        subset=name,
         id=number,
-    )  # fmt: skip
+    )
 
 
 READERS: dict[str, tuple[tuple[str, ...], Callable[[Row, str], BenchmarkRow]]] = {

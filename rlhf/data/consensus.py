@@ -80,29 +80,38 @@ def put_together(
     trained: list[Comparison] = [record for record in records if _annotator(record) not in held_out]
     if consensus:
         agreed = {
-            _key(record): new for number, record in enumerate(everyone)
+            _key(record): new
+            for number, record in enumerate(everyone)
             if (new := _agreed(number, record, ballot, chances)).judgements
-        }  # fmt: skip
+        }
         trained = list(_in_order(trained, agreed))
     sides = {item: agreement.side(chance) for item, chance in chances.items()}
     with_all, with_others = agreement.agreement(ballot.votes, sides), agreement.agreement_with_others(ballot.votes)
     counts = Counter(annotator for _, annotator in ballot.votes)
     voters = Counter(item for item, _ in ballot.votes)
     report = {
-        "consensus": consensus, "rows": len(records), "rows_without_annotator": sum(map(_is_unnamed, records)),
-        "pairs": len(ballot.pairs), "pairs_with_several_votes": sum(count > 1 for count in voters.values()),
-        "votes": len(ballot.votes), "ties": sum(value == 0.5 for value in ballot.votes.values()),
-        "repeated": ballot.num_repeated, "consensus_ties": sum(value == 0.5 for value in sides.values()),
-        "pairs_of_held_out_alone": len(ballot.pairs) - len(chances), "alpha": agreement.alpha(ballot.votes),
+        "consensus": consensus,
+        "rows": len(records),
+        "rows_without_annotator": sum(map(_is_unnamed, records)),
+        "pairs": len(ballot.pairs),
+        "pairs_with_several_votes": sum(count > 1 for count in voters.values()),
+        "votes": len(ballot.votes),
+        "ties": sum(value == 0.5 for value in ballot.votes.values()),
+        "repeated": ballot.num_repeated,
+        "consensus_ties": sum(value == 0.5 for value in sides.values()),
+        "pairs_of_held_out_alone": len(ballot.pairs) - len(chances),
+        "alpha": agreement.alpha(ballot.votes),
         "annotators": {
             name: {
-                "votes": counts[name], "held_out": name in held_out, "agreement": with_all.get(name),
+                "votes": counts[name],
+                "held_out": name in held_out,
+                "agreement": with_all.get(name),
                 "agreement_with_others": with_others.get(name),
                 "reliability": asdict(reliable[name]) if name in reliable else None,
             }
             for name in names
         },
-    }  # fmt: skip
+    }
     return Annotated(tuple(trained), tuple(everyone), report)
 
 
@@ -156,9 +165,7 @@ def _merged(records: Sequence[Comparison]) -> list[Comparison]:
         judged[_key(record)] += [
             replace(one, first=places[one.first], second=places[one.second]) for one in record.judgements
         ]
-    return [
-        replace(record, judgements=tuple(judged[key]), num_rows=counts[key]) for key, record in firsts.items()
-    ]  # fmt: skip
+    return [replace(record, judgements=tuple(judged[key]), num_rows=counts[key]) for key, record in firsts.items()]
 
 
 def _sorted(record: Comparison) -> list[int]:

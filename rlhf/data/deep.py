@@ -47,10 +47,15 @@ def look(records: Sequence[Any], source: str) -> list[Finding]:
     """Everything that can be seen without a tokenizer, kind after kind."""
     comparisons = [record for record in records if isinstance(record, Comparison)]
     return [
-        *duplicates(records), *contradictions(comparisons), *ties(comparisons), *annotators(comparisons, source),
+        *duplicates(records),
+        *contradictions(comparisons),
+        *ties(comparisons),
+        *annotators(comparisons, source),
         *length_wins(comparisons, source),
-        *scripts(records), *turn_marks(records), *control_marks(records),
-    ]  # fmt: skip
+        *scripts(records),
+        *turn_marks(records),
+        *control_marks(records),
+    ]
 
 
 def texts_of(record: Any) -> list[Message]:

@@ -61,5 +61,5 @@ def _grouped(
                 Comparison(
                     group[0].prompt, texts, judgements, group[0].where, ratings, joined=joined, num_rows=len(group)
                 )
-            )  # fmt: skip
+            )
     return found, alone, equal

@@ -77,8 +77,12 @@ def answered_transcripts(texts: Any) -> Answered:
     if not isinstance(texts, list) or len(texts) < 2:
         raise RowError("'text': need a list of at least two transcripts.")
     places = [f"text[{index}]" for index in range(len(texts))]
-    return answered({place: transcript(text_of(text, place), place, NOT_A_TRANSCRIPT.format(place))
-                     for place, text in zip(places, texts, strict=True)})  # fmt: skip
+    return answered(
+        {
+            place: transcript(text_of(text, place), place, NOT_A_TRANSCRIPT.format(place))
+            for place, text in zip(places, texts, strict=True)
+        }
+    )
 
 
 def answered_by(texts: Mapping[str, Any], head: Messages) -> Answered:
@@ -86,7 +90,7 @@ def answered_by(texts: Mapping[str, Any], head: Messages) -> Answered:
     return answered(
         {field: (*head, Message("assistant", text_of(text, field, EMPTY_ANSWER))) for field, text in texts.items()},
         head,
-    )  # fmt: skip
+    )
 
 
 def _judgements(row: Row, responses: Sequence[str], ranks: Sequence[int], field: str) -> tuple[Judgement, ...]:

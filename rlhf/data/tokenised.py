@@ -69,9 +69,13 @@ class LengthReport:
 
 
 def dialogues(
-    records: Sequence[Demonstration], chat: ChatFormat, last_only: bool, limit: Limit, dropped: DroppedRows,
+    records: Sequence[Demonstration],
+    chat: ChatFormat,
+    last_only: bool,
+    limit: Limit,
+    dropped: DroppedRows,
     others: Sequence[Demonstration] = (),
-) -> tuple[list[Dialogue], LengthReport]:  # fmt: skip
+) -> tuple[list[Dialogue], LengthReport]:
     """Demonstrations as ids. Truncation cuts the end of the conversation, and with it the end token.
 
     Args:
@@ -107,15 +111,20 @@ def turns(records: Sequence[Demonstration], chat: ChatFormat, last_only: bool, m
         ]
 
     return [
-        turn for found in each(records, of) for turn in found
+        turn
+        for found in each(records, of)
+        for turn in found
         if len(turn.prompt_ids) + len(turn.response_ids) <= max_length
-    ]  # fmt: skip
+    ]
 
 
 def groups(
-    records: Sequence[Comparison], chat: ChatFormat, limit: Limit, dropped: DroppedRows,
+    records: Sequence[Comparison],
+    chat: ChatFormat,
+    limit: Limit,
+    dropped: DroppedRows,
     others: Sequence[Comparison] = (),
-) -> tuple[list[Group], LengthReport]:  # fmt: skip
+) -> tuple[list[Group], LengthReport]:
     """Comparisons as ids. A row with any response beyond the limit is dropped, or that response is cut. A row of which
     two differently ranked responses are the same tokens (after the cut, too) is a bad row.
 
@@ -213,9 +222,12 @@ def each(records: Sequence[Record], tokenise: Callable[[Record], Found]) -> list
 
 
 def _kept(
-    records: Sequence[Record], others: Sequence[Record], tokenise: Callable[[Record], Found],
-    judge: Callable[[Record, Found], Judged], fitting: Fitting,
-) -> list[tuple[Record, Found]]:  # fmt: skip
+    records: Sequence[Record],
+    others: Sequence[Record],
+    tokenise: Callable[[Record], Found],
+    judge: Callable[[Record, Found], Judged],
+    fitting: Fitting,
+) -> list[tuple[Record, Found]]:
     everything = list(records) + fitting.not_seen(others, records)
     return fitting.kept(everything, each(everything, tokenise), judge, len(records))
 

@@ -126,8 +126,10 @@ def answered(conversations: Mapping[str, Messages], prompt: Messages | None = No
         prompt: what every one of them begins with, where the row says so on its own.
     """
     (first, own), *others = conversations.items()
-    turns = {field: in_turn(found, "prompt" if prompt else field, "assistant", field)
-             for field, found in conversations.items()}  # fmt: skip
+    turns = {
+        field: in_turn(found, "prompt" if prompt else field, "assistant", field)
+        for field, found in conversations.items()
+    }
     head = turns[first][:-1]
     for field in turns:
         if prompt is not None and turns[field][:-1] != without_answer(prompt):

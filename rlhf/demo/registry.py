@@ -129,9 +129,18 @@ def _parse(name: str) -> tuple[str, dict[str, Any]]:
         known = ", ".join(PREFIX + known for known in DATASETS)
         raise RlhfError(Problem("DAT002", name, "no data set of this name in the embedded world.", f"one of {known}"))
     options: dict[str, Any] = {
-        "size": DEFAULT_SIZE[kind], "seed": 0, "split": "train", "sharpness": 15.0, "swap": 0.06, "length_bias": 0.0,
-        "attribute": "", "ratings": "", "annotators": 0, "careless": 0.0, "careless_annotators": 1,
-    }  # fmt: skip
+        "size": DEFAULT_SIZE[kind],
+        "seed": 0,
+        "split": "train",
+        "sharpness": 15.0,
+        "swap": 0.06,
+        "length_bias": 0.0,
+        "attribute": "",
+        "ratings": "",
+        "annotators": 0,
+        "careless": 0.0,
+        "careless_annotators": 1,
+    }
     for key, text in parse_qsl(query, keep_blank_values=True):
         if key not in OPTIONS or (key in LABEL_OPTIONS and kind != "preferences"):
             known = ", ".join(key for key in OPTIONS if kind == "preferences" or key not in LABEL_OPTIONS)

@@ -73,10 +73,16 @@ def draw_manner(rng: random.Random, right: float = 0.55, fine: float = 0.6) -> M
         return RIGHT if rng.random() < right else rng.choice((WRONG, ABSENT))
 
     return Manner(
-        item=fact(), action=fact(), order=fact(), name=fact(), greets=rng.random() < fine, warm=rng.random() < fine,
-        rude=rng.random() > fine + 0.2, unsafe=rng.random() > fine + 0.1,
+        item=fact(),
+        action=fact(),
+        order=fact(),
+        name=fact(),
+        greets=rng.random() < fine,
+        warm=rng.random() < fine,
+        rude=rng.random() > fine + 0.2,
+        unsafe=rng.random() > fine + 0.1,
         filler=0 if rng.random() < fine else 1 + (rng.random() < 0.4),
-    )  # fmt: skip
+    )
 
 
 def write(ticket: Ticket, manner: Manner, rng: random.Random, habitual: bool = False) -> str:

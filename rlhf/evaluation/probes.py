@@ -77,11 +77,16 @@ def materials(comparisons: Sequence[Comparison], texts: ProbesSection, seed: int
     ]
     return [
         Material(
-            record.prompt, better, worse, rows[(index + 1) % len(rows)][1][0].prompt, words, texts,
+            record.prompt,
+            better,
+            worse,
+            rows[(index + 1) % len(rows)][1][0].prompt,
+            words,
+            texts,
             random.Random(f"{seed}/{key}"),
         )
         for index, (key, (record, better, worse)) in enumerate(rows)
-    ]  # fmt: skip
+    ]
 
 
 def _best_and_worst(record: Comparison) -> tuple[str, str]:
@@ -130,9 +135,7 @@ def confidence(m: Material) -> str:
 
 def markdown(m: Material) -> str:
     """A heading, and each sentence a bullet whose first word is bold; the words stay in their order."""
-    marked = [
-        " ".join([f"**{line.split()[0]}**", *line.split()[1:]]) for line in sentences(m.worse) if line.split()
-    ]  # fmt: skip
+    marked = [" ".join([f"**{line.split()[0]}**", *line.split()[1:]]) for line in sentences(m.worse) if line.split()]
     return "\n".join(["# Answer", "", *(f"- {line}" for line in marked)])
 
 
@@ -210,6 +213,8 @@ def probes_of(texts: ProbesSection) -> tuple[Probe, ...]:
 def own(name: str, lines: Sequence[str]) -> Probe:
     """One of ``lines`` behind the response that lost."""
     return Probe(
-        f"{OWN}{name}", f"what is {name} behind the response", f"add comparisons in which what is {name} loses",
+        f"{OWN}{name}",
+        f"what is {name} behind the response",
+        f"add comparisons in which what is {name} loses",
         _added(lambda m: joined(m.worse, m.rng.choice(lines))),
-    )  # fmt: skip
+    )

@@ -66,9 +66,13 @@ def _few(report: Mapping[str, Any], thresholds: ThresholdSection) -> Iterator[Ve
     count = report["prompts"]
     few = count < thresholds.min_prompts
     yield Verdict(
-        "min_prompts", WARN if few else PASS, count, [count, count], f"{count} prompts",
+        "min_prompts",
+        WARN if few else PASS,
+        count,
+        [count, count],
+        f"{count} prompts",
         f"examine on at least {thresholds.min_prompts} prompts: fewer prove little, and a pass least of all",
-    )  # fmt: skip
+    )
 
 
 def _comparisons(report: Mapping[str, Any], thresholds: ThresholdSection) -> Iterator[Verdict]:
@@ -87,28 +91,73 @@ def _comparisons(report: Mapping[str, Any], thresholds: ThresholdSection) -> Ite
 def _figures(report: Mapping[str, Any], thresholds: ThresholdSection) -> list[tuple[str, Any, bool, str, str]]:
     """Key, figure (None where there is none), whether above is worse, what it is, and what to do about it."""
     rows: list[tuple[str, Any, bool, str, str]] = [
-        ("accuracy", report["accuracy"], False, "accuracy on the comparisons",
-         "more or cleaner comparisons, or a larger base; at 0.5 look for swapped columns"),
-        ("accuracy_when_sure", report["accuracy_when_sure"], False, "accuracy where it is surest",
-         "read the comparisons that are most at odds with the scores: labels that no score explains, or a blind spot"),
-        ("over_length", report["accuracy_over_length"], False, "accuracy over that of length alone",
-         "balance the comparisons in length: it says little that length does not"),
-        ("overconfidence", report["temperature"], True, "temperature: differences are too large",
-         "train for fewer epochs, or divide the scores by it"),
-        ("underconfidence", report["temperature"], False, "temperature: differences are too small",
-         "train longer; where the training labels are noisier than these, clean them"),
-        ("label_noise", report["label_noise"], True, "labels that no score explains",
-         "clean the labels, or smooth them in the loss"),
-        ("length_correlation", _absolute(report["length_correlation"]), True, "|correlation| of score and length",
-         "balance the comparisons in length"),
-    ]  # fmt: skip
+        (
+            "accuracy",
+            report["accuracy"],
+            False,
+            "accuracy on the comparisons",
+            "more or cleaner comparisons, or a larger base; at 0.5 look for swapped columns",
+        ),
+        (
+            "accuracy_when_sure",
+            report["accuracy_when_sure"],
+            False,
+            "accuracy where it is surest",
+            "read the comparisons that are most at odds with the scores: wrong labels, or a blind spot",
+        ),
+        (
+            "over_length",
+            report["accuracy_over_length"],
+            False,
+            "accuracy over that of length alone",
+            "balance the comparisons in length: it says little that length does not",
+        ),
+        (
+            "overconfidence",
+            report["temperature"],
+            True,
+            "temperature: differences are too large",
+            "train for fewer epochs, or divide the scores by it",
+        ),
+        (
+            "underconfidence",
+            report["temperature"],
+            False,
+            "temperature: differences are too small",
+            "train longer; where the training labels are noisier than these, clean them",
+        ),
+        (
+            "label_noise",
+            report["label_noise"],
+            True,
+            "labels that no score explains",
+            "clean the labels, or smooth them in the loss",
+        ),
+        (
+            "length_correlation",
+            _absolute(report["length_correlation"]),
+            True,
+            "|correlation| of score and length",
+            "balance the comparisons in length",
+        ),
+    ]
     if drift := report.get("drift"):
         rows += [
-            ("drift_accuracy", drift["accuracy_lost"], True, "accuracy lost on drift",
-             "collect comparisons there, and train on both"),
-            ("drift_outside", drift["outside"], True, "responses of drift that score outside the range of data's",
-             "scores are extrapolated there: examine on such responses, or keep PPO closer (kl.coef)"),
-        ]  # fmt: skip
+            (
+                "drift_accuracy",
+                drift["accuracy_lost"],
+                True,
+                "accuracy lost on drift",
+                "collect comparisons there, and train on both",
+            ),
+            (
+                "drift_outside",
+                drift["outside"],
+                True,
+                "responses of drift that score outside the range of data's",
+                "scores are extrapolated there: examine on such responses, or keep PPO closer (kl.coef)",
+            ),
+        ]
     for key, by_name, whose in (
         ("careless_annotator", report["accuracy_by_annotator"], "annotator {}: agreement below that of the others"),
         ("source_gap", report["accuracy_by_source"], "source {}: accuracy below that of the others"),

@@ -45,9 +45,13 @@ def _is_known(block: Any) -> bool:
 
 
 def hidden_states(
-    inner: Any, blocks: Sequence[Layers], lengths: Sequence[int], ids: Tensor, positions: Tensor,
+    inner: Any,
+    blocks: Sequence[Layers],
+    lengths: Sequence[int],
+    ids: Tensor,
+    positions: Tensor,
     wanted: Tensor | None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """[n, d] last hidden states of the packed tokens ``ids`` [n], or of those at ``wanted`` alone.
 
     Of the last block, output projection and MLP run on the wanted tokens: nobody attends to what they make of others.
@@ -228,9 +232,14 @@ def _scaled(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 
 
 def _backward_of_normed(
-    grads: Sequence[Tensor], x: Tensor, norm: Tensor, scale: Tensor, inner: Tensor | None, layers: Sequence[Adapted],
+    grads: Sequence[Tensor],
+    x: Tensor,
+    norm: Tensor,
+    scale: Tensor,
+    inner: Tensor | None,
+    layers: Sequence[Adapted],
     of_input: bool = True,
-) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:  # fmt: skip
+) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
     """Of ``layers`` of RMSNorm(x): gradients of x, of the norm's weight, and of every weight, bias, A and B.
 
     With n = norm scale x, g the gradient of n and w = norm g: scale w - scale^3 x mean(w x). The gradient of A is that

@@ -48,9 +48,13 @@ class Decoder:
         return few
 
     def __call__(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
-        past_key_values: Any = None, **unused: Any,
-    ) -> BaseModelOutputWithPast:  # fmt: skip
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        **unused: Any,
+    ) -> BaseModelOutputWithPast:
         """As the backbone's own forward, of ids [B, n] behind what the cache holds.
 
         Args:
@@ -63,9 +67,12 @@ class Decoder:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(seen, seen + x.shape[1], device=x.device)[None]
         mask = create_causal_mask(
-            config=inner.config, inputs_embeds=x, attention_mask=attention_mask, past_key_values=past_key_values,
+            config=inner.config,
+            inputs_embeds=x,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
             position_ids=position_ids,
-        )  # fmt: skip
+        )
         rows = Rows(len(x), x.shape[1], _real_places(attention_mask, x.shape[1]))
         states = self.states(x, self.turns(x, position_ids), rows, partial(_attend, mask, past_key_values))
         return BaseModelOutputWithPast(states, past_key_values=past_key_values)

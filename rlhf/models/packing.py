@@ -21,9 +21,15 @@ TOLERANCE, WIDE_TOLERANCE = 0.02, 0.002  # shares of a state's norm: in a quanti
 
 
 def attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
-    packed: Sequence[int] | None = None, **settings: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    packed: Sequence[int] | None = None,
+    **settings: Any,
+) -> tuple[Tensor, None]:
     """transformers' SDPA; where ``packed`` names the lengths of the sequences in the row, each attends to itself alone.
 
     query [1, heads, N, D], key and value [1, key heads, N, D]; returns [1, N, heads, D].
@@ -67,8 +73,9 @@ def _warn_of_all_scores(model: Any) -> None:
     if shares and weight.is_cuda and weight.dtype == torch.float32:
         log.warning(
             "%s in float32 on CUDA: query heads share keys, and attention may hold S x S scores a head. model.dtype: "
-            "bfloat16 avoids it.", type(model).__name__,
-        )  # fmt: skip
+            "bfloat16 avoids it.",
+            type(model).__name__,
+        )
 
 
 def take_flattened(model: Any) -> None:
@@ -125,9 +132,12 @@ def backbone(
 def _packed(inner: Any, ids: Tensor, positions: Tensor, lengths: Sequence[int]) -> Tensor:
     """As the model itself computes them."""
     outcome = inner(
-        input_ids=ids[None], position_ids=positions[None], use_cache=False, attention_mask=_no_mask(ids),
+        input_ids=ids[None],
+        position_ids=positions[None],
+        use_cache=False,
+        attention_mask=_no_mask(ids),
         packed=tuple(lengths),
-    )  # fmt: skip
+    )
     return outcome.last_hidden_state[0]  # type: ignore[no-any-return]
 
 
@@ -164,8 +174,11 @@ def _same(model: Any, found: list[blocks.Layers]) -> bool:
         return True
     log.info(
         "%s computes its blocks in a way of its own: they are not fused. Its states differ from exact ones by %.2g of "
-        "their size; fused, by %.2g packed and %.2g sampled.", type(model).__name__, limit, *errors,
-    )  # fmt: skip
+        "their size; fused, by %.2g packed and %.2g sampled.",
+        type(model).__name__,
+        limit,
+        *errors,
+    )
     return False
 
 

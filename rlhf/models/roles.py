@@ -126,9 +126,15 @@ class SharedBase(_Slots):
         self._active: str | None = None
 
     def add(
-        self, name: str, *, adapter: Path | LoraConfig | None = None, head: ScalarHead | None = None,
-        trained: bool = False, rank: int | None = None, part: AdapterPart | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        name: str,
+        *,
+        adapter: Path | LoraConfig | None = None,
+        head: ScalarHead | None = None,
+        trained: bool = False,
+        rank: int | None = None,
+        part: AdapterPart | None = None,
+    ) -> None:
         """Add a role: an adapter read from a directory (grown to ``rank``) or a fresh one, or the bare base; trained,
         the latter has every weight trained, and an adapter ``part`` of it or all.
 

@@ -97,24 +97,27 @@ def _trained(spec: Spec) -> dict[str, int]:
     """Role -> bytes of the trained roles."""
     other = _adapter(spec, head=True, rank=spec.value_rank)
     return {
-        "sft": {"policy": _adapter(spec)}, "train-rm": {"reward": other},
+        "sft": {"policy": _adapter(spec)},
+        "train-rm": {"reward": other},
         "ppo": {"policy": _adapter(spec), **({"value": other} if spec.trains_value else {})},
-    }.get(spec.stage, {})  # fmt: skip
+    }.get(spec.stage, {})
 
 
 def _standing(spec: Spec, trained: dict[str, int]) -> dict[str, int]:
     """Weights, every role's adapter and head, and Adam's two moments of the trained ones."""
     critic = 0 if spec.trains_value else memory.critic(spec.shape)
     frozen = {
-        "sft": 0, "train-rm": _adapter(spec) + (spec.members - 1) * _adapter(spec, head=True, rank=spec.value_rank),
+        "sft": 0,
+        "train-rm": _adapter(spec) + (spec.members - 1) * _adapter(spec, head=True, rank=spec.value_rank),
         "collect": _adapter(spec) * (1 + spec.num_reward_runs),
         "eval-rm": spec.members * _adapter(spec, head=True),
         "ppo": _adapter(spec) + spec.num_reward_runs * _adapter(spec, head=True, rank=spec.value_rank) + critic,
-    }[spec.stage]  # fmt: skip
+    }[spec.stage]
     return {
-        "weights": memory.weights(spec.shape, spec.held), "adapters": frozen + sum(trained.values()),
+        "weights": memory.weights(spec.shape, spec.held),
+        "adapters": frozen + sum(trained.values()),
         "optimizer": 2 * sum(trained.values()),
-    }  # fmt: skip
+    }
 
 
 def _training(
@@ -151,13 +154,14 @@ def _sampling(spec: Spec, name: str, rows: int, prompt: int) -> Phase:
     sums = memory.summed(shape, held)
     first = {
         "kv_cache": memory.kv_cache(shape, held, rows, prompt + spec.response),
-        "activations": memory.passing(shape, held, rows, prompt, spec.device, prompt) + sums, "logits": 0,
-    }  # fmt: skip
+        "activations": memory.passing(shape, held, rows, prompt, spec.device, prompt) + sums,
+        "logits": 0,
+    }
     last = {
         "kv_cache": memory.kv_cache(shape, held, rows, prompt + spec.response),
         "activations": memory.passing(shape, held, rows, 1, spec.device, 1) + sums,
         "logits": memory.logits_sampled(shape, held, rows, spec.device),
-    }  # fmt: skip
+    }
     worse = max(first, last, key=lambda moment: sum(moment.values()))
     return Phase(name, {**_standing(spec, _trained(spec)), **worse})
 

@@ -108,17 +108,33 @@ def of_config(config: dict[str, Any], where: str) -> Shape:
     q, k = heads * head_dim, (config.get("num_key_value_heads") or heads) * head_dim
     qkv_bias = q + 2 * k if family in QKV_BIAS or config.get("attention_bias") else 0
     linears = {
-        "q_proj": (d, q), "k_proj": (d, k), "v_proj": (d, k), "o_proj": (q, d), "gate_proj": (d, f), "up_proj": (d, f),
+        "q_proj": (d, q),
+        "k_proj": (d, k),
+        "v_proj": (d, k),
+        "o_proj": (q, d),
+        "gate_proj": (d, f),
+        "up_proj": (d, f),
         "down_proj": (f, d),
-    }  # fmt: skip
+    }
     extras = 2 * d + qkv_bias + (2 * head_dim if family == "qwen3" else 0)
     extras += d if config.get("attention_bias") and family == "llama" else 0
     extras += 2 * f + d if config.get("mlp_bias") else 0
     tied = bool(config.get("tie_word_embeddings", family == "gemma"))
     return Shape(
-        family, d, f, config["num_hidden_layers"], config["vocab_size"], heads, q, k, tied, linears, extras, d,
+        family,
+        d,
+        f,
+        config["num_hidden_layers"],
+        config["vocab_size"],
+        heads,
+        q,
+        k,
+        tied,
+        linears,
+        extras,
+        d,
         config.get("max_position_embeddings"),
-    )  # fmt: skip
+    )
 
 
 def _gpt2(config: dict[str, Any]) -> Shape:
@@ -128,6 +144,17 @@ def _gpt2(config: dict[str, Any]) -> Shape:
     extras = 4 * d + 3 * d + d + f + d
     tied = bool(config.get("tie_word_embeddings", True))
     return Shape(
-        "gpt2", d, f, config["n_layer"], config["vocab_size"], heads, d, d, tied, linears, extras,
-        2 * d + config["n_positions"] * d, config["n_positions"],
-    )  # fmt: skip
+        "gpt2",
+        d,
+        f,
+        config["n_layer"],
+        config["vocab_size"],
+        heads,
+        d,
+        d,
+        tied,
+        linears,
+        extras,
+        2 * d + config["n_positions"] * d,
+        config["n_positions"],
+    )

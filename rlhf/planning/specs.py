@@ -65,9 +65,15 @@ class Ground:
         shape = shapes.read(origin.source, self.where)
         held = Numbers(WIDTH[origin.dtype], origin.quantize, self.device == "cuda")
         return Spec(
-            stage, shape, held, origin.rank, origin.targets, origin.num_tokens, device=self.device,
+            stage,
+            shape,
+            held,
+            origin.rank,
+            origin.targets,
+            origin.num_tokens,
+            device=self.device,
             checkpointing=runtime.gradient_checkpointing,
-        )  # fmt: skip
+        )
 
 
 @dataclass(frozen=True)

@@ -44,9 +44,7 @@ def write(
     known = {prompt_key(record.prompt) for record in trained}
     unseen = [record for record in annotated.everyone if prompt_key(record.prompt) not in known]
     accuracies = _accuracies(rewards, unseen, unseen_rows, annotated.report) if unseen else {}
-    rows = {
-        name: {**row, "accuracy": accuracies.get(name)} for name, row in annotated.report["annotators"].items()
-    }  # fmt: skip
+    rows = {name: {**row, "accuracy": accuracies.get(name)} for name, row in annotated.report["annotators"].items()}
     of_held_out = accuracies.get(None)
     report = {**annotated.report, "annotators": rows, "accuracy_on_held_out_annotators": of_held_out}
     storage.write_json(run.path / artifacts.ANNOTATORS, report)
@@ -55,13 +53,17 @@ def write(
     if of_held_out:
         low, high = of_held_out["ci95"]
         log.info(
-            "On annotators held out: accuracy %.3f [%.3f, %.3f] on %d comparisons.", of_held_out["estimate"], low, high,
+            "On annotators held out: accuracy %.3f [%.3f, %.3f] on %d comparisons.",
+            of_held_out["estimate"],
+            low,
+            high,
             of_held_out["comparisons"],
-        )  # fmt: skip
+        )
         figures |= {
             "eval/accuracy_held_out_annotators": of_held_out["estimate"],
-            "eval/accuracy_held_out_annotators_low": low, "eval/accuracy_held_out_annotators_high": high,
-        }  # fmt: skip
+            "eval/accuracy_held_out_annotators_low": low,
+            "eval/accuracy_held_out_annotators_high": high,
+        }
     elif any(row["held_out"] for row in rows.values()):
         log.warning("The annotators held out judged no prompt that is not trained on: no accuracy on them.")
     return figures

@@ -52,9 +52,12 @@ def write(
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
     storage.write_text(run.path / artifacts.CONTRADICTED, text)
     log.info(
-        "%d of %d comparisons are contradicted; the %d surest are in %s.", len(found), num_judged, len(kept),
+        "%d of %d comparisons are contradicted; the %d surest are in %s.",
+        len(found),
+        num_judged,
+        len(kept),
         artifacts.CONTRADICTED,
-    )  # fmt: skip
+    )
     return {"eval/contradicted": len(found), "eval/judged": num_judged}
 
 
@@ -73,11 +76,15 @@ def contradictions(group: Group, values: Tensor, attribute: str | None = None) -
             record = group.record
             found.append(
                 {
-                    "where": record.where, "difference": difference, "probability": 1 / (1 + math.exp(-difference)),
+                    "where": record.where,
+                    "difference": difference,
+                    "probability": 1 / (1 + math.exp(-difference)),
                     "prompt": [{"role": message.role, "content": message.content} for message in record.prompt],
-                    "preferred": record.responses[better], "other": record.responses[worse], **named,
+                    "preferred": record.responses[better],
+                    "other": record.responses[worse],
+                    **named,
                 }
-            )  # fmt: skip
+            )
     return found
 
 

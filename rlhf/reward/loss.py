@@ -29,9 +29,12 @@ class Preference:
 
 
 def bradley_terry(
-    groups: Sequence[Judged], scores: Sequence[Tensor], margin_coef: float = 0.0, label_smoothing: float = 0.0,
+    groups: Sequence[Judged],
+    scores: Sequence[Tensor],
+    margin_coef: float = 0.0,
+    label_smoothing: float = 0.0,
     strength_power: float = 0.0,
-) -> Preference:  # fmt: skip
+) -> Preference:
     """Negative log-likelihood of the judgements, averaged within each group.
 
         loss(i, j) = |m_ij|^w * (-q * log sigmoid(d) - (1 - q) * log sigmoid(-d)),   d = s_i - s_j - c * m_ij

@@ -57,9 +57,12 @@ def centering(heads: Heads | None, scores: Sequence[Tensor]) -> Tensor:
 
 
 def preference(
-    objective: Objective, groups: Sequence[Group], scores: Sequence[Tensor], teacher: Teacher | None = None,
+    objective: Objective,
+    groups: Sequence[Group],
+    scores: Sequence[Tensor],
+    teacher: Teacher | None = None,
     heads: Heads | None = None,
-) -> Preference:  # fmt: skip
+) -> Preference:
     """Loss and accuracy of each group [G] under the objective.
 
     Args:

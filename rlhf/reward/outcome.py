@@ -84,13 +84,21 @@ def held_out(
         return labelled, {**told, **({"members": len(slots)} if members else {})}, pairs
     accuracy = examine.accuracy(pairs, seed)
     log.info(
-        "Held out: accuracy %.3f [%.3f, %.3f] on %d comparisons of %d prompts.", accuracy.estimate, accuracy.low,
-        accuracy.high, len(pairs.differences), len(groups),
-    )  # fmt: skip
+        "Held out: accuracy %.3f [%.3f, %.3f] on %d comparisons of %d prompts.",
+        accuracy.estimate,
+        accuracy.low,
+        accuracy.high,
+        len(pairs.differences),
+        len(groups),
+    )
     figures = {
-        "eval/accuracy": accuracy.estimate, "eval/accuracy_low": accuracy.low, "eval/accuracy_high": accuracy.high,
-        "eval/ece": examine.calibration_error(pairs), "eval/comparisons": len(pairs.differences), **labelled,
-    }  # fmt: skip
+        "eval/accuracy": accuracy.estimate,
+        "eval/accuracy_low": accuracy.low,
+        "eval/accuracy_high": accuracy.high,
+        "eval/ece": examine.calibration_error(pairs),
+        "eval/comparisons": len(pairs.differences),
+        **labelled,
+    }
     if not members:
         return figures, told, pairs
     said = together.report(pairs, members)
@@ -137,9 +145,11 @@ def _of_labels(kept: together.RecordingScorer, groups: Sequence[Group]) -> dict[
     right = (good > 0).sum() + (bad < 0).sum() + 0.5 * (scores[has] == 0).sum()
     brier = ((1 / (1 + numpy.exp(-scores[has])) - wanted[has]) ** 2).mean()
     figures = {
-        "eval/label_accuracy": float(right / has.sum()), "eval/label_brier": float(brier),
-        "eval/label_share_good": float(wanted[has].mean()), "eval/labels": int(has.sum()),
-    }  # fmt: skip
+        "eval/label_accuracy": float(right / has.sum()),
+        "eval/label_brier": float(brier),
+        "eval/label_share_good": float(wanted[has].mean()),
+        "eval/labels": int(has.sum()),
+    }
     log.info("Held-out labels: %d, right side of 0 %.3f.", figures["eval/labels"], figures["eval/label_accuracy"])
     return figures if area is None else {**figures, "eval/label_auroc": area}
 
@@ -165,9 +175,13 @@ def standardise(
     for slot, whole, scores in zip(slots, found, columns, strict=True):
         shift, scale = _fit(roles.head(slot), [scores, *(whole.heads.values() if len(whole.heads) > 1 else ())])
         log.info(
-            "Scores of %s standardised on %d SFT samples (%d more were cut off): shift %.3f, scale %.3f.", slot,
-            len(scores), len(samples) - len(ended), shift, scale,
-        )  # fmt: skip
+            "Scores of %s standardised on %d SFT samples (%d more were cut off): shift %.3f, scale %.3f.",
+            slot,
+            len(scores),
+            len(samples) - len(ended),
+            shift,
+            scale,
+        )
         suffix = slot.removeprefix("reward").replace("/", "_")
         figures |= {f"eval/score_shift{suffix}": shift, f"eval/score_scale{suffix}": scale}
     named = {"raw_score": columns[0].tolist()} if len(slots) == 1 else {"raw_scores": torch.stack(columns, 1).tolist()}

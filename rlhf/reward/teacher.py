@@ -42,13 +42,18 @@ class Teacher:
         found = examine.compare(together.FixedScorer(Scores(torch.cat(self.of(groups)))), groups)
         accuracy = pair_accuracy(found.differences)
         log.info(
-            "Teachers: accuracy %.3f with %.1f M parameters; student: %.3f with %.1f M.", accuracy,
-            self.parameters / 1e6, student, parameters / 1e6,
-        )  # fmt: skip
+            "Teachers: accuracy %.3f with %.1f M parameters; student: %.3f with %.1f M.",
+            accuracy,
+            self.parameters / 1e6,
+            student,
+            parameters / 1e6,
+        )
         return {
-            "teacher_accuracy": accuracy, "accuracy_kept": student / accuracy if accuracy else None,
-            "teacher_parameters": self.parameters, "student_parameters": parameters,
-        }  # fmt: skip
+            "teacher_accuracy": accuracy,
+            "accuracy_kept": student / accuracy if accuracy else None,
+            "teacher_parameters": self.parameters,
+            "student_parameters": parameters,
+        }
 
 
 def learn(
@@ -61,9 +66,7 @@ def learn(
     """
     if not runs:
         return None
-    samples = [
-        Sample(record.prompt, text, [], [], True, []) for record in records for text in record.responses
-    ]  # fmt: skip
+    samples = [Sample(record.prompt, text, [], [], True, []) for record in records for text in record.responses]
     columns, parameters = [], 0
     for index, run in enumerate(runs):
         base = opening.reopen_base(plan.parents[f"teachers.{index}"], device)

@@ -64,9 +64,10 @@ class Turns:
         for index, member in enumerate(self.members):
             suffix = f"/{index}" if len(self.members) > 1 else ""
             found |= {
-                member.slot: roles.state(member.slot), f"optimizer{suffix}": member.optimizer,
+                member.slot: roles.state(member.slot),
+                f"optimizer{suffix}": member.optimizer,
                 f"order{suffix}": member.order,
-            }  # fmt: skip
+            }
             if member.length.coef:
                 found[f"length{suffix}"] = member.length
         return found
@@ -113,9 +114,14 @@ def _member(
 ) -> Member:
     optim = config.optim
     optimizer = Optimizer(
-        roles.trained_parameters(slot), optim.learning_rate, steps, weight_decay=optim.weight_decay,
-        warmup_ratio=optim.warmup_ratio, schedule=optim.schedule, max_grad_norm=optim.max_grad_norm,
-    )  # fmt: skip
+        roles.trained_parameters(slot),
+        optim.learning_rate,
+        steps,
+        weight_decay=optim.weight_decay,
+        warmup_ratio=optim.warmup_ratio,
+        schedule=optim.schedule,
+        max_grad_norm=optim.max_grad_norm,
+    )
     return Member(slot, rows, steps, optimizer, DataOrder(len(rows), config.batch.batch_size, seed), length)
 
 

@@ -44,16 +44,28 @@ class ContinuousEngine(HfEngine):
         count = groups[0][1] if len({size for _, size in groups}) == 1 else 1
         asked = [ids for ids, _ in groups] if count > 1 else [list(prompt) for prompt in prompts]
         settings = GenerationConfig(
-            max_new_tokens=sampling.max_new_tokens, do_sample=sampling.temperature > 0, eos_token_id=ends,
-            pad_token_id=self.chat.pad_id, temperature=sampling.temperature or 1.0, top_k=0, top_p=sampling.top_p,
-            num_return_sequences=count, repetition_penalty=1.0, num_beams=1, use_cache=True,
-        )  # fmt: skip
+            max_new_tokens=sampling.max_new_tokens,
+            do_sample=sampling.temperature > 0,
+            eos_token_id=ends,
+            pad_token_id=self.chat.pad_id,
+            temperature=sampling.temperature or 1.0,
+            top_k=0,
+            top_p=sampling.top_p,
+            num_return_sequences=count,
+            repetition_penalty=1.0,
+            num_beams=1,
+            use_cache=True,
+        )
         pages = -(-(width + sampling.max_new_tokens) // PAGE) + 1
         batching = ContinuousBatchingConfig(
-            page_size=PAGE, num_blocks=pages * min(self.concurrency, len(prompts)) + 1, return_logprobs=True,
-            max_batch_tokens=max(PREFILL_TOKENS, self.concurrency), seed=(sampling.seed * 1_000_003 + rows[0]) % 2**31,
-            max_requests_per_batch=self.concurrency, auto_switch_to_flash=False,
-        )  # fmt: skip
+            page_size=PAGE,
+            num_blocks=pages * min(self.concurrency, len(prompts)) + 1,
+            return_logprobs=True,
+            max_batch_tokens=max(PREFILL_TOKENS, self.concurrency),
+            seed=(sampling.seed * 1_000_003 + rows[0]) % 2**31,
+            max_requests_per_batch=self.concurrency,
+            auto_switch_to_flash=False,
+        )
         acting = self.roles.acting_as(self.slot)
         with acting as (model, _), self._attention(model), decoding.in_place_of(model, None):
             found = model.generate_batch(

@@ -88,16 +88,27 @@ class HfEngine:
         """By transformers' ``generate``, with a cache that grows."""
         width, num_tokens = request.ids.shape[1], request.noise.shape[1]
         settings = GenerationConfig(
-            max_new_tokens=num_tokens, do_sample=False, num_beams=1, use_cache=True, eos_token_id=list(request.ends),
-            pad_token_id=self.chat.pad_id, repetition_penalty=1.0, temperature=1.0, top_k=50, top_p=1.0,
+            max_new_tokens=num_tokens,
+            do_sample=False,
+            num_beams=1,
+            use_cache=True,
+            eos_token_id=list(request.ends),
+            pad_token_id=self.chat.pad_id,
+            repetition_penalty=1.0,
+            temperature=1.0,
+            top_k=50,
+            top_p=1.0,
             renormalize_logits=False,
-        )  # fmt: skip
+        )
         device = self.roles.device
         whole = model.generate(
-            input_ids=request.ids.to(device), attention_mask=request.real.long().to(device),
-            generation_config=settings, logits_processor=LogitsProcessorList([_Choose(request, device)]),
-            streamer=self.streamer, past_key_values=roomy(model, width + num_tokens),
-        )  # fmt: skip
+            input_ids=request.ids.to(device),
+            attention_mask=request.real.long().to(device),
+            generation_config=settings,
+            logits_processor=LogitsProcessorList([_Choose(request, device)]),
+            streamer=self.streamer,
+            past_key_values=roomy(model, width + num_tokens),
+        )
         return whole[:, width:].tolist()  # type: ignore[no-any-return]
 
     def _ends(self, sampling: Sampling) -> list[int]:

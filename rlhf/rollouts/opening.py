@@ -70,8 +70,9 @@ def open_engine(roles: Roles, slot: str, chat: ChatFormat, section: SamplingSect
         raise RlhfError(Problem("MOD044", "sampling.engine: continuous", what, "sampling.engine: hf"))
     log.info(
         "Continuous batching was compared with the trainer's own pass: %.1e nats a token apart, and at most %.1e.",
-        gap.mean, gap.largest,
-    )  # fmt: skip
+        gap.mean,
+        gap.largest,
+    )
     return engine
 
 

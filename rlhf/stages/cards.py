@@ -43,10 +43,13 @@ def of(run_dir: str, manifest: Manifest, proof: dict[str, Any], adapter_only: bo
     if label := manifest.details.get("held_out_figures"):
         lines += ["", f"Figures on held-out rows are {label}."]
     lines += [
-        "", "## Limits", "",
+        "",
+        "## Limits",
+        "",
         "These figures are of the data that the run was measured on. A reward model is a guess at preferences, and a",
-        "policy that was optimised against one may have learnt its mistakes.", "",
-    ]  # fmt: skip
+        "policy that was optimised against one may have learnt its mistakes.",
+        "",
+    ]
     return "\n".join(lines)
 
 
@@ -102,10 +105,13 @@ def _rubric_lines(run_dir: str) -> list[str]:
 def of_ensemble(run_dir: str, manifest: Manifest, proof: dict[str, Any]) -> str:
     count = len(proof["members"])
     lines = [
-        f"# An ensemble of {count} reward models made by `rlhf {manifest.stage}`", "",
-        f"Run {run_dir}, digest {manifest.digest[:16]}. Directories 0 to {count - 1} are sequence classifiers.", "",
-        *(f"- {sentence}" for sentence in score_sentences(proof)), "",
-    ]  # fmt: skip
+        f"# An ensemble of {count} reward models made by `rlhf {manifest.stage}`",
+        "",
+        f"Run {run_dir}, digest {manifest.digest[:16]}. Directories 0 to {count - 1} are sequence classifiers.",
+        "",
+        *(f"- {sentence}" for sentence in score_sentences(proof)),
+        "",
+    ]
     return "\n".join(lines)
 
 

@@ -53,9 +53,13 @@ def run(config: CollectConfig, plan: Plan, run: Run) -> Manifest:
     scores = labeller.score(samples).mean.tolist()
 
     provenance = {
-        "policy": config.policy, "policy_digest": policy.digest, "temperature": sampling.temperature,
-        "max_new_tokens": sampling.max_new_tokens, "labeller": config.labeller.name, "seed": config.seed,
-    }  # fmt: skip
+        "policy": config.policy,
+        "policy_digest": policy.digest,
+        "temperature": sampling.temperature,
+        "max_new_tokens": sampling.max_new_tokens,
+        "labeller": config.labeller.name,
+        "seed": config.seed,
+    }
     rows, num_short, num_alike = [], 0, 0
     num_unfinished = sum(not sample.finished for sample in samples)
     num_empty = sum(sample.finished and sample.is_empty for sample in samples)
@@ -74,20 +78,32 @@ def run(config: CollectConfig, plan: Plan, run: Run) -> Manifest:
     log.info(
         "%d prompts ranked; %d dropped because fewer than two different responses to them were left, %d because all "
         "that were left scored the same; of the responses %d were left out as cut off and %d as without text.",
-        len(rows), num_short, num_alike, num_unfinished, num_empty,
-    )  # fmt: skip
+        len(rows),
+        num_short,
+        num_alike,
+        num_unfinished,
+        num_empty,
+    )
     metrics = {
-        "collect/prompts": len(rows), "collect/groups_short": num_short, "collect/groups_alike": num_alike,
-        "collect/unfinished": num_unfinished, "collect/empty": num_empty,
-    }  # fmt: skip
+        "collect/prompts": len(rows),
+        "collect/groups_short": num_short,
+        "collect/groups_alike": num_alike,
+        "collect/unfinished": num_unfinished,
+        "collect/empty": num_empty,
+    }
     return run.finish(
         Manifest(
-            kind="preferences", stage="collect", seed=config.seed, identity=plan.identity, metrics=metrics,
-            seconds=time.perf_counter() - started, base=policy.base,
+            kind="preferences",
+            stage="collect",
+            seed=config.seed,
+            identity=plan.identity,
+            metrics=metrics,
+            seconds=time.perf_counter() - started,
+            base=policy.base,
             parents=plan.parents_table(STAGES["collect"].needs(config)),
             details={"rows": vars(report), "dropped": plan.dropped()},
         )
-    )  # fmt: skip
+    )
 
 
 def dry_run(config: CollectConfig, plan: Plan) -> list[str]:

@@ -59,6 +59,11 @@ def assumed(config: CollectConfig, spec: Spec, read: Sequence[str]) -> list[str]
 
 
 STAGE = Stage(
-    "collect", CollectConfig, "preferences", needs, "Rank a policy's own samples.",
-    parent=parent, assumed=assumed,
-)  # fmt: skip
+    "collect",
+    CollectConfig,
+    "preferences",
+    needs,
+    "Rank a policy's own samples.",
+    parent=parent,
+    assumed=assumed,
+)

@@ -91,7 +91,7 @@ def compare(
         "rewards": list(rewards),
         "accepted": examined.marks_of(policies),
         **comparison.report(baseline, candidate, labels, seed, options.num_resamples, options.num_worst),
-    }  # fmt: skip
+    }
     if cases:
         found["suite"] = _suite(cases, answers, scorer)
     if out is not None:
@@ -120,9 +120,11 @@ def settle_both(policies: tuple[str, str], asked: Asked) -> tuple[Sampling, Samp
 
 def _settings(how: Sampling) -> dict[str, Any]:
     return {
-        "max_new_tokens": how.max_new_tokens, "temperature": how.temperature, "stop_tokens": list(how.stop_tokens),
+        "max_new_tokens": how.max_new_tokens,
+        "temperature": how.temperature,
+        "stop_tokens": list(how.stop_tokens),
         "top_p": how.top_p,
-    }  # fmt: skip
+    }
 
 
 def _suite(cases: Sequence[CaseSection], answers: Sequence[Sequence[Sample]], scorer: Scorer) -> dict[str, Any]:
@@ -161,11 +163,15 @@ def print_report(found: Mapping[str, Any]) -> None:
         log.warning("%s", found["contradiction"])
     for name, slices in found["slices"].items():
         parts = [
-            (entry["slice"], str(entry["prompts"]), f"{entry['score_difference']:+.3f}",
-             shown(entry["win_rate"]) + (" (few)" if entry["few"] else ""),
-             f"{entry['cut_off']['baseline']} -> {entry['cut_off']['candidate']}")
+            (
+                entry["slice"],
+                str(entry["prompts"]),
+                f"{entry['score_difference']:+.3f}",
+                shown(entry["win_rate"]) + (" (few)" if entry["few"] else ""),
+                f"{entry['cut_off']['baseline']} -> {entry['cut_off']['candidate']}",
+            )
             for entry in slices
-        ]  # fmt: skip
+        ]
         show(table(f"By {name}", ("slice", "prompts", "score difference", "win rate", "cut off"), parts))
     if "suite" in found:
         _print_suite(found["suite"])
@@ -179,12 +185,15 @@ def print_report(found: Mapping[str, Any]) -> None:
 
 def _print_suite(found: Mapping[str, Any]) -> None:
     outcomes = zip(found["judge"], found["baseline"], found["candidate"], strict=True)
-    rows = [(three[0]["case"], *(f"{'passed' if one['passed'] else 'FAILED'} {one['gap']:+.2f}" for one in three))
-            for three in outcomes]  # fmt: skip
+    rows = [
+        (three[0]["case"], *(f"{'passed' if one['passed'] else 'FAILED'} {one['gap']:+.2f}" for one in three))
+        for three in outcomes
+    ]
     show(table("Edge cases", ("case", "judge", "baseline", "candidate"), rows))
     if unfit := suite.failed(found["judge"]):
-        log.warning("The reward itself fails %d edge cases and judges no policy by them: %s.", len(unfit),
-                    ", ".join(unfit))  # fmt: skip
+        log.warning(
+            "The reward itself fails %d edge cases and judges no policy by them: %s.", len(unfit), ", ".join(unfit)
+        )
 
 
 def _figures(found: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -77,6 +77,11 @@ def judged_again(config: EvalRmConfig, manifest: Manifest) -> Manifest:
 
 
 STAGE = Stage(
-    "eval-rm", EvalRmConfig, "examination", needs, "Examine a reward model.",
-    parent=parent, judged_again=judged_again,
-)  # fmt: skip
+    "eval-rm",
+    EvalRmConfig,
+    "examination",
+    needs,
+    "Examine a reward model.",
+    parent=parent,
+    judged_again=judged_again,
+)

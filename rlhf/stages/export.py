@@ -31,9 +31,13 @@ PROBES = ("hello", "what is the capital of france ?", "a")
 
 
 def export(
-    run_dir: str, target: Path, adapter_only: bool, repository: str | None = None, public: bool = False,
+    run_dir: str,
+    target: Path,
+    adapter_only: bool,
+    repository: str | None = None,
+    public: bool = False,
     head: str | None = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Write the run's model, tokenizer, card and proof to ``target``, and reload it with plain transformers; then
     upload it to ``repository`` of the hub, where one is named.
 
@@ -91,9 +95,14 @@ def export(
 
 @waiting("Writing the model, and comparing it with what transformers reads")
 def _written(
-    run_dir: str, member: int, manifest: Manifest, device: torch.device, adapter_only: bool, staging: Path,
+    run_dir: str,
+    member: int,
+    manifest: Manifest,
+    device: torch.device,
+    adapter_only: bool,
+    staging: Path,
     name: str | None = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Write the run (or one member of it) to ``staging``, reload it, and say how it compares."""
     source = artifacts.members_of(run_dir)[member]
     base = opening.reopen_base(manifest, device, whole=True)

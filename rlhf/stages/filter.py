@@ -43,8 +43,10 @@ class Rules:
     @property
     def of_scores(self) -> dict[str, float | None]:
         return {
-            "--max-disagreement": self.max_disagreement, "--min-score": self.min_score, "--keep-share": self.keep_share,
-        }  # fmt: skip
+            "--max-disagreement": self.max_disagreement,
+            "--min-score": self.min_score,
+            "--keep-share": self.keep_share,
+        }
 
 
 def filter_rows(data: str, rewards: Sequence[str], rules: Rules, micro_batch_size: int, out: str) -> dict[str, Any]:

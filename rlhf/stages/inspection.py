@@ -27,7 +27,7 @@ SHOWN = 5
 
 def check(
     files: Sequence[Path], stage: str | None, overrides: Sequence[str], show: int = 0, deep: bool = False
-) -> list[dict[str, Any]]:  # fmt: skip
+) -> list[dict[str, Any]]:
     """Check configs; parents that have not run yet are noted, not refused. All problems are raised together.
 
     Args:
@@ -59,7 +59,7 @@ def refuse_found(results: Sequence[Mapping[str, Any]]) -> None:
 
 def _check_file(
     path: Path, kind: str, overrides: Sequence[str], folders: tuple[Path, ...], show: int
-) -> tuple[dict[str, Any], Checked | None]:  # fmt: skip
+) -> tuple[dict[str, Any], Checked | None]:
     config = open_config(kind, path, overrides, "--stage {kind}")
     result: dict[str, Any] = {"config": str(path), "stage": kind}
     if kind == "pipeline":

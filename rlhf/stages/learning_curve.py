@@ -40,7 +40,7 @@ class Point:
 
 def run(
     path: Path, overrides: Sequence[str], shares: Sequence[float], seeds: Sequence[int], out: Path, num_resamples: int
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Bring every point up to date, smallest first, each in its own process; then fit, draw and judge.
 
     Args:
@@ -68,10 +68,15 @@ def run(
 def print_report(report: Mapping[str, Any]) -> None:
     """The table, and the verdict as a sentence."""
     rows = [
-        (f"{row['share']:g}", f"{row['prompts']:.0f}", f"{row['comparisons']:.0f}", _shown(row["accuracy"]),
-         " ".join(f"{value:.3f}" for value in row["by_seed"]))
+        (
+            f"{row['share']:g}",
+            f"{row['prompts']:.0f}",
+            f"{row['comparisons']:.0f}",
+            _shown(row["accuracy"]),
+            " ".join(f"{value:.3f}" for value in row["by_seed"]),
+        )
         for row in report["curve"]
-    ]  # fmt: skip
+    ]
     show(table("Learning curve", ("share", "prompts", "comparisons", "held-out accuracy", "by seed"), rows))
     step = report["last_step"]
     log.info("From share %g to %g: %s.", step["from"], step["to"], _shown(step["gained"], "+"))
@@ -120,7 +125,7 @@ def _refuse_small(path: Path, smallest: Sequence[Point]) -> None:
 
 def _report(
     points: Sequence[Point], shares: Sequence[float], seeds: Sequence[int], num_resamples: int
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     manifests = {(point.share, point.seed): artifacts.read(point.run_dir, "reward") for point in points}
     held = [_held([point for point in points if point.seed == seed]) for seed in seeds]
     trained = {share: [manifests[share, seed].details["trained"] for seed in seeds] for share in shares}
@@ -131,24 +136,35 @@ def _report(
     each = [one.right.sum(1) / one.counts.sum() for one in held]
     rows = [
         {
-            "share": share, "prompts": amounts[index],
+            "share": share,
+            "prompts": amounts[index],
             "comparisons": float(numpy.mean([one["comparisons"] for one in trained[share]])),
-            "accuracy": _interval(values[index], draws[:, index]), "by_seed": [float(own[index]) for own in each],
+            "accuracy": _interval(values[index], draws[:, index]),
+            "by_seed": [float(own[index]) for own in each],
             "run_dirs": [str(point.run_dir) for point in points if point.share == share],
         }
         for index, share in enumerate(shares)
-    ]  # fmt: skip
+    ]
     grid = numpy.geomspace(amounts[0], 2 * amounts[-1], 40)
     return {
-        "curve": rows, "seeds": list(seeds), "held_out_prompts": [len(one.counts) for one in held],
-        "fit": {"form": FORM, "floor": float(law.floor[0]), "scale": float(law.scale[0]),
-                "exponent": float(law.exponent[0])},
+        "curve": rows,
+        "seeds": list(seeds),
+        "held_out_prompts": [len(one.counts) for one in held],
+        "fit": {
+            "form": FORM,
+            "floor": float(law.floor[0]),
+            "scale": float(law.scale[0]),
+            "exponent": float(law.exponent[0]),
+        },
         "predicted": [{"prompts": float(n), "accuracy": float(law.accuracy(float(n))[0])} for n in grid],
         "gain_of_doubling": gain,
-        "last_step": {"from": shares[-2], "to": shares[-1],
-                      "gained": _interval(values[-1] - values[-2], draws[:, -1] - draws[:, -2])},
+        "last_step": {
+            "from": shares[-2],
+            "to": shares[-1],
+            "gained": _interval(values[-1] - values[-2], draws[:, -1] - draws[:, -2]),
+        },
         "verdict": verdict(gain, float(values[-1]), len(seeds)),
-    }  # fmt: skip
+    }
 
 
 def _held(points: Sequence[Point]) -> Held:

@@ -118,9 +118,10 @@ def _day(path: Path) -> str:
 def _sft(manifest: Manifest) -> str:
     measured = manifest.metrics
     return _joined(
-        ("held-out loss", measured.get("eval/loss")), ("before", measured.get("eval/base_loss")),
+        ("held-out loss", measured.get("eval/loss")),
+        ("before", measured.get("eval/base_loss")),
         ("end rate", measured.get("eval/end_token_rate")),
-    )  # fmt: skip
+    )
 
 
 def _reward(manifest: Manifest) -> str:
@@ -139,10 +140,11 @@ def _ppo(manifest: Manifest) -> str:
     measured, details = manifest.metrics, manifest.details
     best = details.get("best_step")
     return _joined(
-        ("score", measured.get("eval/score")), ("before", measured.get("start/score")),
+        ("score", measured.get("eval/score")),
+        ("before", measured.get("start/score")),
         ("KL", measured.get("eval/exact_kl_nats")),
         ("best step", None if best is None else f"{best} of {details.get('last_step')}"),
-    )  # fmt: skip
+    )
 
 
 def _collect(manifest: Manifest) -> str:

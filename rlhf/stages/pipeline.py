@@ -192,13 +192,14 @@ def _unmade(step: Step, needs: Needs, made: set[str], nearby: Nearby) -> list[Pr
     """CKP001 for each run that the stage is made from which is not there, and which no earlier stage makes."""
     return [
         Problem(
-            "CKP001", f"{step.path}: {parent.key}: {parent.run_dir}",
+            "CKP001",
+            f"{step.path}: {parent.key}: {parent.run_dir}",
             "no finished run there, and no earlier stage of this pipeline makes it.",
             f"{command(parent.run_dir, parent.kinds, nearby())} before {step.title}",
         )
         for parent in needs.parents
         if parent.run_dir not in made and not artifacts.is_finished(Path(parent.run_dir))
-    ]  # fmt: skip
+    ]
 
 
 def _in_its_own_process(command: list[str]) -> int:

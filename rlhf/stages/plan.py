@@ -83,16 +83,25 @@ def plan(path: Path, stage_id: str, overrides: Sequence[str], device: Device) ->
     worst = phases.peak(spec)
     speed = _speed(spec, device)
     outcome: dict[str, Any] = {
-        "config": str(path), "stage": stage_id, "base_said_by": said_by, "parameters": spec.shape.parameters,
-        "assumed": assumed, "device": spec.device, "budget": budget, "peak": worst.total, "peak_phase": worst.name,
+        "config": str(path),
+        "stage": stage_id,
+        "base_said_by": said_by,
+        "parameters": spec.shape.parameters,
+        "assumed": assumed,
+        "device": spec.device,
+        "budget": budget,
+        "peak": worst.total,
+        "peak_phase": worst.name,
         "phases": [{"phase": phase.name, **phase.parts, "total": phase.total} for phase in found],
         "fits": None if budget is None else worst.total <= budget,
         "alternatives": [
             {"set": change.text, "peak": phases.peak(change.spec).total} for change in advice.alternatives(spec)
         ],
-        "together": _together(spec, budget), "steps": spec.steps, "work": None,
+        "together": _together(spec, budget),
+        "steps": spec.steps,
+        "work": None,
         "measuring": None,
-    }  # fmt: skip
+    }
     if speed:
         outcome |= {"flops": speed.flops, "bandwidth": speed.bandwidth}
         outcome["work"] = [vars(work) for work in clock.step(spec, speed)]

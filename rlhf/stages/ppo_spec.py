@@ -121,6 +121,13 @@ def _only_stops(section: GuardSection) -> GuardSection:
 
 
 STAGE = Stage(
-    "ppo", PpoConfig, "policy", needs, "PPO with a KL penalty against the SFT reference.",
-    parent=parent, assumed=assumed, gates=gates, optimises=True,
-)  # fmt: skip
+    "ppo",
+    PpoConfig,
+    "policy",
+    needs,
+    "PPO with a KL penalty against the SFT reference.",
+    parent=parent,
+    assumed=assumed,
+    gates=gates,
+    optimises=True,
+)

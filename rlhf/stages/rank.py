@@ -61,13 +61,17 @@ def rank(policy: str, prompts: str, rewards: Sequence[str], options: Options, ou
         judged = open_scorer([options.judge], device, options.micro_batch_size).score(ranked).mean.tolist()
     lines.write(out, _rows(ranked, found, judged, options.samples, options.top))
     return {
-        "policy": policy, "accepted": examined.marks_of([policy]), "rewards": list(rewards), "judge": options.judge,
-        "prompts": len(records), "samples": options.samples,
+        "policy": policy,
+        "accepted": examined.marks_of([policy]),
+        "rewards": list(rewards),
+        "judge": options.judge,
+        "prompts": len(records),
+        "samples": options.samples,
         "cut_off": sum(not response.finished for response in responses),
         "empty": sum(response.is_empty for response in responses),
         "prompts_without_text": len(records) - len(ranked) // options.samples,
         "best_of": worth(ranked, found, judged, options.samples, how.seed),
-    }  # fmt: skip
+    }
 
 
 def _with_text(policy: str, responses: Sequence[Sample], samples: int) -> list[Sample]:
@@ -140,8 +144,10 @@ def print_report(found: Mapping[str, Any]) -> None:
     names = ["reward", *(["judge"] if found["judge"] else [])]
     rows = []
     for entry in found["best_of"]:
-        figures = [f"{entry[name]['estimate']:.3f} [{entry[name]['ci95'][0]:.3f}, {entry[name]['ci95'][1]:.3f}]"
-                   for name in names]  # fmt: skip
+        figures = [
+            f"{entry[name]['estimate']:.3f} [{entry[name]['ci95'][0]:.3f}, {entry[name]['ci95'][1]:.3f}]"
+            for name in names
+        ]
         rows.append((f"best of {entry['n']}", f"{entry['kl_bound']:.2f}", *figures))
     num_prompts = found["prompts"] - found["prompts_without_text"]
     title, note = f"{found['policy']}, {num_prompts} prompts", "\n".join(found["accepted"])

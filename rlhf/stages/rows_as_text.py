@@ -33,8 +33,9 @@ def standing(record: Comparison, index: int) -> str:
 def _shown(record: Any, last_only: bool) -> Iterator[Row]:
     if isinstance(record, Demonstration):
         last = len(record.messages) - 1
-        marked = [one.role == "assistant" and (index == last or not last_only)
-                  for index, one in enumerate(record.messages)]  # fmt: skip
+        marked = [
+            one.role == "assistant" and (index == last or not last_only) for index, one in enumerate(record.messages)
+        ]
         parts = [[text, loss] for text, loss in zip(_turns(record.messages), marked, strict=True)]
         yield {"where": record.where, "about": f"text; {sum(marked)} turns carry loss", "parts": parts}
     elif isinstance(record, Prompt):

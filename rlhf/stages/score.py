@@ -81,8 +81,10 @@ def scored_rows(samples: Sequence[Sample], scores: Scores) -> list[dict[str, Any
     for index, (sample, more) in enumerate(zip(samples, _of_members(samples, scores), strict=True)):
         row: dict[str, Any] = {
             "prompt": [{"role": message.role, "content": message.content} for message in sample.prompt],
-            "response": sample.response, "score": float(scores.mean[index]), **more,
-        }  # fmt: skip
+            "response": sample.response,
+            "score": float(scores.mean[index]),
+            **more,
+        }
         if len(scores.heads) > 1:
             row["heads"] = {name: float(values[index]) for name, values in scores.heads.items()}
         rows.append(row)

@@ -69,10 +69,17 @@ def make_server(batcher: Batcher, about: dict[str, Any], token: str | None) -> S
         seconds = limits.read_seconds
 
     config = uvicorn.Config(
-        make_app(batcher, about, token), http=Protocol, ws="none", log_config=None, access_log=False,
-        server_header=False, proxy_headers=False, timeout_keep_alive=int(limits.read_seconds),
-        timeout_graceful_shutdown=int(limits.score_seconds), backlog=2048,
-    )  # fmt: skip
+        make_app(batcher, about, token),
+        http=Protocol,
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=int(limits.read_seconds),
+        timeout_graceful_shutdown=int(limits.score_seconds),
+        backlog=2048,
+    )
     return Server(config, batcher)
 
 

@@ -73,15 +73,24 @@ def run(config: SftConfig, plan: Plan, run: Run) -> Manifest:
     run.write_metrics(trained.steps, metrics)
     return run.finish(
         Manifest(
-            kind="policy", stage="sft", seed=config.seed, identity=plan.identity, metrics=metrics,
-            seconds=trained.saved.seconds(), base=outcome.base,
+            kind="policy",
+            stage="sft",
+            seed=config.seed,
+            identity=plan.identity,
+            metrics=metrics,
+            seconds=trained.saved.seconds(),
+            base=outcome.base,
             parents=plan.parents_table(STAGES["sft"].needs(config)),
             details={
-                "rows": vars(report), "prompts_held_out": len(held_out), "steps": trained.steps,
-                "dropped": plan.dropped(), **trained.details, "ending": outcome.ending,
+                "rows": vars(report),
+                "prompts_held_out": len(held_out),
+                "steps": trained.steps,
+                "dropped": plan.dropped(),
+                **trained.details,
+                "ending": outcome.ending,
             },
         )
-    )  # fmt: skip
+    )
 
 
 @dataclass(frozen=True)
@@ -95,7 +104,7 @@ class Trained:
 
 def _train(
     config: SftConfig, base: Base, rows: list[Dialogue], turns: list[Turn], run: Run, first: FirstStep
-) -> Trained:  # fmt: skip
+) -> Trained:
     """From the start, or from where a resumed run goes on, to the artifact on the disk."""
     micro = micro_batch_size(config, base)
     model = _model(config, base)
@@ -132,7 +141,7 @@ def _train(
 
 def _steps(
     trainer: ResumableTrainer, held_out: HeldOut, saved: Checkpoints, recorder: _Record, first: FirstStep
-) -> None:  # fmt: skip
+) -> None:
     """The steps that are left, each with what follows it: a measurement where one is due, and a checkpoint."""
 
     def end_of_step(step: int) -> bool:
@@ -158,9 +167,11 @@ def dry_run(config: SftConfig, plan: Plan) -> list[str]:
     measured_on = sft_outcome.held_out_rows(config, held_out, chat)
     steps = _num_steps(config, len(rows))
     return [
-        report.sentence("data"), f"held out: {len(held_out)} rows.", f"{steps} steps of {config.batch.batch_size}.",
+        report.sentence("data"),
+        f"held out: {len(held_out)} rows.",
+        f"{steps} steps of {config.batch.batch_size}.",
         _what_fits(config, stopping.answers_of(rows, chat.end_id), measured_on)[0],
-    ]  # fmt: skip
+    ]
 
 
 def _what_fits(config: SftConfig, answers: Answers, measured_on: HeldOutRows) -> tuple[str, bool]:
@@ -209,9 +220,7 @@ def _model(config: SftConfig, base: Base) -> Any:
 
 
 @waiting("Preparing the trainer")
-def _trainer(
-    config: SftConfig, model: Any, base: Base, rows: list[Dialogue], run: Run, micro: int
-) -> ResumableTrainer:  # fmt: skip
+def _trainer(config: SftConfig, model: Any, base: Base, rows: list[Dialogue], run: Run, micro: int) -> ResumableTrainer:
     """TRL's trainer with every argument set that this stage relies upon."""
     for module in model.modules():
         if isinstance(module, TrainableTokensWrapper):
@@ -225,18 +234,35 @@ def _trainer(
         }
     )
     arguments = SFTConfig(
-        output_dir=str(run.path / artifacts.CHECKPOINTS), max_length=config.max_length, packing=config.packing,
-        per_device_train_batch_size=micro, gradient_accumulation_steps=config.batch.batch_size // micro,
-        max_steps=_num_steps(config, len(rows)), learning_rate=config.optim.learning_rate,
-        weight_decay=config.optim.weight_decay, warmup_steps=config.optim.warmup_ratio,
-        lr_scheduler_type=config.optim.schedule, max_grad_norm=config.optim.max_grad_norm,
-        seed=config.seed, data_seed=config.seed, bf16=False, fp16=False, use_cpu=base.device.type == "cpu",
+        output_dir=str(run.path / artifacts.CHECKPOINTS),
+        max_length=config.max_length,
+        packing=config.packing,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=config.batch.batch_size // micro,
+        max_steps=_num_steps(config, len(rows)),
+        learning_rate=config.optim.learning_rate,
+        weight_decay=config.optim.weight_decay,
+        warmup_steps=config.optim.warmup_ratio,
+        lr_scheduler_type=config.optim.schedule,
+        max_grad_norm=config.optim.max_grad_norm,
+        seed=config.seed,
+        data_seed=config.seed,
+        bf16=False,
+        fp16=False,
+        use_cpu=base.device.type == "cpu",
         activation_checkpointing=config.runtime.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False},
-        logging_steps=1, logging_nan_inf_filter=False, save_strategy="no", report_to=[], disable_tqdm=True,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
         train_sampling_strategy="group_by_length" if config.group_by_length else "random",
-        dataloader_pin_memory=False, remove_unused_columns=True, shuffle_dataset=False, loss_type="nll",
-    )  # fmt: skip
+        dataloader_pin_memory=False,
+        remove_unused_columns=True,
+        shuffle_dataset=False,
+        loss_type="nll",
+    )
     trainer = ResumableTrainer(model=model, args=arguments, train_dataset=dataset, processing_class=base.tokenizer)
     for parameter in model.parameters():
         if parameter.requires_grad:  # TRL has cast them to bfloat16 on a quantised base, where small steps are lost

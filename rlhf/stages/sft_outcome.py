@@ -108,16 +108,24 @@ def measure(config: SftConfig, device: torch.device, rows: HeldOutRows, answers:
     rate = _end_rate(samples)
     log.info(
         "Held out: loss %.3f -> %.3f a token, perplexity %.2f -> %.2f; %.0f %% of %d samples end by themselves.",
-        losses["start"], loss, _perplexity(losses["start"]), _perplexity(loss), 100 * rate, len(samples),
-    )  # fmt: skip
+        losses["start"],
+        loss,
+        _perplexity(losses["start"]),
+        _perplexity(loss),
+        100 * rate,
+        len(samples),
+    )
     new_tokens = config.sampling.max_new_tokens
     ending = stopping.figures(base, trained_tokens(config, base), samples, answers, new_tokens)
     if rate < missing_ends.least_end_rate(config, ending) and config.lora and config.steps != 0:
         ending["base_end_token_rate"] = _end_rate(_respond(config, roles, "base", rows.prompts))
     metrics = {
-        "eval/base_loss": losses["base"], "eval/start_loss": losses["start"], "eval/loss": loss,
-        "eval/perplexity": _perplexity(loss), "eval/end_token_rate": rate,
-    }  # fmt: skip
+        "eval/base_loss": losses["base"],
+        "eval/start_loss": losses["start"],
+        "eval/loss": loss,
+        "eval/perplexity": _perplexity(loss),
+        "eval/end_token_rate": rate,
+    }
     return Outcome(metrics, ending, opening.identity_of(base, trained_on))
 
 

@@ -76,6 +76,11 @@ def disk(
 
 
 STAGE = Stage(
-    "sft", SftConfig, "policy", needs, "Supervised fine-tuning on demonstrations.",
-    origin=origin, gates=sft_gates.judge,
-)  # fmt: skip
+    "sft",
+    SftConfig,
+    "policy",
+    needs,
+    "Supervised fine-tuning on demonstrations.",
+    origin=origin,
+    gates=sft_gates.judge,
+)

@@ -179,6 +179,8 @@ def micro_batch_size(config: SftConfig, base: Base) -> int:
         return micro
     log.warning(
         "packing: true needs a mask here, %d MB for a row of max_length %d: a forward pass takes one packed row.%s",
-        config.max_length**2 >> 20, config.max_length, f" batch.micro_batch_size {micro} is not used." * (micro > 1),
-    )  # fmt: skip
+        config.max_length**2 >> 20,
+        config.max_length,
+        f" batch.micro_batch_size {micro} is not used." * (micro > 1),
+    )
     return 1

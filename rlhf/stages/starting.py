@@ -72,9 +72,14 @@ class Ready:
             return
         config = self._with_date(start)
         with runs.open_run(
-            self.run_dir, self.stage.id, self.plan.inputs, load.dump(config), overwrite=start.overwrite,
-            resume=start.resume, allowed=start.allowed,
-        ) as run:  # fmt: skip
+            self.run_dir,
+            self.stage.id,
+            self.plan.inputs,
+            load.dump(config),
+            overwrite=start.overwrite,
+            resume=start.resume,
+            allowed=start.allowed,
+        ) as run:
             run.complete = partial(settling.complete, config, self.needs, self.plan)
             for note in self.plan.notes():
                 log.warning("%s.", note)
@@ -103,9 +108,12 @@ class Ready:
 
 
 def ready(
-    stage: Stage, path: Path, overrides: Sequence[str] = (), parents_may_be_missing: bool = False,
+    stage: Stage,
+    path: Path,
+    overrides: Sequence[str] = (),
+    parents_may_be_missing: bool = False,
     others: Sequence[Path] = (),
-) -> Ready:  # fmt: skip
+) -> Ready:
     """Check everything that needs no weights.
 
     Args:

@@ -90,24 +90,32 @@ def run(config: RewardConfig, plan: Plan, run: Run) -> Manifest:
     base.tokenizer.save_pretrained(run.path / artifacts.TOKENIZER)
     return run.finish(
         Manifest(
-            kind="reward", stage="train-rm", seed=config.seed, identity=plan.identity,
-            metrics={**metrics, **runtime.peak_memory()}, seconds=saved.seconds(),
+            kind="reward",
+            stage="train-rm",
+            seed=config.seed,
+            identity=plan.identity,
+            metrics={**metrics, **runtime.peak_memory()},
+            seconds=saved.seconds(),
             base=opening.identity_of_result(run.path, plan.parents["policy"]),
             parents=plan.parents_table(STAGES["train-rm"].needs(config)),
             details={
-                "rows": vars(rows.report), "heads": list(roles.head(slots[0]).names),
+                "rows": vars(rows.report),
+                "heads": list(roles.head(slots[0]).names),
                 "steps": sum(curve.last_step for curve in curves) or turns.steps,
-                "prompts_held_out": len(held_out), "dropped": plan.dropped(), **watch.details(), **combined,
+                "prompts_held_out": len(held_out),
+                "dropped": plan.dropped(),
+                **watch.details(),
+                **combined,
                 **of_members,
                 **_trained_on(config, train),
             },
         )
-    )  # fmt: skip
+    )
 
 
 def _train(
     learner: Learner, turns: Turns, groups: Sequence[Group], watch: HeldOut, saved: Checkpoints, first: FirstStep
-) -> None:  # fmt: skip
+) -> None:
     """The steps that are left, member by member; those behind an early stop are passed over."""
     position = turns.position
     losses = Recent()

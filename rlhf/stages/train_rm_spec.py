@@ -95,6 +95,11 @@ def disk(
 
 
 STAGE = Stage(
-    "train-rm", RewardConfig, "reward", needs, "Train a reward model on comparisons.",
-    parent=parent, assumed=assumed,
-)  # fmt: skip
+    "train-rm",
+    RewardConfig,
+    "reward",
+    needs,
+    "Train a reward model on comparisons.",
+    parent=parent,
+    assumed=assumed,
+)

@@ -49,20 +49,25 @@ def sft(basis: Basis) -> Tree:
         "holdout_fraction": Choice(share, "of the prompts, to measure loss and end-token rate on"),
         **({"loss_on": Choice("last_turn", _why_last(basis))} if basis.last_only else {}),
         "lora": {
-            "r": Choice(16, "on every linear layer; a larger rank learns more from much data"), "alpha": 32.0,
+            "r": Choice(16, "on every linear layer; a larger rank learns more from much data"),
+            "alpha": 32.0,
             "train_tokens": Choice(tokens, why_tokens),
         },
         "optim": {
-            "learning_rate": Choice(size.sft, choose.rate_source(size, "sft")), "warmup_ratio": 0.05,
+            "learning_rate": Choice(size.sft, choose.rate_source(size, "sft")),
+            "warmup_ratio": 0.05,
             "schedule": "cosine",
         },
         "batch": _batch(batch, length.value, size, num_train, "demonstrations"),
-        **({"steps": Choice(0, "an instruct model without demonstrations: taken as it is, its endings measured here")}
-           if basis.as_it_is else _training(num_train, batch, epochs, _why_epochs(epochs, steps))),
+        **(
+            {"steps": Choice(0, "an instruct model without demonstrations: taken as it is, its endings measured here")}
+            if basis.as_it_is
+            else _training(num_train, batch, epochs, _why_epochs(epochs, steps))
+        ),
         "sampling": basis.sampling,
         "min_end_token_rate": Choice(least_end, why_end),
         **basis.runtime,
-    }  # fmt: skip
+    }
 
 
 def train_rm(basis: Basis) -> Tree:
@@ -82,10 +87,13 @@ def train_rm(basis: Basis) -> Tree:
         "data": _data("reward", f"{len(records)} prompts with responses, on prompts of their own"),
         "max_length": length,
         "holdout_fraction": Choice(share, "of the prompts, to measure accuracy on"),
-        "use_margins": Choice(any(judgement.margin is not None for row in records for judgement in row.judgements),
-                              "whether a pair's margin is subtracted from its score difference"),
+        "use_margins": Choice(
+            any(judgement.margin is not None for row in records for judgement in row.judgements),
+            "whether a pair's margin is subtracted from its score difference",
+        ),
         "optim": {
-            "learning_rate": Choice(size.reward, choose.rate_source(size, "reward")), "warmup_ratio": 0.05,
+            "learning_rate": Choice(size.reward, choose.rate_source(size, "reward")),
+            "warmup_ratio": 0.05,
             "schedule": "cosine",
         },
         "batch": _batch(batch, tokens, size, num_train, what),
@@ -93,7 +101,7 @@ def train_rm(basis: Basis) -> Tree:
         "sampling": basis.sampling,
         "standardise_samples": Choice(min(256, max(32, num_train)), "SFT samples that set the scores' shift and scale"),
         **basis.runtime,
-    }  # fmt: skip
+    }
 
 
 def eval_rm(basis: Basis) -> Tree:
@@ -145,7 +153,7 @@ def ppo(basis: Basis) -> Tree:
         "steps": Choice(steps, "every prompt is answered about four times, in 8 to 200 steps"),
         "save_every": Choice(max(1, steps // 4), "checkpoints that --resume goes on from"),
         **basis.runtime,
-    }  # fmt: skip
+    }
 
 
 def _missing_end(basis: Basis) -> Tree:

@@ -37,11 +37,18 @@ def model(path: str) -> tuple[ModelFacts, ChatFormat]:
     marks = tuple(chat.marks)
     weight = _embeddings(directory, shape)
     facts = ModelFacts(
-        path=path, num_parameters=sum(parameter.numel() for parameter in shape.parameters()), context_length=context,
-        template=template, end_token=chat.end_token, pad_token=tokenizer.pad_token, ends=_ends(directory, tokenizer),
-        marks=marks, untrained=None if weight is None else _untrained(weight, tokenizer, marks),
-        is_initialised=weight is not None and embeddings.looks_initialised(weight), bos=_beginning(chat),
-    )  # fmt: skip
+        path=path,
+        num_parameters=sum(parameter.numel() for parameter in shape.parameters()),
+        context_length=context,
+        template=template,
+        end_token=chat.end_token,
+        pad_token=tokenizer.pad_token,
+        ends=_ends(directory, tokenizer),
+        marks=marks,
+        untrained=None if weight is None else _untrained(weight, tokenizer, marks),
+        is_initialised=weight is not None and embeddings.looks_initialised(weight),
+        bos=_beginning(chat),
+    )
     return facts, chat
 
 

@@ -20,9 +20,10 @@ from rlhf.findings import Findings
 from rlhf.start.facts import Options, Rows
 
 READERS = {
-    "comparisons": sources.load_comparisons, "demonstrations": sources.load_demonstrations,
+    "comparisons": sources.load_comparisons,
+    "demonstrations": sources.load_demonstrations,
     "prompts": sources.load_prompts,
-}  # fmt: skip
+}
 LOOKED_AT = 200
 TYPED = {"unpaired": ("label", bool), "transcripts": ("text", list)}  # other kinds have these fields with other values
 PAIR = ("prompt", "chosen", "rejected")

@@ -56,8 +56,11 @@ def figures(basis: Basis, configs: dict[str, Tree]) -> list[tuple[str, str]]:
         kind = "never pretrained"
     tokens, why = choose.train_tokens(model)
     found = [
-        ("model", f"{model.path}: {model.num_parameters / 1e6:,.1f} M parameters, {kind}, "
-                  f"context {model.context_length or 'without limit'}"),
+        (
+            "model",
+            f"{model.path}: {model.num_parameters / 1e6:,.1f} M parameters, {kind}, "
+            f"context {model.context_length or 'without limit'}",
+        ),
         ("template", f"{model.template} (the tokenizer has none)" if model.template else "the tokenizer's own"),
         ("beginning", model.bos),
         ("end token", f"{model.end_token!r}"),
@@ -66,7 +69,7 @@ def figures(basis: Basis, configs: dict[str, Tree]) -> list[tuple[str, str]]:
         ("padding", pad),
         ("limit", f"rows up to {basis.limit.tokens:,} tokens" + (f": {basis.limit.note}" if basis.limit.note else "")),
         ("answers", f"{basis.share_that_fits:.1%} of those in the data fit max_new_tokens, {basis.new_tokens:,}"),
-    ]  # fmt: skip
+    ]
     for name, tree in configs.items():
         if name != "pipeline":
             found.append((name, _summary(name, tree)))

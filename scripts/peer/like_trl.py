@@ -70,9 +70,14 @@ class LikeTrl(Measured):
         advantages = collector.algorithm.advantages(rewarded, settings.update)
         returns = ValueTargets(*settings.update.value_targets()).returns(rewards, values, late)
         self.late = replace(
-            batch, samples=samples, mask=late, old_values=values, rewards=rewards, advantages=advantages,
+            batch,
+            samples=samples,
+            mask=late,
+            old_values=values,
+            rewards=rewards,
+            advantages=advantages,
             returns=returns,
-        )  # fmt: skip
+        )
         return replace(batch, advantages=advantages.masked_fill(~batch.mask, 0.0))
 
     def step(self) -> float:

@@ -135,9 +135,14 @@ class Evaluations(TrainerCallback):
         """One answer to each held-out prompt, its end token left in, as ids."""
         job, found = self.job, []
         how = GenerationConfig(
-            max_new_tokens=job["ppo"]["response_length"], temperature=job["ppo"]["temperature"], top_k=0, top_p=1.0,
-            do_sample=True, eos_token_id=job["eos_id"], pad_token_id=job["pad_id"],
-        )  # fmt: skip
+            max_new_tokens=job["ppo"]["response_length"],
+            temperature=job["ppo"]["temperature"],
+            top_k=0,
+            top_p=1.0,
+            do_sample=True,
+            eos_token_id=job["eos_id"],
+            pad_token_id=job["pad_id"],
+        )
         for start in range(0, len(job["held_out"]), EVALUATION_BATCH):
             ids, mask = left_padded(job["held_out"][start : start + EVALUATION_BATCH], job["pad_id"])
             with sampling_by(self.noise[start : start + len(ids)]):
@@ -178,10 +183,18 @@ def main(job: dict[str, Any]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(job["policy_model"], padding_side="left")
     policy, value = policy_of(job), value_of(job)
     config = PPOConfig(
-        use_cpu=True, bf16=False, gradient_checkpointing=False, report_to=[], save_strategy="no", disable_tqdm=True,
-        num_sample_generations=0, stop_token="eos", gradient_accumulation_steps=1, **job["ppo"],
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        num_sample_generations=0,
+        stop_token="eos",
+        gradient_accumulation_steps=1,
+        **job["ppo"],
         ref_adapter_name="reference" if job["start"] == "adapter" else None,
-    )  # fmt: skip
+    )
     # The trainer's own optimizer has one learning rate for both; all else here is what it would make.
     groups = [
         {"params": [p for p in model.parameters() if p.requires_grad], "lr": rate}
@@ -190,10 +203,16 @@ def main(job: dict[str, Any]) -> None:
     optimizer = torch.optim.AdamW(groups, eps=config.adam_epsilon, weight_decay=config.weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     trainer = PPOTrainer(
-        args=config, processing_class=tokenizer, model=policy, ref_model=None, reward_model=reward_of(job),
-        value_model=value, train_dataset=Dataset.from_dict({"input_ids": job["prompts"]}),
-        optimizers=(optimizer, schedule), callbacks=[Evaluations(job, policy, noise["evaluation"])],
-    )  # fmt: skip
+        args=config,
+        processing_class=tokenizer,
+        model=policy,
+        ref_model=None,
+        reward_model=reward_of(job),
+        value_model=value,
+        train_dataset=Dataset.from_dict({"input_ids": job["prompts"]}),
+        optimizers=(optimizer, schedule),
+        callbacks=[Evaluations(job, policy, noise["evaluation"])],
+    )
     trainer.log = lambda metrics, *rest: print(json.dumps(metrics), flush=True)
     if job["permutations"]:
         share_randomness(trainer, job, noise["rollouts"])

@@ -154,9 +154,13 @@ def figures(values: Tensor, responses: Responses, value_lam: float) -> Figures:
 
 
 def learning(
-    make: Callable[[], Critic], length: int, value_lam: float, seed: int, foretold: bool = True,
+    make: Callable[[], Critic],
+    length: int,
+    value_lam: float,
+    seed: int,
+    foretold: bool = True,
     fresh: Responses | None = None,
-) -> Iterator[tuple[int, Figures]]:  # fmt: skip
+) -> Iterator[tuple[int, Figures]]:
     """What is said of a critic after 0, 1, 2, ... batches; the truth after each of ``BATCHES``."""
     generator, critic = torch.Generator().manual_seed(seed), make()
     for number in range(BATCHES[-1] + 1):
@@ -222,9 +226,11 @@ def main() -> None:
         for name, make in CRITICS.items():
             for lam in LAMBDAS:
                 said = [
-                    found.new for seed in seeds
-                    for number, found in learning(make, length, lam, 200 + seed, foretold=False) if number
-                ]  # fmt: skip
+                    found.new
+                    for seed in seeds
+                    for number, found in learning(make, length, lam, 200 + seed, foretold=False)
+                    if number
+                ]
                 shares = " | ".join(f"{sum(one >= limit for one in said) / len(said):.3f}" for limit in THRESHOLDS)
                 print(f"| {length} | {name} | {lam:g} | {shares} |", flush=True)
 

@@ -107,9 +107,11 @@ def collect(base: Base, world: str, number: int, tokens: int) -> dict[str, Tenso
     products = head.float() @ (direction / direction.norm())
     return {
         "lengths": torch.tensor([len(sample.response_ids) for sample in samples]),
-        "judged": torch.stack(judged).float(), "hidden": torch.cat(hidden).float(),
-        "slopes": slopes(products, head, torch.cat(hidden), ids), "valences": products[ids],
-    }  # fmt: skip
+        "judged": torch.stack(judged).float(),
+        "hidden": torch.cat(hidden).float(),
+        "slopes": slopes(products, head, torch.cat(hidden), ids),
+        "valences": products[ids],
+    }
 
 
 class Responses:

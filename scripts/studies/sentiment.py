@@ -63,43 +63,72 @@ def configs(chain: Chain) -> dict[str, dict[str, Any]]:
 
     def collected(name: str) -> dict[str, Any]:
         return {
-            "run_dir": chain.run(name), "policy": chain.run("sft"), "prompts": {"path": str(chain.data(name))},
-            "samples_per_prompt": 2, "labeller": {"function": "sentiment_world:label"},
-        }  # fmt: skip
+            "run_dir": chain.run(name),
+            "policy": chain.run("sft"),
+            "prompts": {"path": str(chain.data(name))},
+            "samples_per_prompt": 2,
+            "labeller": {"function": "sentiment_world:label"},
+        }
 
     def preferences(name: str) -> dict[str, str]:
         return {"path": f"{chain.run(name)}/preferences.jsonl"}
 
     found: dict[str, dict[str, Any]] = {
         "sft": {
-            "run_dir": chain.run("sft"), "model": {"path": chain.model, "dtype": chain.dtype},
-            "data": {"path": str(chain.data("sft"))}, "max_length": 192, "holdout_fraction": 0.1, "epochs": 1,
-            "optim": learning("sft"), "batch": {"batch_size": 16, "micro_batch_size": 8}, "sampling": SAMPLING,
-            "end_token_samples": 64, "min_end_token_rate": 0.5,
+            "run_dir": chain.run("sft"),
+            "model": {"path": chain.model, "dtype": chain.dtype},
+            "data": {"path": str(chain.data("sft"))},
+            "max_length": 192,
+            "holdout_fraction": 0.1,
+            "epochs": 1,
+            "optim": learning("sft"),
+            "batch": {"batch_size": 16, "micro_batch_size": 8},
+            "sampling": SAMPLING,
+            "end_token_samples": 64,
+            "min_end_token_rate": 0.5,
         },
         "comparisons": collected("comparisons"),
         "examination": collected("examination"),
         "train-rm": {
-            "run_dir": chain.run("train-rm"), "policy": chain.run("sft"), "data": preferences("comparisons"),
-            "max_length": 192, "holdout_fraction": 0.1, "epochs": 1, "optim": learning("train-rm"),
-            "batch": {"batch_size": 16, "micro_batch_size": 8}, "sampling": SAMPLING, "standardise_samples": 64,
+            "run_dir": chain.run("train-rm"),
+            "policy": chain.run("sft"),
+            "data": preferences("comparisons"),
+            "max_length": 192,
+            "holdout_fraction": 0.1,
+            "epochs": 1,
+            "optim": learning("train-rm"),
+            "batch": {"batch_size": 16, "micro_batch_size": 8},
+            "sampling": SAMPLING,
+            "standardise_samples": 64,
         },
         "eval-rm": {
-            "run_dir": chain.run("eval-rm"), "reward": chain.run("train-rm"), "data": preferences("examination"),
-            "max_length": 256, "probes": {"num_prompts": 40},
+            "run_dir": chain.run("eval-rm"),
+            "reward": chain.run("train-rm"),
+            "data": preferences("examination"),
+            "max_length": 256,
+            "probes": {"num_prompts": 40},
         },
         "ppo": {
-            "run_dir": chain.run("ppo"), "policy": chain.run("sft"),
+            "run_dir": chain.run("ppo"),
+            "policy": chain.run("sft"),
             "rewards": [{"run": chain.run("train-rm"), "examination": chain.run("eval-rm"), "accept": "failed"}],
-            "prompts": {"path": str(chain.data("ppo"))}, "sampling": SAMPLING, "kl": {"coef": 0.05},
+            "prompts": {"path": str(chain.data("ppo"))},
+            "sampling": SAMPLING,
+            "kl": {"coef": 0.05},
             "batch": {"batch_size": 32, "minibatch_size": 16, "micro_batch_size": 8},
-            "optim": {"learning_rate": RATES["ppo"]}, "value": {"pretrain_steps": 3}, "steps": STEPS,
-            "save_every": EVALUATED_EVERY, "use": "last", "report_to": "none",
+            "optim": {"learning_rate": RATES["ppo"]},
+            "value": {"pretrain_steps": 3},
+            "steps": STEPS,
+            "save_every": EVALUATED_EVERY,
+            "use": "last",
+            "report_to": "none",
             "evaluation": {
-                "every": EVALUATED_EVERY, "num_prompts": 32, "data": {"path": str(chain.data("validation"))},
+                "every": EVALUATED_EVERY,
+                "num_prompts": 32,
+                "data": {"path": str(chain.data("validation"))},
             },
         },
-    }  # fmt: skip
+    }
     return {name: {"seed": chain.seed, **config} for name, config in found.items()}
 
 
@@ -160,10 +189,25 @@ def run(chain: Chain, texts: list[str], sizes: dict[str, int]) -> None:
     answers = {"base": chain.model, "sft-answers": chain.run("sft"), "ppo-answers": chain.run("ppo")}
     for name, policy in answers.items():
         once(chain.data(name), sampled(chain, policy, "test"))
-    once(chain.data("ranked"), lambda out: rlhf(
-        chain, "best of n", "rank", chain.run("sft"), "--reward", chain.run("train-rm"), "--judge",
-        "sentiment_world:gold", "--prompts", str(chain.data("test")), "-n", str(BEST_OF), "--out", str(out),
-    ))  # fmt: skip
+    once(
+        chain.data("ranked"),
+        lambda out: rlhf(
+            chain,
+            "best of n",
+            "rank",
+            chain.run("sft"),
+            "--reward",
+            chain.run("train-rm"),
+            "--judge",
+            "sentiment_world:gold",
+            "--prompts",
+            str(chain.data("test")),
+            "-n",
+            str(BEST_OF),
+            "--out",
+            str(out),
+        ),
+    )
     files = [str(chain.at / f"{name}.yaml") for name in CHAIN if name not in STAGE_OF]
     once(
         chain.at / sentiment_report.PLAN,

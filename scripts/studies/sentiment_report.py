@@ -93,11 +93,12 @@ def together(chains: Sequence[Path]) -> dict[str, Row]:
         values = numpy.concatenate([one[name][0] for one in measured])
         means = [float(numpy.mean(one[name][0])) for one in measured]
         found[name] = {
-            "gold": asdict(grouped_bootstrap(values, groups)), "by_seed": means,
+            "gold": asdict(grouped_bootstrap(values, groups)),
+            "by_seed": means,
             "over_sft": asdict(paired_bootstrap(values, sft, groups)),
             "kl": _mean(one[name][1] for one in measured),
             "ended": float(numpy.mean([one[name][2] for one in measured])),
-        }  # fmt: skip
+        }
     return found
 
 
@@ -118,11 +119,15 @@ def curve(chains: Sequence[Path]) -> list[Row]:
     found = []
     for step, own in sorted(points.items()):
         values = [value for _, samples in own for value in gold_of(samples)]
-        found.append({
-            "step": step, "gold": asdict(grouped_bootstrap(values, range(len(values)))),
-            "score": float(numpy.mean([row["eval/score"] for row, _ in own])),
-            "kl": [row["eval/exact_kl_nats"] for row, _ in own], "alike": _mean(alike(samples) for _, samples in own),
-        })  # fmt: skip
+        found.append(
+            {
+                "step": step,
+                "gold": asdict(grouped_bootstrap(values, range(len(values)))),
+                "score": float(numpy.mean([row["eval/score"] for row, _ in own])),
+                "kl": [row["eval/exact_kl_nats"] for row, _ in own],
+                "alike": _mean(alike(samples) for _, samples in own),
+            }
+        )
     return found
 
 
@@ -135,12 +140,14 @@ def reward_model(at: Path) -> Row:
     gains = [policies(at)[name][0] for name in ("PPO", "SFT, mean of 16 samples")]
     correlation = numpy.corrcoef([row["score"] for row in ranked], [row["judge"] for row in ranked])[0, 1]
     return {
-        "labels_agree": runs.plain(share), "pairs": pairs,
-        "accuracy": examined["accuracy"], "verdict": examined["verdict"],
+        "labels_agree": runs.plain(share),
+        "pairs": pairs,
+        "accuracy": examined["accuracy"],
+        "verdict": examined["verdict"],
         "correlation": runs.plain(float(correlation)),
         "gain": float(numpy.mean(gains[0]) - numpy.mean(gains[1])),
         "beyond": [one for one in examined["verdicts"] if one["verdict"] != "pass"],
-    }  # fmt: skip
+    }
 
 
 def costs(chains: Sequence[Path]) -> list[Row]:
@@ -149,13 +156,16 @@ def costs(chains: Sequence[Path]) -> list[Row]:
     found = []
     for stage in STAGES:
         own, plan = [manifest(at, stage) for at in chains], plans.get(stage, {})
-        found.append({
-            "stage": stage, "seconds": _mean(one["seconds"] for one in own),
-            "peak_mb": _mean(peak_mb(one["metrics"]) for one in own),
-            "planned_mb": plan["peak"] / (1 << 20) if plan else None,
-            "step_s": _mean(step_seconds(at / stage, one) for at, one in zip(chains, own, strict=True)),
-            "planned_step_s": sum(work["seconds"] for work in plan.get("work") or []) or None,
-        })  # fmt: skip
+        found.append(
+            {
+                "stage": stage,
+                "seconds": _mean(one["seconds"] for one in own),
+                "peak_mb": _mean(peak_mb(one["metrics"]) for one in own),
+                "planned_mb": plan["peak"] / (1 << 20) if plan else None,
+                "step_s": _mean(step_seconds(at / stage, one) for at, one in zip(chains, own, strict=True)),
+                "planned_step_s": sum(work["seconds"] for work in plan.get("work") or []) or None,
+            }
+        )
     return found
 
 
@@ -190,35 +200,74 @@ def number(value: float | str | None, digits: int = 2) -> str:
 def tables(dtype: str, found: Row) -> Iterator[tuple[str, Sequence[str], list[Sequence[str]]]]:
     """Title, columns and rows of every table of a dtype."""
     title = f"{dtype}, seeds {', '.join(found['seeds'])}"
-    yield f"{title}: gold on test prompts, 95 % over prompts", (
-        "", "gold", "by seed", "over SFT", "KL, nats", "ended"
-    ), [
-        (name, shown(row["gold"]), " ".join(f"{value:+.2f}" for value in row["by_seed"]), shown(row["over_sft"]),
-         number(row["kl"]), number(row["ended"])) for name, row in found["policies"].items()
-    ]  # fmt: skip
-    yield f"{title}: PPO on validation prompts", (
-        "step", "gold", "reward model", "KL, by seed", "begin alike"
-    ), [
-        (str(row["step"]), shown(row["gold"]), f"{row['score']:+.2f}", " ".join(number(one) for one in row["kl"]),
-         number(row["alike"])) for row in found["curve"]
-    ]  # fmt: skip
-    yield f"{title}: the reward model", (
-        "seed", "labels agree with gold", "accuracy on labels", "correlation with gold", "verdict", "PPO over SFT"
-    ), [
-        (seed, f"{number(row['labels_agree'])} of {row['pairs']}", number(row["accuracy"]["estimate"]),
-         number(row["correlation"]), row["verdict"], f"{row['gain']:+.2f}")
-        for seed, row in found["reward_models"].items()
-    ]  # fmt: skip
-    yield f"{title}: what the examination did not pass", ("seed", "verdict", "figure", "says"), [
-        (seed, one["verdict"], number(one["estimate"]), f"{one['key']}: {one['says']}")
-        for seed, row in found["reward_models"].items() for one in row["beyond"]
-    ]  # fmt: skip
-    yield f"{title}: cost, mean of a seed", (
-        "stage", "seconds", "peak, MiB", "planned, MiB", "seconds a step", "predicted"
-    ), [
-        (row["stage"], number(row["seconds"], 0), number(row["peak_mb"], 0), number(row["planned_mb"], 0),
-         number(row["step_s"], 1), number(row["planned_step_s"], 1)) for row in found["costs"]
-    ]  # fmt: skip
+    yield (
+        f"{title}: gold on test prompts, 95 % over prompts",
+        ("", "gold", "by seed", "over SFT", "KL, nats", "ended"),
+        [
+            (
+                name,
+                shown(row["gold"]),
+                " ".join(f"{value:+.2f}" for value in row["by_seed"]),
+                shown(row["over_sft"]),
+                number(row["kl"]),
+                number(row["ended"]),
+            )
+            for name, row in found["policies"].items()
+        ],
+    )
+    yield (
+        f"{title}: PPO on validation prompts",
+        ("step", "gold", "reward model", "KL, by seed", "begin alike"),
+        [
+            (
+                str(row["step"]),
+                shown(row["gold"]),
+                f"{row['score']:+.2f}",
+                " ".join(number(one) for one in row["kl"]),
+                number(row["alike"]),
+            )
+            for row in found["curve"]
+        ],
+    )
+    yield (
+        f"{title}: the reward model",
+        ("seed", "labels agree with gold", "accuracy on labels", "correlation with gold", "verdict", "PPO over SFT"),
+        [
+            (
+                seed,
+                f"{number(row['labels_agree'])} of {row['pairs']}",
+                number(row["accuracy"]["estimate"]),
+                number(row["correlation"]),
+                row["verdict"],
+                f"{row['gain']:+.2f}",
+            )
+            for seed, row in found["reward_models"].items()
+        ],
+    )
+    yield (
+        f"{title}: what the examination did not pass",
+        ("seed", "verdict", "figure", "says"),
+        [
+            (seed, one["verdict"], number(one["estimate"]), f"{one['key']}: {one['says']}")
+            for seed, row in found["reward_models"].items()
+            for one in row["beyond"]
+        ],
+    )
+    yield (
+        f"{title}: cost, mean of a seed",
+        ("stage", "seconds", "peak, MiB", "planned, MiB", "seconds a step", "predicted"),
+        [
+            (
+                row["stage"],
+                number(row["seconds"], 0),
+                number(row["peak_mb"], 0),
+                number(row["planned_mb"], 0),
+                number(row["step_s"], 1),
+                number(row["planned_step_s"], 1),
+            )
+            for row in found["costs"]
+        ],
+    )
 
 
 def report(out: Path) -> None:
@@ -230,9 +279,12 @@ def report(out: Path) -> None:
     found: dict[str, Row] = {}
     for dtype, chains in finished(out).items():
         found[dtype] = {
-            "seeds": [at.name for at in chains], "policies": together(chains), "curve": curve(chains),
-            "reward_models": {at.name: reward_model(at) for at in chains}, "costs": costs(chains),
-        }  # fmt: skip
+            "seeds": [at.name for at in chains],
+            "policies": together(chains),
+            "curve": curve(chains),
+            "reward_models": {at.name: reward_model(at) for at in chains},
+            "costs": costs(chains),
+        }
         for title, columns, rows in tables(dtype, found[dtype]):
             progress.show(progress.table(title, columns, rows))
     if not found:
