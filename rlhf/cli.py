@@ -13,12 +13,14 @@ from typing import Annotated, Any
 
 import typer
 
-from rlhf import __version__, artifacts, errors, interrupts, masking, names, progress, runs
-from rlhf.commands import curve, judge, prepare, use, verdict
+from rlhf import __version__, errors, secrets
+from rlhf.commands import curve, inspection, judge, pipeline, prepare, run_list, use, verdict
 from rlhf.commands.options import Bare, ConfigFile, Json, Sets
 from rlhf.commands.parsing import ANYWHERE, Command, Group, StageCommand, example
 from rlhf.errors import Problem, RlhfError
-from rlhf.stages import inspection, listing, pipeline, starting
+from rlhf.hub import names
+from rlhf.runs import artifacts, interrupts, progress, run_directory
+from rlhf.stages import starting
 from rlhf.stages.base import Stage
 from rlhf.stages.registry import STAGES, open_config
 from rlhf.stages.starting import Start
@@ -149,7 +151,7 @@ def _resume(
     as_json: Json = False,
 ) -> None:
     """Go on with a run that was cut off. Its config is the one that it was started with."""
-    stage = STAGES[runs.started(run)["stage"]]
+    stage = STAGES[run_directory.started(run)["stage"]]
     start = Start(resume=True, allowed=tuple(allow_change or ()))
     _run_stage(stage, run / artifacts.CONFIG, [f"run_dir={run}"], start, as_json)
 
@@ -200,10 +202,10 @@ def _show(
     if run is not None and (artifacts.is_finished(run) or not names.exists(str(run))):
         typer.echo(json.dumps(inspection.summary(run)) if as_json else inspection.describe(run))
         return
-    entries = listing.below(run or listing.RUNS)
+    entries = run_list.below(run or run_list.RUNS)
     if run is not None and not entries:
         raise RlhfError(Problem("CKP001", str(run), "is not a run and holds none.", "rlhf show lists those in runs/"))
-    lines = listing.lines(entries, run or listing.RUNS)
+    lines = run_list.lines(entries, run or run_list.RUNS)
     typer.echo(json.dumps([asdict(entry) for entry in entries]) if as_json else "\n".join(lines))
 
 
@@ -247,7 +249,7 @@ def _left(error: Exception) -> int:
 
 def _report(problems: tuple[Problem, ...], code: int, flags: dict[str, Any]) -> int:
     if flags["--debug"] and (error := sys.exc_info()[1]):
-        masking.show_traceback(error)
+        secrets.show_traceback(error)
     text = errors.render_json(problems, code) if flags["--json-errors"] else errors.render(problems)
     log.error(text)
     return code

@@ -25,15 +25,15 @@ from measuring import SHORT, Case, Peak, WithoutProducts, random_base, token_row
 
 from rlhf.config.sections import LoraSection
 from rlhf.data.batches import PassSize, collate
-from rlhf.data.records import Message
 from rlhf.models import adapters, forward
 from rlhf.models.base import Base
 from rlhf.models.heads import ScalarHead
 from rlhf.models.roles import SharedBase
-from rlhf.optimizer import Optimizer
+from rlhf.records import Message
 from rlhf.scoring.ensemble import EnsembleScorer
 from rlhf.scoring.scorer import Sample
 from rlhf.scoring.shared import SharedScorer
+from rlhf.training.optimizer import Optimizer
 
 LENGTH = 64
 

@@ -28,11 +28,11 @@ import torch
 from measure_memory import sft_peak
 from measuring import ROLES, SHORT, Case, Peak, Ppo, WithoutProducts, four_roles, peak_of_update, ppo_peaks, random_base
 
-from rlhf import runtime
 from rlhf.config.sections import LoraSection
 from rlhf.models import adapters
 from rlhf.models.base import Base
 from rlhf.models.roles import SharedBase
+from rlhf.runs import runtime
 
 TOKENS = {"micro": 16, "rows": 16, "prompt": 128, "response": 128}
 SIZES = {

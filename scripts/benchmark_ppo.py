@@ -74,27 +74,27 @@ def ours(size: str, changes: list[str]) -> dict[str, Any]:
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from rlhf import runtime
     from rlhf.algorithms.algorithm import algorithm_of
     from rlhf.config import load
     from rlhf.config.stages import PpoConfig
     from rlhf.data.batches import PassSize
     from rlhf.data.chat import ChatFormat
-    from rlhf.data.records import Message
     from rlhf.data.tokenised import PromptRow
     from rlhf.evaluation.policy import SampledPolicy, sampling_of
     from rlhf.models.base import Base, load_tokenizer, settle
     from rlhf.models.heads import ScalarHead
     from rlhf.models.roles import SharedBase
-    from rlhf.optimizer import Optimizer
-    from rlhf.ppo.collector import Collector, CollectorSettings
-    from rlhf.ppo.critics import Critic
-    from rlhf.ppo.experience import Passes
-    from rlhf.ppo.least_squares import LeastSquares
-    from rlhf.ppo.update import PolicySettings, PolicyUpdate
-    from rlhf.ppo.value_role import ValueRole, ValueSettings
+    from rlhf.records import Message
     from rlhf.rollouts.hf import HfEngine
+    from rlhf.runs import runtime
     from rlhf.scoring.shared import SharedScorer
+    from rlhf.training.collector import Collector, CollectorSettings
+    from rlhf.training.critics import Critic
+    from rlhf.training.experience import Passes
+    from rlhf.training.least_squares import LeastSquares
+    from rlhf.training.optimizer import Optimizer
+    from rlhf.training.update import PolicySettings, PolicyUpdate
+    from rlhf.training.value_role import ValueRole, ValueSettings
 
     torch.set_num_threads(1)
     shape, N, steps = SIZES[size], BATCH[size], STEPS[size]

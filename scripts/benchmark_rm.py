@@ -50,19 +50,19 @@ def ours(size: str) -> dict[str, float]:
     import torch
     from peft import LoraConfig
 
-    from rlhf import runtime
     from rlhf.config.train_rm import RewardConfig
     from rlhf.data.batches import DataOrder
     from rlhf.data.chat import ChatFormat
-    from rlhf.data.records import Comparison, Judgement, Message
     from rlhf.data.tokenised import Group
     from rlhf.models.base import Base, load_tokenizer, settle
     from rlhf.models.heads import ScalarHead
     from rlhf.models.roles import SharedBase
-    from rlhf.optimizer import Optimizer
+    from rlhf.records import Comparison, Judgement, Message
     from rlhf.reward.learner import Learner
     from rlhf.reward.length import LengthPenalty
     from rlhf.reward.training import Member
+    from rlhf.runs import runtime
+    from rlhf.training.optimizer import Optimizer
 
     config = RewardConfig.model_validate({"data": {"path": "x"}, "steps": 1, "batch": {"batch_size": PROMPTS}})
     device = runtime.set_up(config.runtime, 0)
@@ -95,8 +95,8 @@ def pairwise(size: str) -> dict[str, float]:
     from transformers import AutoModelForSequenceClassification, LlamaConfig, TrainerCallback
     from trl import RewardConfig, RewardTrainer
 
-    from rlhf import runtime
     from rlhf.models.base import load_tokenizer
+    from rlhf.runs import runtime
 
     rows = [
         {"chosen_ids": [*prompt, *responses[i]], "rejected_ids": [*prompt, *responses[j]]}

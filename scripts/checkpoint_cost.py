@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from rlhf import artifacts, progress, runs
 from rlhf.demo import registry as demo
+from rlhf.runs import artifacts, progress, run_directory
 
 SAVED = re.compile(r"Saved \S+ in ([0-9.]+) s")
 SHORT = ("batch.batch_size=16", "batch.micro_batch_size=8", "runtime.threads=2", "sampling.max_new_tokens=32")
@@ -79,7 +79,7 @@ def large(home: Path) -> Path:
 def cost(run: Path) -> tuple[float, float]:
     """Median seconds of a save and of a step."""
     saves = [float(found) for found in SAVED.findall((run / artifacts.LOG).read_text())]
-    rows = [row for row in runs.read_metrics(run) if "time/update_s" in row]
+    rows = [row for row in run_directory.read_metrics(run) if "time/update_s" in row]
     return statistics.median(saves), statistics.median(row["time/rollout_s"] + row["time/update_s"] for row in rows)
 
 

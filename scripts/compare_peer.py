@@ -34,20 +34,22 @@ from peer import curves, like_trl
 from peer.curves import OURS, PEER
 from safetensors.torch import save_file
 
-from rlhf import preflight, progress, runs, runtime, storage
+from rlhf.commands import export
 from rlhf.config import load
 from rlhf.config.stages import PpoConfig
 from rlhf.data.batches import DataOrder
 from rlhf.demo import gold, registry
 from rlhf.evaluation import policy as measure
-from rlhf.models import adapters, opening
+from rlhf.models import adapters, open_base
 from rlhf.models.base import Base
-from rlhf.ppo import update as updates
+from rlhf.preflight import prepare
 from rlhf.rollouts.engine import Sampling, uniforms
 from rlhf.rollouts.hf import HfEngine
-from rlhf.stages import export, ppo
+from rlhf.runs import progress, run_directory, runtime, storage
+from rlhf.runs.tracking import Tracker
+from rlhf.stages.ppo import run as ppo
 from rlhf.stages.registry import STAGES
-from rlhf.tracking import Tracker
+from rlhf.training import update as updates
 
 VALUE_RATE = 1e-3  # the best that was found for a critic trained by gradients
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
@@ -85,9 +87,9 @@ def evaluation_sampling(config: PpoConfig) -> Sampling:
 def measure_ours(args: argparse.Namespace, seed: int, out: Path) -> None:
     """Train step by step in this process; writes ``out/SIDE.json``."""
     config = config_of(args, seed, out)
-    plan = preflight.prepare(config, STAGES["ppo"].needs(config))
+    plan = prepare.prepare(config, STAGES["ppo"].needs(config))
     lines: list[dict[str, Any]] = []
-    with runs.open_run(Path(config.run_dir), "ppo", plan.inputs, load.dump(config), overwrite=True) as run:
+    with run_directory.open_run(Path(config.run_dir), "ppo", plan.inputs, load.dump(config), overwrite=True) as run:
         with mock.patch.object(ppo, "Training", like_trl.LikeTrl if args.compatibility else like_trl.Measured):
             training = ppo._set_up(config, plan, run)
         training.tracker = Tracker(run.path, "none")
@@ -111,14 +113,14 @@ def measure_ours(args: argparse.Namespace, seed: int, out: Path) -> None:
                 while training.progress.pretraining is None:
                     training.pretrain_value()
             training.step()
-    write_judged(base, seed, lines, out / f"{args.side}.json", curves.means(runs.read_metrics(run.path)))
+    write_judged(base, seed, lines, out / f"{args.side}.json", curves.means(run_directory.read_metrics(run.path)))
 
 
 def measure_peer(args: argparse.Namespace, seed: int, out: Path) -> None:
     """Hand the peer its job and judge what it wrote; writes ``out/peer.json``."""
     config = config_of(args, seed, out)
-    plan = preflight.prepare(config, STAGES["ppo"].needs(config))
-    base = opening.reopen_base(plan.parents["policy"], runtime.set_up(config.runtime, seed))
+    plan = prepare.prepare(config, STAGES["ppo"].needs(config))
+    base = open_base.reopen_base(plan.parents["policy"], runtime.set_up(config.runtime, seed))
     out.mkdir(parents=True, exist_ok=True)
     job = job_of(args, config, plan, base, out)
     storage.write_json(out / "job.json", job)
@@ -136,7 +138,7 @@ def measure_peer(args: argparse.Namespace, seed: int, out: Path) -> None:
     write_judged(base, seed, lines, out / f"{PEER}.json")
 
 
-def job_of(args: argparse.Namespace, config: PpoConfig, plan: preflight.Plan, base: Base, out: Path) -> dict[str, Any]:
+def job_of(args: argparse.Namespace, config: PpoConfig, plan: prepare.Plan, base: Base, out: Path) -> dict[str, Any]:
     """Files, ids and settings for the peer; with --compatibility also our run's random numbers."""
     models = {}
     for name, run in (("policy", config.policy), ("reward", str(config.rewards[0].run))):

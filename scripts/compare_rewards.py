@@ -19,23 +19,23 @@ from typing import Any
 import quickstart as q
 from quickstart_gold import MAX_NEW_TOKENS
 
-from rlhf import artifacts, progress, runtime, storage
+from rlhf.commands import generate, rank
+from rlhf.commands.scorers import open_scorer
 from rlhf.config.sections import DataSection, RuntimeSection
 from rlhf.data import sources, tokenised
 from rlhf.data.batches import PassSize
 from rlhf.data.dropped import DroppedRows
 from rlhf.data.fitting import Limit
-from rlhf.data.records import prompt_key
 from rlhf.evaluation import figures
 from rlhf.evaluation import reward as examine
 from rlhf.evaluation.figures import FigureSettings
 from rlhf.metrics import best_of_n, intervals
-from rlhf.models import opening
+from rlhf.models import open_base
 from rlhf.models.roles import SharedBase
+from rlhf.records import prompt_key
 from rlhf.rollouts.engine import Sampling
-from rlhf.scoring.sources import open_run
-from rlhf.stages import generate, rank
-from rlhf.stages.scorers import open_scorer
+from rlhf.runs import artifacts, progress, runtime, storage
+from rlhf.scoring.open_scorer import open_run
 
 VARIANTS: dict[str, list[str]] = {
     "single": [],
@@ -103,7 +103,7 @@ def measure(out: Path, seed: int, prompts: int = PROMPTS, compared: int = COMPAR
 
 def _on_comparisons(run: Path, rankings: Any, device: Any) -> dict[str, Any]:
     """What ``eval-rm`` says of accuracy and calibration, and of each comparison whether it is ordered rightly."""
-    base = opening.reopen_base(artifacts.read(run), device)
+    base = open_base.reopen_base(artifacts.read(run), device)
     dropped = DroppedRows("data", 0.0, False, len(rankings))
     groups, _ = tokenised.groups(rankings, base.chat, Limit(MAX_LENGTH), dropped)
     assert not dropped.total, dropped.sentence()

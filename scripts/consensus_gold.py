@@ -17,8 +17,8 @@ import numpy
 
 from rlhf.config.sections import DataSection
 from rlhf.data import agreement, consensus, sources
-from rlhf.data.records import Comparison, Judgement, plain_text
 from rlhf.demo.gold import judge
+from rlhf.records import Comparison, Judgement, plain_text
 
 
 def of_seed(options: str, seed: int, size: int) -> dict[str, tuple[float, float]]:

@@ -33,17 +33,17 @@ from gpu_claims import Claims
 from measuring import SHORT, Case, Peak, Ppo, four_roles, random_base, token_rows
 from torch.nn.functional import pad
 
-from rlhf import runtime
 from rlhf.config.sections import RuntimeSection
 from rlhf.data.batches import Sequences, collate
+from rlhf.losses import policy, tensors
 from rlhf.models import forward, speed
 from rlhf.planning import clock, phases
 from rlhf.planning.clock import Speed
 from rlhf.planning.shape import of_config
-from rlhf.ppo import objective, tensors
-from rlhf.ppo.least_squares import LeastSquares
 from rlhf.rollouts.engine import Sampling
 from rlhf.rollouts.hf import HfEngine
+from rlhf.runs import runtime
+from rlhf.training.least_squares import LeastSquares
 
 ROOT = Path(__file__).parents[1]
 QWEN_SMALL = (896, 24, 14, 2, 4864, 151936)
@@ -136,9 +136,9 @@ class Step:
         """Advantages and returns of a micro-batch."""
         mask, both = self.batches[index].mask, self.both[index]
         values, scores = self.scored[index]
-        rewards = objective.token_rewards(objective.k1(both.logprobs, both.ref_logprobs), scores[:, 0], mask, 0.05)
-        advantages = objective.gae_advantages(rewards, values, mask, 1.0, 0.95)
-        return tensors.normalize(advantages, mask), objective.returns_from(advantages, values, mask)
+        rewards = policy.token_rewards(policy.k1(both.logprobs, both.ref_logprobs), scores[:, 0], mask, 0.05)
+        advantages = policy.gae_advantages(rewards, values, mask, 1.0, 0.95)
+        return tensors.normalize(advantages, mask), policy.returns_from(advantages, values, mask)
 
     def policy_update(self) -> int:
         count = sum(map(len, self.tokens))
@@ -146,7 +146,7 @@ class Step:
             old, mask = self.both[index].logprobs, sequences.mask
             with self.ppo.roles.acting_as("policy") as (model, _):
                 logprobs = forward.response_logprobs(model, sequences, 1.0)
-                objective.policy_loss(logprobs, old, self.targets(index)[0], mask, 0.2, count).loss.backward()
+                policy.policy_loss(logprobs, old, self.targets(index)[0], mask, 0.2, count).loss.backward()
             self.ratios.append(float((logprobs.detach() - old).abs().max()))
         self.norms.append(self.ppo.optimizers["policy"].step("policy"))
         return self.num_tokens
@@ -157,7 +157,7 @@ class Step:
             old, returns = self.scored[index][0], self.targets(index)[1]
             with self.ppo.roles.acting_as("value") as (model, head):
                 values = forward.state_values(model, head, sequences)
-                objective.value_loss(values, old, returns, sequences.mask, 0.2, count).loss.backward()
+                policy.value_loss(values, old, returns, sequences.mask, 0.2, count).loss.backward()
         self.norms.append(self.ppo.optimizers["value"].step("value"))
         return self.num_tokens
 

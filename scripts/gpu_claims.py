@@ -17,7 +17,7 @@ from transformers import AutoConfig
 
 from rlhf.data.batches import Sequences, collate
 from rlhf.models import forward, packing
-from rlhf.models import logits as head_logits
+from rlhf.models.fused import logits as head_logits
 from rlhf.rollouts.engine import Sampling
 from rlhf.rollouts.hf import HfEngine
 

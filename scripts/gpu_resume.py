@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
-from rlhf import artifacts
-from rlhf.runs import read_metrics
+from rlhf.runs import artifacts
+from rlhf.runs.run_directory import read_metrics
 
 ROOT = Path(__file__).parents[1]
 CUT, STEPS = 1, 2

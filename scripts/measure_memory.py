@@ -35,19 +35,20 @@ from measuring import (
 from peft import get_peft_model
 from torch.utils.data import SequentialSampler
 
-from rlhf import runtime
 from rlhf.config.sections import LoraSection
 from rlhf.config.stages import SftConfig
 from rlhf.data.batches import collate
 from rlhf.data.tokenised import Dialogue
-from rlhf.models import adapters, forward, fused_lora
+from rlhf.models import adapters, forward
 from rlhf.models.base import Base
+from rlhf.models.fused import lora as fused_lora
 from rlhf.models.heads import ScalarHead
 from rlhf.models.roles import SharedBase
-from rlhf.optimizer import Optimizer
 from rlhf.planning.phases import phases
 from rlhf.planning.shape import of_config
-from rlhf.stages import sft
+from rlhf.runs import runtime
+from rlhf.stages.sft import run as sft
+from rlhf.training.optimizer import Optimizer
 
 SMOL = (576, 12, 9, 3, 1536, 49152)  # 71 M
 GPT = (768, 12, 12, 12, 3072, 32768)  # 138 M

@@ -22,12 +22,12 @@ from rlhf.models import adapters, forward, quantised
 from rlhf.models.base import Base, load_tokenizer, settle
 from rlhf.models.heads import ScalarHead
 from rlhf.models.roles import Roles, SeparateModels, SharedBase
-from rlhf.optimizer import Optimizer
 from rlhf.planning.memory import Numbers
 from rlhf.planning.phases import Spec
 from rlhf.planning.shape import Shape
 from rlhf.rollouts.engine import Sampling
 from rlhf.rollouts.hf import HfEngine
+from rlhf.training.optimizer import Optimizer
 
 ROLES = ("policy", "reference", "reward/0", "value")
 SHORT = 4  # tokens of a prompt and of a response that only make gradients and moments stand

@@ -28,11 +28,11 @@ from typing import Any
 
 from planted_labels import ANNOTATORS, PLANTS, Case, rankings
 
-from rlhf import artifacts, progress, runs, storage
 from rlhf.config import load
 from rlhf.config.examination import ThresholdSection
 from rlhf.config.stages import EvalRmConfig
 from rlhf.evaluation import verdicts
+from rlhf.runs import artifacts, progress, run_directory, storage
 from rlhf.stages import starting
 from rlhf.stages.registry import STAGES
 from rlhf.stages.starting import Start
@@ -245,7 +245,7 @@ def _short(figure: Mapping[str, Any] | None) -> dict[str, Any] | None:
 def _write(case: Case, out: Path, split: str, size: int) -> Path:
     path = out / case.name / f"{split}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    runs.write_samples(path, rankings(case, split, size))
+    run_directory.write_samples(path, rankings(case, split, size))
     return path
 
 

@@ -25,10 +25,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rlhf import artifacts, errors, interrupts, progress, storage
+from rlhf import errors
+from rlhf.commands import pipeline
 from rlhf.errors import RlhfError
 from rlhf.evaluation import examination
-from rlhf.stages import pipeline
+from rlhf.runs import artifacts, interrupts, progress, storage
 
 STAGES = {
     "sft": "the base learns from demonstrations", "train-rm": "a reward model learns from rankings",

@@ -10,22 +10,22 @@ from typing import Any
 
 import numpy
 
-from rlhf import artifacts, progress, runs, runtime
 from rlhf.config.sections import DataSection, RuntimeSection
 from rlhf.data import sources, tokenised
 from rlhf.data.batches import PassSize
 from rlhf.data.fitting import Limit
 from rlhf.data.turns import prompt_of
 from rlhf.demo import gold, probes
-from rlhf.evaluation import plots
 from rlhf.evaluation import policy as measure
 from rlhf.metrics.intervals import Interval, grouped_bootstrap, paired_bootstrap
-from rlhf.models import opening
+from rlhf.models import open_base
 from rlhf.models.base import Base
 from rlhf.models.heads import ScalarHead
 from rlhf.models.roles import SharedBase
+from rlhf.report import plots
 from rlhf.rollouts.engine import Sampling
 from rlhf.rollouts.hf import HfEngine
+from rlhf.runs import artifacts, progress, run_directory, runtime
 from rlhf.scoring.scorer import Sample
 from rlhf.scoring.shared import SharedScorer
 
@@ -98,7 +98,7 @@ def open_roles(out: Path) -> tuple[Base, SharedBase]:
     """Base, SFT policy, PPO policy and reward model of a finished chain on one base."""
     manifest = artifacts.read(out / "ppo", "policy")
     device = runtime.set_up(RuntimeSection(), 0)
-    base = opening.reopen_base(manifest, device)
+    base = open_base.reopen_base(manifest, device)
     runtime.set_threads(RuntimeSection(), base.model, device)
     roles = SharedBase(base)
     roles.add("base")
@@ -142,7 +142,7 @@ def measure_chain(out: Path, seed: int) -> Outcome:
     }
     roles.slots |= {"policy": roles.slots["ppo"], "reference": roles.slots["sft"]}
     kl = measure.exact_kl(roles, answers, base.chat.pad_id, 1.0, PassSize(32))
-    runs.write_samples(out / "samples.jsonl", measure.sample_rows(answers, gold=policies["PPO"].axes["gold"]))
+    run_directory.write_samples(out / "samples.jsonl", measure.sample_rows(answers, gold=policies["PPO"].axes["gold"]))
     with progress.waiting("Working out the intervals"):
         intervals = {name: judged.intervals() for name, judged in policies.items()}
         summary = _summary(policies, by_temperature, best)
@@ -198,4 +198,4 @@ def draw(outcome: Outcome, out: Path) -> None:
     directory.mkdir(exist_ok=True)
     groups = {axis: {name: row[axis] for name, row in outcome.intervals.items()} for axis in AXES}
     plots.bars(groups, "mean on held-out prompts, 95 % intervals", directory / "result.png")
-    plots.curves(runs.read_metrics(out / "ppo"), CURVES, directory / "curves.png")
+    plots.curves(run_directory.read_metrics(out / "ppo"), CURVES, directory / "curves.png")

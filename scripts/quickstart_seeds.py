@@ -23,12 +23,12 @@ import quickstart as q
 import torch
 from quickstart_gold import NUM_PROMPTS, judge, open_roles, sample, test_prompts
 
-from rlhf import artifacts, progress, runs, runtime, storage
 from rlhf.config.sections import DataSection
 from rlhf.data import sources, tokenised
 from rlhf.data.batches import PassSize
 from rlhf.data.fitting import Limit
 from rlhf.models.roles import SharedBase
+from rlhf.runs import artifacts, progress, run_directory, runtime, storage
 from rlhf.scoring.shared import SharedScorer
 
 BEST_OF, BEST_OF_PROMPTS = 4, 600
@@ -138,7 +138,7 @@ def report(seeds: list[int], out: Path) -> None:
     shown = [(kind, f"{numpy.mean(v):.2f}", f"{min(v):.2f}", f"{max(v):.2f}") for kind, v in pairs.items()]
     title = "Reward model on minimal pairs"
     progress.show(progress.table(title, ("one thing differs", "mean", "least", "most"), shown))
-    plain = {name: [runs.plain(value) for value in values] for name, values in columns.items()}
+    plain = {name: [run_directory.plain(value) for value in values] for name, values in columns.items()}
     storage.write_json(out / "seeds.json", {"seeds": list(found), "columns": plain, "minimal_pairs": pairs})
 
 

@@ -29,17 +29,17 @@ import numpy
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from rlhf import artifacts, progress, runs, storage
 from rlhf.config.rewards import ClassifierSection
 from rlhf.config.sections import DataSection
 from rlhf.data import sources
-from rlhf.data.records import Comparison, prompt_key
 from rlhf.evaluation import figures
+from rlhf.losses.preference import bradley_terry
 from rlhf.metrics import intervals
 from rlhf.models import classifier
 from rlhf.models.classifier import Reading
-from rlhf.optimizer import Optimizer
-from rlhf.reward.loss import bradley_terry
+from rlhf.records import Comparison, prompt_key
+from rlhf.runs import artifacts, progress, run_directory, storage
+from rlhf.training.optimizer import Optimizer
 
 Row = dict[str, Any]
 HELD_OUT, MAX_LENGTH, EPOCHS = 0.3, 512, 30
@@ -78,7 +78,7 @@ def prepare(name: str, source: Path, out: Path, characters: int, limit: int | No
             parts["test" if held_out[key] else "train"].append(row)
     out.mkdir(parents=True, exist_ok=True)
     for part, rows in parts.items():
-        runs.write_samples(out / f"{part}.jsonl", rows)
+        run_directory.write_samples(out / f"{part}.jsonl", rows)
     return {"rows": len(read), "too_long": len(read) - len(fits), **{part: len(rows) for part, rows in parts.items()}}
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import machine
 import torch
 
-from rlhf import storage
+from rlhf.runs import storage
 
 STUDY = Path(__file__).parent / "studies" / "sentiment.py"
 MODEL, REVISION = "Qwen/Qwen2.5-0.5B-Instruct", "7ae557604adf67be50417f59c2c2f167def9a775"

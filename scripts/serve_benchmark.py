@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch
 
-from rlhf import progress
+from rlhf.commands.scorers import open_scorer
 from rlhf.config.sections import DataSection
 from rlhf.data import sources
+from rlhf.runs import progress
 from rlhf.scoring.scorer import Sample
-from rlhf.stages.scorers import open_scorer
 
 RLHF = [sys.executable, "-m", "rlhf"]
 

@@ -38,10 +38,11 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-import rlhf.stages.ppo
-import rlhf.stages.sft
-import rlhf.stages.train_rm  # noqa: F401
-from rlhf import artifacts, checkpoints, cli, errors, interrupts, progress, snapshots, storage
+import rlhf.stages.ppo.run
+import rlhf.stages.sft.run
+import rlhf.stages.train_rm.run  # noqa: F401
+from rlhf import cli, errors
+from rlhf.runs import artifacts, checkpoints, interrupts, progress, snapshots, storage
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

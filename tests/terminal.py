@@ -133,7 +133,7 @@ def _serve() -> None:
     import torch
 
     from rlhf import cli  # noqa: F401
-    from rlhf.stages import chat, collect, eval_rm, generate, ppo, score, sft, train_rm  # noqa: F401
+    from rlhf.stages.train_rm import run as train_rm  # noqa: F401
 
     torch.set_num_threads(1)
     for line in sys.stdin:
@@ -204,7 +204,8 @@ def _become(request: Request) -> None:
     sys.argv = ["rlhf", *request.arguments]
     code = 99
     try:
-        from rlhf import cli, progress
+        from rlhf import cli
+        from rlhf.runs import progress
 
         progress.console.__init__(stderr=True, highlight=False, soft_wrap=True)  # it looks at the terminal when made
         exec(request.prelude, {})

@@ -9,22 +9,24 @@ import pytest
 from pydantic import Field, ValidationError
 from tiny import finished_sft
 
-from rlhf import algorithms, preflight, runs
+from rlhf import algorithms
 from rlhf.config import load
 from rlhf.config.ppo import UpdateSection
 from rlhf.config.stages import PpoConfig
 from rlhf.models.roles import SharedBase
-from rlhf.ppo.collector import Collector
-from rlhf.stages import ppo
+from rlhf.preflight import prepare
+from rlhf.runs import run_directory
+from rlhf.stages.ppo import run as ppo
 from rlhf.stages.registry import STAGES
+from rlhf.training.collector import Collector
 
 BATCH_MEAN = '''
 """REINFORCE against the mean outcome of the batch."""
 
 import torch
 
-from rlhf.ppo.objective import PolicyLoss
-from rlhf.ppo.tensors import masked_sum
+from rlhf.losses.policy import PolicyLoss
+from rlhf.losses.tensors import masked_sum
 
 
 def advantages(batch, settings):
@@ -81,8 +83,8 @@ def test_an_algorithm_without_critic_is_one_module_and_its_settings(tmp_path, mo
     monkeypatch.setattr(SharedBase, "acting_as", lambda self, name: acted.add(name) or act(self, name))
     monkeypatch.setattr(Collector, "collect", lambda *given: batches.append(collect(*given)) or batches[-1])
     chosen = config()
-    plan = preflight.prepare(chosen, STAGES["ppo"].needs(chosen))
-    with runs.open_run(tmp_path / chosen.run_dir, "ppo", plan.inputs, load.dump(chosen)) as run:
+    plan = prepare.prepare(chosen, STAGES["ppo"].needs(chosen))
+    with run_directory.open_run(tmp_path / chosen.run_dir, "ppo", plan.inputs, load.dump(chosen)) as run:
         manifest = ppo.run(chosen, plan, run)
     assert acted == {"policy", "reference"}, "no pass of a critic"
     assert len(batches) == 2 and all(not batch.states and not batch.old_values.any() for batch in batches)
@@ -92,7 +94,7 @@ def test_an_algorithm_without_critic_is_one_module_and_its_settings(tmp_path, mo
             for t, real in enumerate(batch.mask[row].tolist()):
                 wanted = 2.0 * (outcome - sum(outcomes) / len(outcomes)) if real else 0.0
                 assert float(batch.advantages[row, t]) == pytest.approx(wanted, abs=1e-5)
-    keys = {key for line in runs.read_metrics(run.path) for key in line}
+    keys = {key for line in run_directory.read_metrics(run.path) for key in line}
     assert "update/policy_loss" in keys and not [key for key in keys if "explained" in key or "value" in key]
     assert manifest.details["value_pretraining"]["batches"] == 0
     names = {path.name for path in (run.path / "checkpoints/last").iterdir()}

@@ -14,14 +14,14 @@ import numpy
 import pytest
 import tiny
 
-from rlhf import installed
 from rlhf.config.sections import DataSection
 from rlhf.config.train_rm import RewardConfig
 from rlhf.data import agreement, consensus, deep, sources
-from rlhf.data.records import Comparison, Judgement, Message
 from rlhf.demo.gold import judge
 from rlhf.errors import RlhfError
-from rlhf.stages import train_rm_spec
+from rlhf.hub import installed
+from rlhf.records import Comparison, Judgement, Message
+from rlhf.stages.train_rm import spec
 
 SHARED = {"policy": "runs/sft", "data": {"path": "rows.jsonl"}, "epochs": 1}
 
@@ -213,7 +213,7 @@ def test_without_the_libraries_one_message_says_what_to_install(monkeypatch, tmp
     (tmp_path / "rows.jsonl").write_text('{"prompt": "p", "chosen": "a", "rejected": "b", "annotator": 7}\n')
     config = RewardConfig.model_validate({**SHARED, "data": {"path": str(tmp_path / "rows.jsonl")}})
     monkeypatch.setattr(installed.importlib.util, "find_spec", lambda name: None)
-    (item,) = train_rm_spec.STAGE.needs(config).inputs
+    (item,) = spec.STAGE.needs(config).inputs
     assert item.read(config.data, 0).annotated is None
     with pytest.raises(RlhfError, match=r"RES024.*crowd-kit and krippendorff.*'rlhf-pipeline\[annotators\]'"):
         replace(item.read, consensus="majority")(config.data)

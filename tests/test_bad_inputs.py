@@ -24,19 +24,20 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from rlhf import artifacts, cli, interrupts
-from rlhf.artifacts import Manifest
+from rlhf import cli
 from rlhf.data import files, sources, tokenised
 from rlhf.data.chat import ChatFormat
 from rlhf.data.dropped import DroppedRows
 from rlhf.data.fitting import Limit
-from rlhf.data.records import Message, Prompt
 from rlhf.errors import Problem, RlhfError
 from rlhf.models import base as base_module
-from rlhf.models import opening
+from rlhf.models import open_base
 from rlhf.models.base import load_base
 from rlhf.models.heads import ScalarHead
 from rlhf.models.roles import SharedBase
+from rlhf.records import Message, Prompt
+from rlhf.runs import artifacts, interrupts
+from rlhf.runs.artifacts import Manifest
 
 CONFIGS = {
     "sft": (
@@ -615,7 +616,7 @@ def test_67_a_tokenizer_without_pad_is_told_once_and_padding_is_the_end_token(rl
     another_tokenizer(tiny.tokenizer(pad=None))
     code, text = rlhf("sft", "-c", "sft.yaml", "--dry-run")
     assert code == 0 and text.count("The tokenizer of m has no pad token: rows are padded with the end token") == 1
-    chat = opening.open_chat(opening.model_of(artifacts.read("runs/sft")))
+    chat = open_base.open_chat(open_base.model_of(artifacts.read("runs/sft")))
     assert chat.pad_id == chat.end_id
 
 

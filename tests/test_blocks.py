@@ -10,8 +10,9 @@ from test_models import CPU, PROMPTS, RESPONSES, bias_and_norms, gradients, two_
 from tiny import base, both_ways, exact, lora, shake
 
 from rlhf.data.batches import collate
-from rlhf.models import blocks, decoding, forward, packing
-from rlhf.models.fused_lora import Adapted
+from rlhf.models import forward, packing
+from rlhf.models.fused import blocks, decoding
+from rlhf.models.fused.lora import Adapted
 from rlhf.models.heads import ScalarHead
 from rlhf.models.roles import SharedBase
 

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from tiny import CHATML, tokenizer
 from transformers import AutoTokenizer
 
+from rlhf.commands.streaming import Stream
 from rlhf.data.batches import DataOrder, collate, micro_batches
 from rlhf.data.chat import ChatFormat
-from rlhf.data.records import Message
 from rlhf.errors import RlhfError
-from rlhf.stages.streaming import Stream
+from rlhf.records import Message
 
 STORIES = Path(__file__).parents[2] / "shared" / "models" / "stories260K"
 USER = (Message("user", "hi there"),)

@@ -14,13 +14,13 @@ import pytest
 import torch
 from tiny import base, lora, shake
 
-from rlhf import artifacts, checkpoints, interrupts, runs, snapshots, storage
 from rlhf.data.batches import DataOrder
 from rlhf.errors import RlhfError
-from rlhf.identity import Identity
 from rlhf.models.heads import ScalarHead
 from rlhf.models.roles import SharedBase
-from rlhf.optimizer import Optimizer
+from rlhf.runs import artifacts, checkpoints, interrupts, run_directory, snapshots, storage
+from rlhf.runs.identity import Identity
+from rlhf.training.optimizer import Optimizer
 
 
 class Held:
@@ -176,13 +176,13 @@ def run_dir(tmp_path):
 
 @pytest.fixture
 def said(caplog, monkeypatch):
-    monkeypatch.setattr(runs.log, "propagate", True)
+    monkeypatch.setattr(run_directory.log, "propagate", True)
     caplog.set_level(logging.INFO, "rlhf")
     return caplog
 
 
 def opened_run(run_dir, identity=None, **how):
-    run = runs.open_run(run_dir, "ppo", Identity(identity or {"a": 1}), "", **how)
+    run = run_directory.open_run(run_dir, "ppo", Identity(identity or {"a": 1}), "", **how)
     if not how:
         run.write_metrics(0, {"score": 0.0})
     return run
@@ -216,11 +216,11 @@ def test_two_checkpoints_and_what_they_need_are_kept(run_dir):
 
 def test_a_resumed_run_goes_on_from_the_newest_checkpoint_and_its_metrics_are_gapless(run_dir):
     steps(run_dir, range(1, 6), every=2)
-    assert [row["step"] for row in runs.read_metrics(run_dir)] == [1, 2, 3, 4, 5]
+    assert [row["step"] for row in run_directory.read_metrics(run_dir)] == [1, 2, 3, 4, 5]
     with (run_dir / artifacts.METRICS).open("a") as file:
         file.write('{"step": 6, "lo')
     assert steps(run_dir, range(5, 8), resume=True, every=2) == 4
-    assert [row["step"] for row in runs.read_metrics(run_dir)] == [1, 2, 3, 4, 5, 6, 7]
+    assert [row["step"] for row in run_directory.read_metrics(run_dir)] == [1, 2, 3, 4, 5, 6, 7]
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(run_dir, said):
@@ -243,7 +243,7 @@ def test_a_checkpoint_of_a_later_format_is_refused_and_other_libraries_are_said(
     monkeypatch.undo()
     version = metadata.version
     monkeypatch.setattr(metadata, "version", lambda name: "0.0" if name == "torch" else version(name))
-    monkeypatch.setattr(runs.log, "propagate", True)
+    monkeypatch.setattr(run_directory.log, "propagate", True)
     assert steps(run_dir, [], resume=True) == 2
     assert "torch is 0.0 here" in said.text and "may differ in its bits" in said.text
 
@@ -264,7 +264,7 @@ def test_without_a_checkpoint_a_resumed_run_starts_at_the_beginning_and_says_so(
     assert steps(run_dir, (1, 2), every=None) == 0
     assert steps(run_dir, (1,), resume=True) == 0
     assert "No checkpoint was committed yet" in said.text
-    assert [row["step"] for row in runs.read_metrics(run_dir)] == [1]
+    assert [row["step"] for row in run_directory.read_metrics(run_dir)] == [1]
 
 
 def test_another_input_is_refused_by_name_unless_allowed(run_dir, said):

@@ -9,15 +9,15 @@ import numpy
 import pytest
 import torch
 
-from rlhf.data.records import Message
+from rlhf.commands.compare import _figures as figure_rows
+from rlhf.commands.compare import refuse_if_worse
+from rlhf.commands.score import scored_rows
 from rlhf.errors import RlhfError
 from rlhf.evaluation import comparison, contradictions
 from rlhf.evaluation.comparison import Side
 from rlhf.metrics import intervals, winrate
+from rlhf.records import Message
 from rlhf.scoring.scorer import Sample, Scores
-from rlhf.stages.compare import _figures as figure_rows
-from rlhf.stages.compare import refuse_if_worse
-from rlhf.stages.score import scored_rows
 
 GAPS = [-30.0, -4.0, 2.0, 9.0, 25.0, 40.0, 11.0, -8.0]
 WINS = [0.0, 1.0, 0.5, 1.0, 1.0, 1.0, 0.0, 0.0]

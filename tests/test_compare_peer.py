@@ -20,20 +20,20 @@ from peer import curves, like_trl  # noqa: E402
 from rlhf.algorithms.algorithm import algorithm_of  # noqa: E402
 from rlhf.config.stages import PpoConfig  # noqa: E402
 from rlhf.data.batches import PassSize, collate  # noqa: E402
-from rlhf.data.records import Message  # noqa: E402
 from rlhf.data.tokenised import PromptRow  # noqa: E402
 from rlhf.evaluation.policy import SampledPolicy, sampling_of  # noqa: E402
 from rlhf.models import forward  # noqa: E402
 from rlhf.models.heads import ScalarHead  # noqa: E402
 from rlhf.models.roles import SharedBase  # noqa: E402
-from rlhf.optimizer import Optimizer  # noqa: E402
-from rlhf.ppo import training as trainings  # noqa: E402
-from rlhf.ppo.collector import Collector, CollectorSettings  # noqa: E402
-from rlhf.ppo.experience import Experience, Passes  # noqa: E402
-from rlhf.ppo.update import PolicySettings, PolicyUpdate  # noqa: E402
-from rlhf.ppo.value_role import ValueRole, ValueSettings  # noqa: E402
+from rlhf.records import Message  # noqa: E402
 from rlhf.rollouts.engine import Rollout  # noqa: E402
 from rlhf.scoring.function import FunctionScorer  # noqa: E402
+from rlhf.training import loop as trainings  # noqa: E402
+from rlhf.training.collector import Collector, CollectorSettings  # noqa: E402
+from rlhf.training.experience import Experience, Passes  # noqa: E402
+from rlhf.training.optimizer import Optimizer  # noqa: E402
+from rlhf.training.update import PolicySettings, PolicyUpdate  # noqa: E402
+from rlhf.training.value_role import ValueRole, ValueSettings  # noqa: E402
 
 
 def curve(*points):

@@ -11,10 +11,10 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import Field
 
+from rlhf.commands import inspection
 from rlhf.config import keys, load, reference, stages, yaml_reader
 from rlhf.config.sections import Section
 from rlhf.errors import RlhfError
-from rlhf.stages import inspection
 from rlhf.stages.registry import STAGES
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -16,8 +16,8 @@ import pytest
 import tiny
 from huggingface_hub import constants
 
-from rlhf import connection
 from rlhf.errors import RlhfError
+from rlhf.hub import connection
 from rlhf.models.base import load_tokenizer
 
 ROOT = Path(__file__).parents[1]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import tiny
 
-from rlhf import examined
 from rlhf.config import keys, load
 from rlhf.config.rewards import KINDS, RewardSource, RunReward
 from rlhf.config.stages import PpoConfig
 from rlhf.errors import Problem, RlhfError
 from rlhf.findings import Findings
-from rlhf.scoring.sources import OPENERS
+from rlhf.preflight import examined
+from rlhf.scoring.open_scorer import OPENERS
 from rlhf.stages.registry import STAGES, stage_of
 
 SOURCES = {"run": "r", "runs": ["a", "b"], "model": {"path": "m"}, "function": "a:b", "url": "http://h:1"}

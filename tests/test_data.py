@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from rlhf.config.sections import DataSection
 from rlhf.data import sources
-from rlhf.data.records import Message, Prompt, prompt_key, split_by_prompt
 from rlhf.data.rows import EQUAL
 from rlhf.errors import RlhfError
+from rlhf.records import Message, Prompt, prompt_key, split_by_prompt
 
 LOADERS = {
     "demonstrations": sources.load_demonstrations,

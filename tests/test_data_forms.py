@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from rlhf.config.sections import DataSection
 from rlhf.data import sources
-from rlhf.data.records import Message
 from rlhf.data.rows import UNCOMPARED
 from rlhf.errors import RlhfError
+from rlhf.records import Message
 
 LOADERS = {
     "demonstrations": sources.load_demonstrations,

@@ -14,7 +14,6 @@ import torch
 from peft import get_peft_model
 from tiny import CHATML, tokenizer
 
-from rlhf import runtime
 from rlhf.config import load
 from rlhf.config.sections import ModelSection, RuntimeSection
 from rlhf.config.stages import SftConfig
@@ -22,14 +21,15 @@ from rlhf.data import tokenised
 from rlhf.data.chat import ChatFormat
 from rlhf.data.dropped import DroppedRows
 from rlhf.data.fitting import Limit
-from rlhf.data.records import Demonstration, Message, Prompt
 from rlhf.data.tokenised import Dialogue
 from rlhf.errors import RlhfError
 from rlhf.evaluation import stopping
-from rlhf.models import opening
+from rlhf.models import open_base
 from rlhf.models.base import load_base
+from rlhf.records import Demonstration, Message, Prompt
+from rlhf.runs import runtime
 from rlhf.scoring.scorer import Sample
-from rlhf.stages import sft
+from rlhf.stages.sft import run
 from rlhf.start import look
 
 USER = (Message("user", "hi"),)
@@ -157,7 +157,7 @@ def test_padding_that_is_the_end_token_takes_no_loss_from_it(tmp_path, pad):
     records = [Demonstration((*USER, Message("assistant", text)), "x:1") for text in ("a", "a long answer")]
     rows, _ = tokenised.dialogues(records, base.chat, False, Limit(64), DroppedRows("data", 0.0, True))
     model = get_peft_model(base.model, tiny.lora(base))
-    trainer = sft._trainer(config, model, base, rows, SimpleNamespace(path=tmp_path), 2)
+    trainer = run._trainer(config, model, base, rows, SimpleNamespace(path=tmp_path), 2)
     batch = next(iter(trainer.get_train_dataloader()))
     assert base.chat.pad_id == base.chat.end_id == 2
     for ids, labels in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True):
@@ -225,7 +225,7 @@ def test_a_gpu_that_only_emulates_bfloat16_is_refused_before_a_weight_is_loaded(
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     with pytest.raises(RlhfError, match="RES006.*Tesla T4 has no bfloat16.*model.dtype: float32"):
-        opening.open_base(ModelSection(path=str(tmp_path), dtype="bfloat16"), torch.device("cuda"))
+        open_base.open_base(ModelSection(path=str(tmp_path), dtype="bfloat16"), torch.device("cuda"))
     runtime.require_dtype("float32", torch.device("cuda"))
     runtime.require_dtype("bfloat16", torch.device("cpu"))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)

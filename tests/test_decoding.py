@@ -9,7 +9,8 @@ from test_models import bias_and_norms, two_roles
 from tiny import both_ways
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rlhf.models import blocks, decoding, fused_lora, packing, thin
+from rlhf.models import packing
+from rlhf.models.fused import blocks, decoding, few_rows, lora
 from rlhf.planning import clock, memory
 from rlhf.rollouts.cache import roomy
 from rlhf.rollouts.engine import Sampling
@@ -42,7 +43,7 @@ def test_every_sampled_token_has_the_logits_of_a_whole_pass(tmp_path, monkeypatc
 
 @pytest.mark.parametrize(("slot", "double"), [("policy", True), ("reference", True), ("policy", False)])
 def test_samples_are_those_of_the_models_own_blocks(tmp_path, monkeypatch, slot, double):
-    monkeypatch.setattr(thin, "NUMBERS", 1)  # weights are put in order, where they are in float32
+    monkeypatch.setattr(few_rows, "NUMBERS", 1)  # weights are put in order, where they are in float32
     opened, roles = two_roles(tmp_path, double=double)
     engine, how = HfEngine(roles, slot, opened.chat, 2), Sampling(9, 0.8, 3)
     assert packing.known_blocks(opened.model)
@@ -57,8 +58,8 @@ def test_prompts_are_read_without_their_padding(tmp_path, monkeypatch):
     opened, roles = two_roles(tmp_path)
     with roles.acting_as("policy"):
         assert packing.known_blocks(opened.model)
-    rows, run = [], fused_lora.products
-    monkeypatch.setattr(fused_lora, "products", lambda x, layers: rows.append(len(x)) or run(x, layers))
+    rows, run = [], lora.products
+    monkeypatch.setattr(lora, "products", lambda x, layers: rows.append(len(x)) or run(x, layers))
     HfEngine(roles, "policy", opened.chat, 3).generate(PROMPTS, Sampling(9, 0.8, 3), range(3))
     assert rows == [sum(map(len, PROMPTS))] * 4 * len(opened.model.model.layers)
 

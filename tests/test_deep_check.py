@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from rlhf.data import deep
-from rlhf.data.records import Comparison, Demonstration, Judgement, Message, Prompt
+from rlhf.records import Comparison, Demonstration, Judgement, Message, Prompt
 
 
 def comparison(prompt, responses, order, where):

@@ -7,11 +7,11 @@ import itertools
 import torch
 
 from rlhf.data.chat import ChatFormat
-from rlhf.data.records import Message
 from rlhf.demo import registry
 from rlhf.demo.replies import GOOD, write
 from rlhf.demo.world import tickets
 from rlhf.models.base import load_base
+from rlhf.records import Message
 
 
 def test_the_weights_are_within_four_mebibytes_and_the_pad_is_not_the_end():

@@ -14,15 +14,16 @@ from pathlib import Path
 import pytest
 import tiny
 
-from rlhf import artifacts, preflight
-from rlhf.artifacts import Manifest
 from rlhf.config.sections import DataSection
 from rlhf.data import dropped, lines, reading, sources
-from rlhf.data.records import Message
 from rlhf.errors import Problem, RlhfError
 from rlhf.models.base import load_base
 from rlhf.models.heads import ScalarHead
 from rlhf.models.roles import SharedBase
+from rlhf.preflight import prepare
+from rlhf.records import Message
+from rlhf.runs import artifacts
+from rlhf.runs.artifacts import Manifest
 from rlhf.stages.registry import STAGES
 
 ROOT = Path(__file__).parents[1]
@@ -106,7 +107,7 @@ def dry_run(stage, settings, key="data", **of_data):
     """The plan after a dry run, which tokenises."""
     settings = {"run_dir": "out", **settings, key: {**settings[key], **of_data}}
     config = STAGES[stage].config_class.model_validate(settings)
-    plan = preflight.prepare(config, STAGES[stage].needs(config))
+    plan = prepare.prepare(config, STAGES[stage].needs(config))
     importlib.import_module(STAGES[stage].module).dry_run(config, plan)
     return plan
 

@@ -10,19 +10,20 @@ import torch
 from tiny import build, finished_sft
 from transformers import GenerationConfig
 
-from rlhf import artifacts, origins
+from rlhf.commands.export import export
 from rlhf.config.sections import ModelSection
-from rlhf.data.records import Message
 from rlhf.data.tokenised import PromptRow
 from rlhf.errors import RlhfError
 from rlhf.evaluation import stopping
 from rlhf.evaluation.policy import respond
-from rlhf.models import opening
+from rlhf.models import open_base
 from rlhf.models.base import load_base
 from rlhf.models.roles import SharedBase
+from rlhf.preflight import origins
+from rlhf.records import Message
 from rlhf.rollouts.engine import Sampling
 from rlhf.rollouts.hf import HfEngine
-from rlhf.stages.export import export
+from rlhf.runs import artifacts
 from rlhf.start import look
 
 CPU = torch.device("cpu")
@@ -50,7 +51,7 @@ def test_the_ends_of_the_generation_config_are_those_that_are_special_tokens(tmp
     path = with_ends(tmp_path / "m", ends)
     base = load_base(path)
     assert base.chat.end_tokens == ("<|im_end|>", *others) and base.chat.end_ids[0] == 2
-    assert opening.open_chat(ModelSection(path=path)).end_ids == base.chat.end_ids
+    assert open_base.open_chat(ModelSection(path=path)).end_ids == base.chat.end_ids
     assert set(look.model(path)[0].ends) == {"<|endoftext|>", *others, *(["<|im_end|>"] if ends and ends != 3 else [])}
     assert base.model.generation_config.eos_token_id is None, "nothing else of the model's settings is kept"
 
@@ -68,8 +69,8 @@ def test_a_model_without_generation_config_has_one_end_and_a_broken_one_is_refus
 def test_a_response_ends_at_any_end_is_rescored_as_sampled_and_read_with_the_templates_end(tmp_path):
     """Against the same noise without further ends: cut at the first of them, the rest alike."""
     section = ModelSection(path=with_ends(tmp_path / "m", 3), end_tokens=list(VOWELS))
-    one = SharedBase(opening.open_base(section.model_copy(update={"end_tokens": []}), CPU))
-    many = SharedBase(opening.open_base(section, CPU))
+    one = SharedBase(open_base.open_base(section.model_copy(update={"end_tokens": []}), CPU))
+    many = SharedBase(open_base.open_base(section, CPU))
     prompts = [[70, 71, 72, 73], [80, 81], [90], [100, 101, 102]]
     for roles in (one, many):
         roles.add("policy")
@@ -94,14 +95,14 @@ def test_ends_are_inherited_and_exported_and_an_old_run_keeps_its_one_end(tmp_pa
     old = artifacts.read(tmp_path / "runs/sft")
     (tmp_path / "m/generation_config.json").write_text('{"eos_token_id": [2, 3]}', encoding="utf-8")
     assert old.base.end_tokens is None and origins.model_of(old).end_tokens == []
-    assert opening.reopen_base(old, CPU).chat.end_ids == (2,), "as it was made"
+    assert open_base.reopen_base(old, CPU).chat.end_ids == (2,), "as it was made"
     section = ModelSection(path=str(tmp_path / "m"))
-    identity = opening.identity_of(opening.open_base(section, CPU), section)
+    identity = open_base.identity_of(open_base.open_base(section, CPU), section)
     assert identity.end_tokens == ["<|endoftext|>"]
     (tmp_path / "m/generation_config.json").unlink()  # what is recorded holds
     artifacts.rewrite(tmp_path / "runs/sft", replace(old, base=identity))
     read = artifacts.read(tmp_path / "runs/sft")
-    assert read.base == identity and opening.reopen_base(read, CPU).chat.end_ids == (2, 3)
+    assert read.base == identity and open_base.reopen_base(read, CPU).chat.end_ids == (2, 3)
 
 
 def test_the_export_of_a_policy_ends_at_all_of_them(tmp_path):
@@ -115,4 +116,4 @@ def test_the_export_of_a_policy_ends_at_all_of_them(tmp_path):
 
 def test_an_end_that_the_tokenizer_does_not_have_is_refused(tmp_path):
     with pytest.raises(RlhfError, match=r"MOD031.*model.end_tokens.*'<eot>'"):
-        opening.open_base(ModelSection(path=with_ends(tmp_path / "m", 3), end_tokens=["<eot>"]), CPU)
+        open_base.open_base(ModelSection(path=with_ends(tmp_path / "m", 3), end_tokens=["<eot>"]), CPU)

@@ -15,17 +15,17 @@ import torch
 from safetensors.torch import load_file
 from test_reward_training import REWARD, cut, fingerprint, home, rlhf, rows_of, train  # noqa: F401
 
-from rlhf import artifacts
-from rlhf.artifacts import BaseIdentity, Manifest
 from rlhf.config.stages import EvalRmConfig
 from rlhf.config.train_rm import RewardConfig
 from rlhf.data.batches import collate
 from rlhf.evaluation.examination import figures_table
 from rlhf.models import forward
+from rlhf.models.adapter_part import AdapterPart
 from rlhf.models.base import load_base
 from rlhf.models.heads import ScalarHead
-from rlhf.models.part import AdapterPart
 from rlhf.models.roles import SharedBase
+from rlhf.runs import artifacts
+from rlhf.runs.artifacts import BaseIdentity, Manifest
 
 KINDS = {
     "alike": {"members": 2, "ensemble": {"data": "all"}},

@@ -11,7 +11,7 @@ import itertools
 import pytest
 import torch
 
-from rlhf.ppo import objective, tensors
+from rlhf.losses import policy, tensors
 
 END, LETTERS, LONGEST, BETA = 4, (0, 1, 2, 3), 3, 0.5
 PREFIXES = [prefix for n in range(LONGEST) for prefix in itertools.product(LETTERS, repeat=n)]
@@ -58,15 +58,15 @@ def solve(kl_of_reward, loss_of_kl, seed=0, steps=900, batch=512):
             rows = torch.multinomial(whole, batch, replacement=True, generator=generator)
             old, mask = logprobs_of(table)[rows], MASK[rows]
             kl = kl_of_reward(old, ref_logprobs[rows])
-            rewards = objective.token_rewards(kl, reward[rows], mask, BETA)
-            returns = objective.gae_advantages(rewards, torch.zeros_like(rewards), mask, 1.0, 1.0)
+            rewards = policy.token_rewards(kl, reward[rows], mask, BETA)
+            returns = policy.gae_advantages(rewards, torch.zeros_like(rewards), mask, 1.0, 1.0)
             values = torch.zeros(len(PREFIXES), dtype=torch.float64)
             counts = torch.zeros(len(PREFIXES), dtype=torch.float64)
             values.index_add_(0, STATE[rows][mask], returns[mask])
             counts.index_add_(0, STATE[rows][mask], torch.ones_like(returns[mask]))
             advantages = returns - (values / counts.clamp(min=1))[STATE[rows]]
         new = logprobs_of(table)[rows]
-        outcome = objective.policy_loss(new, old, advantages, mask, 0.2, batch)
+        outcome = policy.policy_loss(new, old, advantages, mask, 0.2, batch)
         loss = outcome.loss + BETA * loss_of_kl(new, old, ref_logprobs[rows], mask, batch)
         optimizer.zero_grad()
         loss.backward()
@@ -83,33 +83,33 @@ def nothing(logprobs, ref_logprobs):
 
 
 def k1_loss(new, old, ref, mask, num):
-    return tensors.masked_sum(objective.k1(new, ref), mask) / num
+    return tensors.masked_sum(policy.k1(new, ref), mask) / num
 
 
 def token_k2_loss(new, old, ref, mask, num):
     weight = (new - old).detach().exp()
-    return tensors.masked_sum(weight * objective.k2(new, ref), mask) / num
+    return tensors.masked_sum(weight * policy.k2(new, ref), mask) / num
 
 
 def k3_loss(new, old, ref, mask, num):
-    return tensors.masked_sum(objective.k3(new, ref), mask) / num
+    return tensors.masked_sum(policy.k3(new, ref), mask) / num
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_k1_in_the_reward_reaches_the_optimum(seed):
-    start, end = solve(objective.k1, no_kl, seed)
+    start, end = solve(policy.k1, no_kl, seed)
     assert start > 1 and end < 0.05
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_k2_in_the_loss_reaches_the_optimum(seed):
-    start, end = solve(nothing, objective.k2_kl_loss, seed)
+    start, end = solve(nothing, policy.k2_kl_loss, seed)
     assert start > 1 and end < 0.05
 
 
 @pytest.mark.parametrize(
     ("kl", "loss"),
-    [(nothing, k1_loss), (nothing, k3_loss), (nothing, token_k2_loss), (objective.k3, no_kl)],
+    [(nothing, k1_loss), (nothing, k3_loss), (nothing, token_k2_loss), (policy.k3, no_kl)],
     ids=["k1 in the loss", "k3 in the loss", "k2 of tokens in the loss", "k3 in the reward"],
 )
 def test_other_places_of_other_estimators_miss_it(kl, loss):

@@ -10,20 +10,21 @@ import pytest
 import tiny
 import torch
 
-from rlhf import artifacts, examined
-from rlhf.artifacts import Manifest
 from rlhf.commands import verdict as verdict_command
 from rlhf.config.examination import Bound, ProbesSection, ThresholdSection
 from rlhf.config.sections import DataSection
 from rlhf.data import benchmarks as data_benchmarks
 from rlhf.data import sources
-from rlhf.data.records import Comparison, Judgement, Message
 from rlhf.data.rows import RowError
 from rlhf.data.tokenised import Group
 from rlhf.errors import RlhfError
 from rlhf.evaluation import benchmarking, figures, probes, probing, reward, verdicts
 from rlhf.findings import Findings
 from rlhf.metrics import benchmarks, calibration, correlation, curve, intervals, pairs
+from rlhf.preflight import examined
+from rlhf.records import Comparison, Judgement, Message
+from rlhf.runs import artifacts
+from rlhf.runs.artifacts import Manifest
 from rlhf.scoring.scorer import Scores
 
 HOW = figures.FigureSettings(num_bins=4, num_resamples=200, seed=0, fit_fraction=0.5)

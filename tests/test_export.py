@@ -17,16 +17,17 @@ from peft import AutoPeftModelForCausalLM
 from tiny import ARCHITECTURES, base, build, lora, shake
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
 
-from rlhf import artifacts
-from rlhf.artifacts import Manifest
+from rlhf.commands.export import export
+from rlhf.commands.score import score
 from rlhf.config.sections import ModelSection
 from rlhf.data.batches import collate
 from rlhf.errors import RlhfError
-from rlhf.models import forward, hub, opening
+from rlhf.hub import upload
+from rlhf.models import forward, open_base
 from rlhf.models.heads import ScalarHead
 from rlhf.models.roles import SharedBase
-from rlhf.stages.export import export
-from rlhf.stages.score import score
+from rlhf.runs import artifacts
+from rlhf.runs.artifacts import Manifest
 
 PROMPTS, RESPONSES = [[70, 71, 72, 73, 74], [80, 81]], [[90, 91, 2], [95, 2]]
 
@@ -45,7 +46,7 @@ def make_run(home, kind, architecture="llama", tie=True, names=("score",), train
     run = home / "run"
     roles.save("role", run)
     opened.tokenizer.save_pretrained(run / artifacts.TOKENIZER)
-    identity = opening.identity_of(opened, ModelSection(path=str(home / "model")))
+    identity = open_base.identity_of(opened, ModelSection(path=str(home / "model")))
     artifacts.write(run, Manifest(kind, "sft", 0, {}, {"eval/loss": 1.0}, 1.0, base=identity))
     sequences = collate(PROMPTS, RESPONSES, 0, opened.device)
     with torch.no_grad(), roles.acting_as("role") as (model, own):
@@ -186,7 +187,7 @@ class Hub:
 
 def test_an_export_is_uploaded_privately_with_its_card(tmp_path, monkeypatch):
     run, _ = make_run(tmp_path, "policy")
-    monkeypatch.setattr(hub, "HfApi", Hub)
+    monkeypatch.setattr(upload, "HfApi", Hub)
     monkeypatch.setattr(Hub, "calls", [])
     outcome = export(str(run), tmp_path / "out", False, "me/policy")
     assert outcome["url"] == "https://hub/me/policy"
@@ -207,7 +208,7 @@ def test_without_a_login_nothing_is_computed_and_a_failed_upload_keeps_the_expor
     def offline(*_, **__):
         raise ConnectError("no route to host")
 
-    monkeypatch.setattr(hub, "HfApi", Hub)
+    monkeypatch.setattr(upload, "HfApi", Hub)
     monkeypatch.setattr(Hub, "upload_folder", offline)
     with pytest.raises(RlhfError, match=r"RES012.*me/policy.*no route to host.*hf upload me/policy"):
         export(str(run), tmp_path / "out", False, "me/policy")

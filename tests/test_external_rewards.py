@@ -19,20 +19,20 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from rlhf import artifacts
+from rlhf.commands.export import export
 from rlhf.config.rewards import ClassifierSection, RunReward
 from rlhf.config.sections import ModelSection
 from rlhf.data.batches import PassSize
-from rlhf.data.records import Message
 from rlhf.errors import RlhfError
-from rlhf.models import classifier, opening
+from rlhf.models import classifier, open_base
 from rlhf.models.heads import ScalarHead
 from rlhf.models.roles import SharedBase
+from rlhf.records import Message
+from rlhf.runs import artifacts
+from rlhf.scoring.open_scorer import Host, add_reward, open_classifier, open_source
 from rlhf.scoring.rerendered import Rerendered
 from rlhf.scoring.scorer import Sample, Scores, StandardisedScorer
 from rlhf.scoring.shared import SharedScorer
-from rlhf.scoring.sources import Host, add_reward, open_classifier, open_source
-from rlhf.stages.export import export
 
 CPU = torch.device("cpu")
 ROLES = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}<|im_end|>{% endfor %}"
@@ -207,7 +207,7 @@ def reward_run(home, **settings):
     roles.add("role", adapter=lora(opened), head=head)
     shake(roles, "role", seed=3)
     roles.save("role", home / "run")
-    identity = opening.identity_of(opened, ModelSection(path=str(home / "other")))
+    identity = open_base.identity_of(opened, ModelSection(path=str(home / "other")))
     artifacts.write(home / "run", artifacts.Manifest("reward", "train-rm", 0, {}, {}, 1.0, base=identity))
     return home / "run", SharedScorer(roles, "role", PassSize(2)), opened.chat
 

@@ -12,10 +12,10 @@ import torch
 from rlhf import errors
 from rlhf.config.ppo import GuardSection, Limit
 from rlhf.errors import RlhfError
-from rlhf.guards import Guard
 from rlhf.models import adapters
-from rlhf.stages.sft import _Record
-from rlhf.tracking import Tracker
+from rlhf.runs.tracking import Tracker
+from rlhf.stages.sft.run import _Record
+from rlhf.training.guards import Guard
 
 KL = "rollout/exact_kl_nats"
 

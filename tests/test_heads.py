@@ -12,21 +12,21 @@ import yaml
 from scipy import optimize
 from sklearn.linear_model import LogisticRegression
 
-from rlhf import runs
 from rlhf.config import load, rubric
 from rlhf.config.sections import DataSection
 from rlhf.config.train_rm import RewardConfig
 from rlhf.data import attributes, forms, sources
-from rlhf.data.records import Comparison, Judgement, Message
 from rlhf.data.rows import RowError
 from rlhf.demo import gold, registry
 from rlhf.errors import RlhfError
-from rlhf.identity import Identity
+from rlhf.losses.heads import Heads, centering, objective, rating_error, scales
+from rlhf.losses.preference import bradley_terry
 from rlhf.models.heads import ScalarHead
+from rlhf.records import Comparison, Judgement, Message
 from rlhf.reward import objective as asked
 from rlhf.reward.combination import fit_gate, fit_weights
-from rlhf.reward.loss import bradley_terry
-from rlhf.reward.several import Heads, centering, objective, rating_error, scales
+from rlhf.runs import run_directory
+from rlhf.runs.identity import Identity
 
 NAMES = ("helpful", "safe")
 
@@ -383,6 +383,6 @@ def test_the_embedded_world_labels_its_axes_and_is_the_same_without_them():
 def test_a_run_of_which_only_the_rubric_was_copied_has_not_begun(tmp_path):
     for name in ("run.json", "config.yaml", "run.log", ".lock", "rubric.yaml"):
         (tmp_path / name).write_text("{}")
-    assert runs.status(tmp_path, Identity({})) == ["no run yet"]
+    assert run_directory.status(tmp_path, Identity({})) == ["no run yet"]
     (tmp_path / "metrics.jsonl").write_text("{}")
-    assert runs.status(tmp_path, Identity({})) == ["unfinished run"]
+    assert run_directory.status(tmp_path, Identity({})) == ["unfinished run"]

@@ -14,17 +14,17 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from rlhf import artifacts
 from rlhf.config import rubric
 from rlhf.config.rewards import ClassifierSection, RunReward
 from rlhf.data.batches import PassSize
-from rlhf.data.records import Message
-from rlhf.models import opening
+from rlhf.models import open_base
 from rlhf.models.heads import ScalarHead
 from rlhf.models.roles import SharedBase
+from rlhf.records import Message
+from rlhf.runs import artifacts
+from rlhf.scoring.open_scorer import Host, open_classifier, open_source
 from rlhf.scoring.rerendered import Rerendered
 from rlhf.scoring.scorer import Sample
-from rlhf.scoring.sources import Host, open_classifier, open_source
 
 home = rewards.home
 rlhf, train, cut, rows_of, fingerprint = rewards.rlhf, rewards.train, rewards.cut, rewards.rows_of, rewards.fingerprint
@@ -217,7 +217,7 @@ def samples():
 def scores_of(**source):
     """By a reward source of the summed run."""
     manifest = artifacts.read("runs/summed")
-    base = opening.reopen_base(manifest, torch.device("cpu"))
+    base = open_base.reopen_base(manifest, torch.device("cpu"))
     host = Host(base, SharedBase(base), PassSize(8))
     scorer = open_source(RunReward(run="runs/summed", **source), "reward", manifest, host)
     return Rerendered(scorer, base.chat, "runs/summed").score(samples()).mean.tolist()

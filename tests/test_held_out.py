@@ -15,26 +15,29 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from rlhf import artifacts, held_out, missing_ends, resources
-from rlhf.artifacts import Manifest
+from rlhf.commands import plan as planning
 from rlhf.config.ppo import MissingEosSection
 from rlhf.config.stages import HeldOutSection, SftConfig
 from rlhf.config.train_rm import RewardConfig
-from rlhf.data.records import Comparison, Judgement, Message, split_by_prompt
 from rlhf.data.sources import load_comparisons, load_demonstrations
 from rlhf.data.tokenised import Group
 from rlhf.errors import RlhfError
-from rlhf.model_files import StoredTensor
+from rlhf.hub.model_files import StoredTensor
+from rlhf.losses.heads import Heads
 from rlhf.models.base import load_base
 from rlhf.models.heads import ScalarHead
 from rlhf.models.roles import SharedBase
 from rlhf.planning import clock
 from rlhf.planning.clock import Speed
+from rlhf.preflight import missing_ends, resources
+from rlhf.records import Comparison, Judgement, Message, split_by_prompt
 from rlhf.reward.learner import Learner
-from rlhf.reward.several import Heads
 from rlhf.reward.teacher import Teacher
-from rlhf.stages import plan as planning
-from rlhf.stages import sft_outcome, sft_spec
+from rlhf.runs import artifacts
+from rlhf.runs.artifacts import Manifest
+from rlhf.stages.sft import outcome as sft_outcome
+from rlhf.stages.sft import spec as sft_spec
+from rlhf.training import held_out
 
 SFT = {
     "model": {"path": "m"}, "data": {"path": "rows.jsonl"}, "max_length": 64, "steps": 8, "holdout_fraction": 0.2,

@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf import artifacts, examined, identity, runs
 from rlhf.config import fields, load
 from rlhf.config.rewards import RewardSource
 from rlhf.config.sections import DataSection, LoraSection
 from rlhf.config.stages import CollectConfig, EvalRmConfig, PipelineConfig, PpoConfig, SftConfig
 from rlhf.config.train_rm import RewardConfig
 from rlhf.errors import RlhfError
+from rlhf.preflight import examined
+from rlhf.runs import artifacts, identity, run_directory
 from rlhf.stages import settling, starting
 from rlhf.stages.registry import STAGES
 
@@ -179,7 +180,9 @@ def test_a_run_that_690edaa_left_unfinished_is_resumed_to_its_end(old, here, sta
     code, text = here("resume", f"runs/{run}")
     assert code == 0 and f"Resumed from runs/{run}/checkpoints/step-2" in text, text
     steps = [
-        row["step"] for row in runs.read_metrics(Path("runs", run)) if "train/loss" in row or "time/update_s" in row
+        row["step"]
+        for row in run_directory.read_metrics(Path("runs", run))
+        if "train/loss" in row or "time/update_s" in row
     ]
     assert steps == [1, 2, 3, 4]
     versions = {name: metadata.version(name) for name in known["versions"]}

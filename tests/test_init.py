@@ -21,14 +21,14 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from rlhf import storage
 from rlhf.config import load, yaml_reader
 from rlhf.config.sections import DataSection
 from rlhf.config.stages import SftConfig
 from rlhf.data import sources
-from rlhf.data.records import Comparison, Demonstration, Judgement, Message, Prompt, prompt_key
 from rlhf.errors import RlhfError
 from rlhf.models import adapters, embeddings
+from rlhf.records import Comparison, Demonstration, Judgement, Message, Prompt, prompt_key
+from rlhf.runs import storage
 from rlhf.stages.registry import STAGES
 from rlhf.start import chain, choose, fit, look, parts, project, reading, render
 from rlhf.start.basis import basis

@@ -12,11 +12,12 @@ import numpy
 import pytest
 import tiny
 
-from rlhf import artifacts, cli
-from rlhf.data.records import Message, Prompt, first_share, split_by_prompt
+from rlhf import cli
+from rlhf.commands import learning_curve, pipeline
 from rlhf.metrics import learning_curve as curve
 from rlhf.metrics.learning_curve import Held
-from rlhf.stages import learning_curve, pipeline
+from rlhf.records import Message, Prompt, first_share, split_by_prompt
+from rlhf.runs import artifacts
 
 AMOUNTS = (100.0, 200.0, 400.0, 800.0)
 

@@ -12,21 +12,22 @@ import tiny
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from rlhf import artifacts, examined
 from rlhf.config.rewards import RunReward
 from rlhf.data.batches import PassSize
-from rlhf.data.records import Message
 from rlhf.errors import RlhfError
 from rlhf.evaluation import figures, lengths
 from rlhf.evaluation.reward import Pairs, Responses
-from rlhf.examined import LengthCalibration
 from rlhf.metrics import length
-from rlhf.models import opening
+from rlhf.models import open_base
 from rlhf.models.roles import SharedBase
-from rlhf.scoring import sources
+from rlhf.preflight import examined
+from rlhf.preflight.examined import LengthCalibration
+from rlhf.records import Message
+from rlhf.runs import artifacts
+from rlhf.scoring import open_scorer
 from rlhf.scoring.length import LengthCorrected
+from rlhf.scoring.open_scorer import Host
 from rlhf.scoring.scorer import Sample, Scores
-from rlhf.scoring.sources import Host
 
 HOW = figures.FigureSettings(num_bins=5, num_resamples=100, seed=0, fit_fraction=0.4)
 
@@ -153,14 +154,16 @@ def test_score_ppo_and_compare_take_the_same_off_and_only_for_the_reward_that_wa
         assert one["disagreement"] == pytest.approx(other["disagreement"], abs=1e-6)
     source = RunReward(run="runs/rm", length_calibration="runs/exam", aggregate="min", reference_samples=0)
     manifest = artifacts.read("runs/rm")
-    base = opening.reopen_base(manifest, torch.device("cpu"))
+    base = open_base.reopen_base(manifest, torch.device("cpu"))
     chat = base.chat
     samples = []
     for one in given:
         prompt = (Message("user", one["prompt"]),)
         ids = [*chat.response_ids(prompt, one["response"]), chat.end_id]
         samples.append(Sample(prompt, one["response"], chat.prompt_ids(prompt), ids, True, ids))
-    found = sources.open_source(source, "reward/0", manifest, Host(base, SharedBase(base), PassSize(4))).score(samples)
+    found = open_scorer.open_source(source, "reward/0", manifest, Host(base, SharedBase(base), PassSize(4))).score(
+        samples
+    )
     assert found.mean.tolist() == pytest.approx([min(one["members"]) for one in corrected], abs=1e-5)
     code, said = here("compare", "runs/sft", "runs/sft", "--prompts", "given.jsonl", "--reward", "runs/exam", "--json")
     assert code == 0, said
@@ -188,7 +191,7 @@ def test_score_ppo_and_compare_take_the_same_off_and_only_for_the_reward_that_wa
     run("eval-rm", "outside", {**EXAMINED, "model": {"path": "classifier"}})
     model = {"model": {"path": "classifier"}}
     one, other = (
-        sources.open_source(tiny.reward({**model, **more}), "r", None, Host(base, None, PassSize(4)))
+        open_scorer.open_source(tiny.reward({**model, **more}), "r", None, Host(base, None, PassSize(4)))
         .score(samples)
         .mean
         for more in ({}, {"length_calibration": "runs/outside"})

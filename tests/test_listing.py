@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from rlhf import artifacts, runs
-from rlhf.artifacts import Manifest
-from rlhf.identity import Identity
-from rlhf.stages import listing
+from rlhf.commands import run_list
+from rlhf.runs import artifacts, run_directory
+from rlhf.runs.artifacts import Manifest
+from rlhf.runs.identity import Identity
 
 GATE = {"code": "GRD002", "where": "runs/gated: eval/end_token_rate", "what": "low."}
 MADE = {
@@ -35,7 +35,7 @@ FIGURES = {
 
 
 def finished(path, kind="policy", stage="sft", metrics=None, details=None):
-    with runs.open_run(path, stage, Identity({}), "") as run:
+    with run_directory.open_run(path, stage, Identity({}), "") as run:
         (path / "adapter").mkdir()
         (path / "adapter" / "w.safetensors").write_bytes(b"1234")
         run.finish(Manifest(kind, stage, 0, {}, metrics or {}, 1.0, details=details or {}))
@@ -49,8 +49,8 @@ def home(tmp_path, monkeypatch):
     return Path("runs")
 
 
-def states(directory=listing.RUNS):
-    return {one.run_dir.removeprefix("runs/"): one.state for one in listing.below(directory)}
+def states(directory=run_list.RUNS):
+    return {one.run_dir.removeprefix("runs/"): one.state for one in run_list.below(directory)}
 
 
 def test_finished_runs_at_any_depth_with_their_headline_figure(home, here):
@@ -69,20 +69,20 @@ def test_finished_runs_at_any_depth_with_their_headline_figure(home, here):
 
 
 def test_unfinished_damaged_and_moved_aside_runs_are_listed_as_what_they_are(home, here):
-    with runs.open_run(home / "cut", "ppo", Identity({}), "") as run:
+    with run_directory.open_run(home / "cut", "ppo", Identity({}), "") as run:
         for step in range(8):
             run.write_metrics(step, {"rollout/score": float(step)})
     with (home / "cut/metrics.jsonl").open("a") as file:
         file.write('{"step": 8, "rollout')
-    runs.open_run(home / "begun", "sft", Identity({}), "").close()
+    run_directory.open_run(home / "begun", "sft", Identity({}), "").close()
     for name in ("no manifest", "short", "lost"):
         finished(home / name)
     (home / "no manifest/manifest.json").write_text("{")
     (home / "short/adapter/w.safetensors").write_bytes(b"1")
     shutil.rmtree(home / "lost/adapter")
-    runs.open_run(home / "unreadable", "sft", Identity({}), "").close()
+    run_directory.open_run(home / "unreadable", "sft", Identity({}), "").close()
     (home / "unreadable/run.json").write_text("[]")
-    runs.open_run(home / "collect", "collect", Identity({"a": 1}), "", overwrite=True).close()
+    run_directory.open_run(home / "collect", "collect", Identity({"a": 1}), "", overwrite=True).close()
     (home / ".half.tmp-1").mkdir()
     shutil.copy(home / "begun/run.json", home / ".half.tmp-1/run.json")
     found = states()

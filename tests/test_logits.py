@@ -13,12 +13,13 @@ from tiny import base, exact, lora, shake
 
 from rlhf.config.sections import SamplingSection
 from rlhf.errors import RlhfError
-from rlhf.models import decoding, forward, logits, packing
+from rlhf.losses.tensors import TemperedLogprobs
+from rlhf.models import forward, packing
+from rlhf.models.fused import decoding, logits
 from rlhf.models.roles import SharedBase
-from rlhf.ppo.tensors import TemperedLogprobs
 from rlhf.rollouts.continuous import ContinuousEngine
 from rlhf.rollouts.engine import Sampling
-from rlhf.rollouts.opening import open_engine
+from rlhf.rollouts.open_engine import open_engine
 
 V, D = 32768, 64
 SETTINGS = {"targets": {"q_proj", "lm_head"}}, {"train_tokens": ["<|im_end|>"]}, {}

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
+from rlhf.commands import inspection
 from rlhf.config import keys, load, migrations
 from rlhf.errors import RlhfError
-from rlhf.stages import inspection
 from rlhf.stages.registry import STAGES
 
 LF_SFT = """

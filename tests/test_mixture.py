@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf import preflight
 from rlhf.config import load
 from rlhf.config.sections import DataSection
 from rlhf.config.stages import SftConfig
 from rlhf.data import mixture, sources
-from rlhf.data.records import Message, Prompt, prompt_key, split_by_prompt
 from rlhf.errors import RlhfError
+from rlhf.preflight import prepare
+from rlhf.records import Message, Prompt, prompt_key, split_by_prompt
 from rlhf.stages.registry import STAGES
 
 
@@ -125,12 +125,12 @@ def test_identity_names_each_source_with_its_count_and_splits_share_no_prompt(tm
     entries = ", ".join(f"{{path: '{tmp_path / name}.jsonl', weight: {w}}}" for name, w in (("a", 2), ("b", 1)))
     path.write_text(f"data: {{mixture: [{entries}], limit: 25}}\nepochs: 1\nrun_dir: '{tmp_path / 'run'}'\n")
     config = load.load(SftConfig, path)
-    plan = preflight.prepare(config, STAGES["sft"].needs(config))
+    plan = prepare.prepare(config, STAGES["sft"].needs(config))
     assert plan.identity["data.mixture.0.path"].endswith("a.jsonl") and plan.identity["data.limit"] == 25
     assert [plan.identity[f"data.mixture.{n}.drawn"] for n in (0, 1)] == [33, 17]
     rest, held_out = split_by_prompt(plan.data["data"].records, 0.2, 0)
     assert not {prompt_key(r.prompt) for r in rest} & {prompt_key(r.prompt) for r in held_out}
-    other = preflight.prepare(load.load(SftConfig, path, ["seed=1"]), STAGES["sft"].needs(config))
+    other = prepare.prepare(load.load(SftConfig, path, ["seed=1"]), STAGES["sft"].needs(config))
     assert other.identity["data.rows"] != plan.identity["data.rows"]
 
 

@@ -17,8 +17,10 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from rlhf.config.sections import LoraSection
 from rlhf.data.batches import collate
 from rlhf.errors import RlhfError
-from rlhf.models import adapters, decoding, forward, fused_lora, grouped, merged, packing
+from rlhf.models import adapters, forward, grouped, merged, packing
 from rlhf.models.base import load_base, weights_checksum
+from rlhf.models.fused import decoding
+from rlhf.models.fused import lora as fused_lora
 from rlhf.models.heads import ScalarHead
 from rlhf.models.roles import SeparateModels, SharedBase
 

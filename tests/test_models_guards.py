@@ -12,12 +12,12 @@ from transformers import BertConfig, BertLMHeadModel, Llama4ForCausalLM, Llama4T
 
 from rlhf.data.batches import collate
 from rlhf.data.chat import ChatFormat
-from rlhf.data.records import Message
 from rlhf.errors import RlhfError
 from rlhf.models import forward
 from rlhf.models.base import load_base
 from rlhf.models.heads import ScalarHead
 from rlhf.models.roles import SharedBase
+from rlhf.records import Message
 from rlhf.rollouts.engine import Sampling
 from rlhf.rollouts.hf import HfEngine
 

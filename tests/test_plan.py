@@ -20,18 +20,19 @@ from tiny import ARCHITECTURES, base, build, lora
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rlhf import resources
+from rlhf.commands import plan
 from rlhf.data.batches import collate
 from rlhf.errors import RlhfError
-from rlhf.models import first_step, forward, grouped, logits, speed
+from rlhf.models import first_step, forward, grouped, speed
 from rlhf.models.base import Loading, load_base
+from rlhf.models.fused import logits
 from rlhf.models.roles import SharedBase
 from rlhf.planning import advice, clock, memory, phases, shape, specs
 from rlhf.planning.clock import Speed
 from rlhf.planning.memory import Numbers
 from rlhf.planning.phases import Spec
-from rlhf.ppo import least_squares
-from rlhf.stages import plan
+from rlhf.preflight import resources
+from rlhf.training import least_squares
 
 ROOT = Path(__file__).parents[1]
 QWEN = {

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 import tiny
 
-from rlhf import artifacts, policy_sampling
-from rlhf.artifacts import Manifest
 from rlhf.config import load
 from rlhf.config.sections import PolicySamplingSection, SamplingSection
 from rlhf.config.stages import CollectConfig
 from rlhf.errors import RlhfError
 from rlhf.planning.specs import Ground
+from rlhf.runs import artifacts, policy_sampling
+from rlhf.runs.artifacts import Manifest
 from rlhf.stages import ancestry
 from rlhf.stages.registry import STAGES
 

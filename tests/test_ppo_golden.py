@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf.ppo import objective, tensors
+from rlhf.losses import policy, tensors
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "trl_ppo.json").read_text())
 ARGS = GOLDEN["args"]
@@ -30,16 +30,16 @@ def batch():
 
 
 def aligned(batch):
-    kl = objective.k1(batch["logprobs"], batch["ref_logprobs"])
-    rewards = objective.token_rewards(kl, batch["scores"], batch["longer"], ARGS["kl_coef"])
-    advantages = objective.gae_advantages(rewards, batch["values"], batch["longer"], ARGS["gamma"], ARGS["lam"])
+    kl = policy.k1(batch["logprobs"], batch["ref_logprobs"])
+    rewards = policy.token_rewards(kl, batch["scores"], batch["longer"], ARGS["kl_coef"])
+    advantages = policy.gae_advantages(rewards, batch["values"], batch["longer"], ARGS["gamma"], ARGS["lam"])
     return rewards, advantages
 
 
 def test_rewards_advantages_and_returns_agree(batch):
     rewards, advantages = aligned(batch)
     assert torch.allclose(rewards, batch["rewards"], atol=1e-6)
-    returns = objective.returns_from(advantages, batch["values"], batch["longer"])
+    returns = policy.returns_from(advantages, batch["values"], batch["longer"])
     assert torch.allclose(returns, batch["returns"].masked_fill(~batch["longer"], 0), atol=1e-6)
     n = batch["mask"].sum()
     normalised = tensors.normalize(advantages, batch["mask"]) * torch.sqrt((n - 1) / n)
@@ -48,7 +48,7 @@ def test_rewards_advantages_and_returns_agree(batch):
 
 def test_policy_loss_and_gradient_agree(batch):
     logprobs = batch["new_logprobs"].requires_grad_()
-    outcome = objective.policy_loss(
+    outcome = policy.policy_loss(
         logprobs, batch["logprobs"], batch["advantages"], batch["mask"], ARGS["cliprange"], int(batch["mask"].sum())
     )
     outcome.loss.backward()
@@ -58,7 +58,7 @@ def test_policy_loss_and_gradient_agree(batch):
 
 def test_value_loss_and_gradient_agree(batch):
     values, seen = batch["new_values"].requires_grad_(), batch["longer"]
-    outcome = objective.value_loss(
+    outcome = policy.value_loss(
         values, batch["values"], batch["returns"], seen, ARGS["cliprange_value"], int(seen.sum())
     )
     outcome.loss.backward()

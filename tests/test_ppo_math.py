@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf.ppo import objective, tensors
+from rlhf.losses import policy as objective
+from rlhf.losses import tensors
 
 NAN = float("nan")
 

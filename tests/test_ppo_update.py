@@ -11,29 +11,30 @@ import pytest
 import torch
 from tiny import base, lora, shake
 
-from rlhf import runtime
 from rlhf.algorithms.algorithm import algorithm_of
 from rlhf.config.stages import PpoConfig
 from rlhf.data.batches import PassSize
-from rlhf.data.records import Message
 from rlhf.data.tokenised import PromptRow
 from rlhf.evaluation.policy import SampledPolicy, sampling_of
+from rlhf.losses import tensors
 from rlhf.models import forward, packing
 from rlhf.models.base import weights_checksum
 from rlhf.models.heads import ScalarHead
 from rlhf.models.roles import SharedBase
-from rlhf.optimizer import Optimizer
-from rlhf.ppo import least_squares, tensors, value_role
-from rlhf.ppo import training as trainings
-from rlhf.ppo import update as updates
-from rlhf.ppo.collector import Collector, CollectorSettings
-from rlhf.ppo.experience import Passes
-from rlhf.ppo.least_squares import LeastSquares
-from rlhf.ppo.update import PolicySettings, PolicyUpdate
-from rlhf.ppo.value_role import ValueRole, ValueSettings
+from rlhf.records import Message
 from rlhf.rollouts.engine import Rollout
 from rlhf.rollouts.hf import HfEngine
+from rlhf.runs import runtime
 from rlhf.scoring.function import FunctionScorer
+from rlhf.training import least_squares, value_role
+from rlhf.training import loop as trainings
+from rlhf.training import update as updates
+from rlhf.training.collector import Collector, CollectorSettings
+from rlhf.training.experience import Passes
+from rlhf.training.least_squares import LeastSquares
+from rlhf.training.optimizer import Optimizer
+from rlhf.training.update import PolicySettings, PolicyUpdate
+from rlhf.training.value_role import ValueRole, ValueSettings
 
 
 def lengths(prompts, responses):

@@ -12,26 +12,26 @@ import pytest
 import torch
 from tiny import build, exact, lora, shake
 
-from rlhf import snapshots
 from rlhf.algorithms import ppo
 from rlhf.config.stages import PpoConfig
 from rlhf.data.batches import PassSize
-from rlhf.data.records import Message
 from rlhf.data.tokenised import PromptRow
 from rlhf.evaluation.policy import SampledPolicy, answering, sampling_of
 from rlhf.models.base import Loading, load_base
 from rlhf.models.heads import ScalarHead
 from rlhf.models.roles import SharedBase
-from rlhf.optimizer import Optimizer
-from rlhf.ppo.collector import Collector, CollectorSettings
-from rlhf.ppo.experience import Passes
-from rlhf.ppo.least_squares import LeastSquares
-from rlhf.ppo.update import PolicySettings, PolicyUpdate
-from rlhf.ppo.value_role import ValueRole, ValueSettings
+from rlhf.records import Message
 from rlhf.rollouts.engine import Sampling
 from rlhf.rollouts.hf import HfEngine
+from rlhf.runs import snapshots
 from rlhf.scoring.ensemble import EnsembleScorer, References
 from rlhf.scoring.shared import SharedScorer
+from rlhf.training.collector import Collector, CollectorSettings
+from rlhf.training.experience import Passes
+from rlhf.training.least_squares import LeastSquares
+from rlhf.training.optimizer import Optimizer
+from rlhf.training.update import PolicySettings, PolicyUpdate
+from rlhf.training.value_role import ValueRole, ValueSettings
 
 CPU = torch.device("cpu")
 PROMPTS = [PromptRow((Message("user", "hi"),), [70 + i] * (3 + i % 3)) for i in range(4)]

@@ -12,8 +12,8 @@ import pytest
 from rich.console import Console
 from rich.text import Text
 
-from rlhf import progress
-from rlhf.bars import Bar, Recent
+from rlhf.runs import progress
+from rlhf.runs.bars import Bar, Recent
 
 
 @pytest.fixture

@@ -19,15 +19,16 @@ from safetensors.torch import load_file, save_file
 from tiny import base, build, lora, shake
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from rlhf import artifacts, origins, resources
-from rlhf.artifacts import BaseIdentity, Manifest
 from rlhf.config.sections import ModelSection
 from rlhf.data.batches import collate
 from rlhf.errors import RlhfError
-from rlhf.models import forward, opening, quantised
+from rlhf.models import forward, open_base, quantised
 from rlhf.models.base import Loading, load_base, weights_checksum
 from rlhf.models.roles import SharedBase
-from rlhf.scoring import sources
+from rlhf.preflight import origins, resources
+from rlhf.runs import artifacts
+from rlhf.runs.artifacts import BaseIdentity, Manifest
+from rlhf.scoring import open_scorer
 
 INSTALLED = importlib.util.find_spec("bitsandbytes") is not None
 needs_library = pytest.mark.skipif(not INSTALLED, reason="bitsandbytes is not installed: pip install '.[quantized]'")
@@ -193,9 +194,9 @@ def test_a_reward_run_on_the_base_in_other_bits_is_none_of_the_policys_roles(tmp
         made = BaseIdentity("m", opened.digest, "float32", quantize=quantize)
         return Manifest("reward", "train-rm", 0, {}, {}, 1.0, base=made)
 
-    assert sources.is_on(made_on(None), opened) and not sources.is_on(made_on("nf4"), opened)
+    assert open_scorer.is_on(made_on(None), opened) and not open_scorer.is_on(made_on("nf4"), opened)
     held = replace(opened, quantize="nf4")
-    assert sources.is_on(made_on("nf4"), held) and not sources.is_on(made_on("int8"), held)
+    assert open_scorer.is_on(made_on("nf4"), held) and not open_scorer.is_on(made_on("int8"), held)
 
 
 def rlhf(*args, cwd):
@@ -246,7 +247,7 @@ def test_the_chain_runs_on_a_quantised_base_and_is_exported_on_the_whole_one(tmp
     )
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16).eval()
     assert not getattr(exported, "is_quantized", False) and artifacts.model_digest(model) == digest
-    whole = opening.reopen_base(artifacts.read(tmp_path / "runs/ppo"), torch.device("cpu"), whole=True)
+    whole = open_base.reopen_base(artifacts.read(tmp_path / "runs/ppo"), torch.device("cpu"), whole=True)
     roles = SharedBase(whole)
     roles.add("policy", adapter=tmp_path / "runs/ppo/adapter")
     with torch.no_grad(), roles.acting_as("policy") as (beside, _):

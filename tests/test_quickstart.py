@@ -14,11 +14,11 @@ sys.path.insert(0, str(SCRIPTS))
 
 import quickstart  # noqa: E402
 
+from rlhf.commands import pipeline  # noqa: E402
 from rlhf.config import load  # noqa: E402
 from rlhf.errors import Problem, RlhfError  # noqa: E402
-from rlhf.evaluation import plots  # noqa: E402
 from rlhf.metrics.intervals import Interval  # noqa: E402
-from rlhf.stages import pipeline  # noqa: E402
+from rlhf.report import plots  # noqa: E402
 from rlhf.stages.registry import STAGES  # noqa: E402
 
 

@@ -11,14 +11,14 @@ import numpy
 import pytest
 import torch
 
+from rlhf.commands import rank
+from rlhf.commands.filter import Rules, select
 from rlhf.data.duplicates import near_duplicates, overlap, shingles
-from rlhf.data.records import Message
 from rlhf.data.selection import best_share, length_outliers
 from rlhf.errors import RlhfError
 from rlhf.metrics import best_of_n
+from rlhf.records import Message
 from rlhf.scoring.scorer import Sample, Scores
-from rlhf.stages import rank
-from rlhf.stages.filter import Rules, select
 
 
 def sample(response, finished=True, prompt="p"):

@@ -12,10 +12,10 @@ import torch
 from scipy.stats import kendalltau
 from sklearn.metrics import ndcg_score
 
-from rlhf.data.records import Comparison, Judgement, Message
 from rlhf.data.tokenised import Group
 from rlhf.evaluation import examination, figures, rankings
 from rlhf.metrics import ranking
+from rlhf.records import Comparison, Judgement, Message
 from rlhf.scoring.scorer import Scores
 
 HOW = figures.FigureSettings(num_bins=4, num_resamples=200, seed=0, fit_fraction=0.5)

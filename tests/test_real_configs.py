@@ -16,8 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 
 from rlhf.config import load
 from rlhf.data.chat import ChatFormat
-from rlhf.data.records import Message
 from rlhf.models.base import load_tokenizer
+from rlhf.records import Message
 from rlhf.stages.registry import STAGES
 
 ROOT = Path(__file__).parents[1]

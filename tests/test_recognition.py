@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from rlhf.commands import plan
 from rlhf.config import recognition, yaml_reader
 from rlhf.errors import RlhfError
-from rlhf.stages import plan
 from rlhf.stages.registry import KINDS, open_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"

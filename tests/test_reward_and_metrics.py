@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from rlhf.data import labels
-from rlhf.data.records import Judgement
+from rlhf.losses.preference import bradley_terry, centering, distilled, outcome, plackett_luce
 from rlhf.metrics import calibration, intervals, pairs
-from rlhf.reward.loss import bradley_terry, centering, distilled, outcome, plackett_luce
+from rlhf.records import Judgement
 
 
 def group(*judgements):

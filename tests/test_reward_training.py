@@ -17,22 +17,24 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from rlhf import artifacts, cli, snapshots, storage
-from rlhf.artifacts import BaseIdentity, Manifest
+from rlhf import cli
 from rlhf.config import load
 from rlhf.config.sections import DataSection
 from rlhf.config.train_rm import RewardConfig
 from rlhf.data import sources
-from rlhf.data.records import Judgement, Message, split_by_prompt
 from rlhf.errors import RlhfError
 from rlhf.metrics import members as shared
 from rlhf.models.base import load_base
 from rlhf.models.roles import SharedBase
 from rlhf.planning import phases, specs
 from rlhf.planning.specs import Ground
-from rlhf.reward import aggregate, training
+from rlhf.records import Judgement, Message, split_by_prompt
+from rlhf.reward import training
 from rlhf.reward.length import LengthPenalty, correlation
 from rlhf.reward.members import all_but_fold, bootstrapped
+from rlhf.runs import artifacts, snapshots, storage
+from rlhf.runs.artifacts import BaseIdentity, Manifest
+from rlhf.scoring import aggregate
 from rlhf.scoring.ensemble import EnsembleScorer, References
 from rlhf.scoring.scorer import Sample, Scores, WeightedScorer
 from rlhf.stages import ancestry

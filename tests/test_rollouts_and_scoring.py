@@ -14,7 +14,6 @@ from tiny import base, exact, lora, shake
 from rlhf.config.rewards import term_names
 from rlhf.config.sections import SamplingSection
 from rlhf.data.batches import PassSize, collate
-from rlhf.data.records import Message
 from rlhf.data.tokenised import PromptRow
 from rlhf.errors import RlhfError
 from rlhf.evaluation.policy import respond
@@ -22,16 +21,17 @@ from rlhf.models import forward, packing
 from rlhf.models.base import load_base
 from rlhf.models.heads import ScalarHead
 from rlhf.models.roles import SeparateModels, SharedBase
-from rlhf.optimizer import Optimizer, schedule_factor
 from rlhf.planning import memory
+from rlhf.records import Message
 from rlhf.rollouts import continuous
 from rlhf.rollouts.continuous import ContinuousEngine
 from rlhf.rollouts.engine import DRAWN_VALUES, Sampling, draw, uniforms
 from rlhf.rollouts.hf import HfEngine
-from rlhf.rollouts.opening import open_engine
+from rlhf.rollouts.open_engine import open_engine
 from rlhf.scoring.function import FunctionScorer
 from rlhf.scoring.scorer import Sample, WeightedScorer
 from rlhf.scoring.shared import SharedScorer
+from rlhf.training.optimizer import Optimizer, schedule_factor
 
 LETTERS = tuple("aeiouAEIOU0123456789")
 PROMPTS = [[70, 71, 72, 73], [80, 81], [90], [100, 101, 102]]

@@ -12,89 +12,56 @@ from pathlib import Path
 
 import pytest
 
-from rlhf import artifacts, runs, storage
-from rlhf.artifacts import BaseIdentity, Manifest
 from rlhf.errors import Problem, RlhfError, render
-from rlhf.identity import Identity
+from rlhf.runs import artifacts, run_directory, storage
+from rlhf.runs.artifacts import BaseIdentity, Manifest
+from rlhf.runs.identity import Identity
 
 ROOT = Path(__file__).parents[1]
-LAYERS = [
-    ["errors", "masking", "bars"],
-    ["progress", "findings"],
-    ["storage", "names", "installed", "neighbours", "connection", "config.recorded"],
-    ["artifacts", "data.thinking"],
-    ["config", "data.records"],
-    ["demo", "identity"],
-    [
-        "data.sources", "data.files", "data.forms", "data.labelled", "data.rows", "data.benchmarks", "data.mixture",
-        "data.jsonl", "data.hub", "data.settings", "data.labels", "data.lines", "data.duplicates", "data.selection",
-        "data.deep", "data.rankings", "data.attributes", "data.consensus", "data.agreement", "data.conversations",
-        "data.dropped", "data.opening", "data.reading", "data.rendering", "data.tables", "data.trl", "data.turns",
-        "interrupts", "runs",
-        "config.suite",
-    ],
-    ["model_files", "policy_sampling"],
-    ["planning.shape"],
+sys.path.insert(0, str(ROOT / "scripts"))
+import structure  # noqa: E402
+
+PACKAGES = [
+    ["errors"],
+    ["secrets", "findings"],
+    ["records"],
+    ["demo"],
+    ["config"],
+    ["runs"],
+    ["hub"],
+    ["metrics"],
+    ["report"],
+    ["losses"],
+    ["data"],
     ["planning"],
-    ["resources", "missing_ends"],
-    ["needs"],
-    ["room", "origins", "examined"],
     ["preflight"],
-    ["ppo.tensors", "ppo.objective", "metrics", "reward"],
-    [
-        "data.chat", "data.batches", "data.fitting", "data.tokenised", "snapshots", "guards", "runtime", "optimizer",
-        "tracking",
-    ],
-    ["algorithms"],
-    ["checkpoints"],
-    ["held_out"],
     ["models"],
     ["rollouts", "scoring"],
-    ["evaluation", "serving"],
-    [
-        "ppo.experience", "ppo.critics", "ppo.collector", "ppo.least_squares", "ppo.update", "ppo.value_role",
-        "ppo.training", "ppo.standards", "reward.training",
-        "reward.outcome", "reward.objective", "reward.combining", "reward.contradicted", "reward.annotators",
-        "reward.starts", "reward.member_roles", "reward.length", "reward.teacher", "reward.learner",
-    ],
-    ["start"],
+    ["evaluation"],
+    ["serving"],
+    ["algorithms"],
+    ["training"],
+    ["reward"],
     ["stages"],
+    ["start"],
     ["commands"],
     ["cli"],
     ["__main__"],
 ]  # fmt: skip
 
 
-def layer_of(module: str) -> int:
-    found = [
-        (len(name), level)
-        for level, names in enumerate(LAYERS)
-        for name in names
-        if module == name or module.startswith(f"{name}.")
-    ]
-    assert found, f"rlhf.{module} stands in no layer"
-    return max(found)[1]
-
-
-def test_modules_import_only_from_lower_layers_or_their_own_package():
-    for path in (ROOT / "rlhf").rglob("*.py"):
-        module = ".".join(path.relative_to(ROOT / "rlhf").with_suffix("").parts)
-        if module.removesuffix(".__init__") in ("__init__", "ppo", "data") or module.endswith("__init__"):
+def test_packages_import_only_from_those_above_them_in_the_table_and_no_file_is_left_out():
+    level = {name: number for number, names in enumerate(PACKAGES) for name in names}
+    modules = structure.read(ROOT / "rlhf")
+    known = {module.name for module in modules}
+    for module in modules:
+        if module.name == "__init__":
             continue
-        for node in ast.walk(ast.parse(path.read_text())):
-            if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("rlhf"):
-                continue
-            base = node.module.removeprefix("rlhf").removeprefix(".")
-            for alias in node.names:
-                target = f"{base}.{alias.name}".strip(".")
-                is_module = (ROOT / "rlhf" / target.replace(".", "/")).with_suffix(".py").exists()
-                is_package = (ROOT / "rlhf" / target.replace(".", "/")).is_dir()
-                target = target if is_module or is_package else base
-                if not target or target == "__version__":
-                    continue
-                same_package = target.split(".")[0] == module.split(".")[0]
-                level, own = layer_of(target), layer_of(module)
-                assert level < own or (level == own and same_package), f"rlhf.{module} imports rlhf.{target}"
+        for name, node in structure.imports(module, known, "rlhf"):
+            other = name.split(".")[0]
+            if other not in (module.package, "__init__"):
+                assert level[other] < level[module.package], f"{module.at(node)} imports rlhf.{name}"
+    assert not structure.circles(modules, "rlhf") and {module.package for module in modules} <= {*level, "__init__"}
 
 
 def test_only_the_sft_stage_imports_trl_and_nothing_reads_pickles():
@@ -105,7 +72,7 @@ def test_only_the_sft_stage_imports_trl_and_nothing_reads_pickles():
             if isinstance(node, ast.Import | ast.ImportFrom)
             for alias in node.names
         }
-        assert not any(name.split(".")[0] == "trl" for name in names) or path.name in ("sft.py", "sft_trainer.py"), path
+        assert not any(name.split(".")[0] == "trl" for name in names) or path.parts[-2:-1] == ("sft",), path
         assert not names & {"pickle", "joblib", "dill"}, path
         assert "torch.load(" not in path.read_text() and "torch.save(" not in path.read_text(), path
 
@@ -201,20 +168,20 @@ def test_what_is_no_finished_run_is_refused(tmp_path):
 def test_an_unchanged_run_is_current_a_changed_one_named_and_moved_aside(tmp_path):
     run_dir = tmp_path / "run"
     same, other = Identity({"a": 1}), Identity({"a": 2})
-    with runs.open_run(run_dir, "sft", same, "") as run:
+    with run_directory.open_run(run_dir, "sft", same, "") as run:
         run.finish(manifest())
-    assert runs.status(run_dir, same) is None
-    assert runs.status(run_dir, Identity({"a": 2, "b": 3})) == ["a: 1 -> 2", "b: nothing -> 3"]
+    assert run_directory.status(run_dir, same) is None
+    assert run_directory.status(run_dir, Identity({"a": 2, "b": 3})) == ["a: 1 -> 2", "b: nothing -> 3"]
     with pytest.raises(RlhfError, match="a: 1 -> 2"):
-        runs.open_run(run_dir, "sft", other, "")
-    runs.open_run(run_dir, "sft", other, "", overwrite=True).close()
-    assert artifacts.is_finished(tmp_path / "run.old-1") and runs.status(run_dir, other) == ["no run yet"]
+        run_directory.open_run(run_dir, "sft", other, "")
+    run_directory.open_run(run_dir, "sft", other, "", overwrite=True).close()
+    assert artifacts.is_finished(tmp_path / "run.old-1") and run_directory.status(run_dir, other) == ["no run yet"]
 
 
 def test_metrics_never_hide_what_is_not_finite(tmp_path):
-    with runs.open_run(tmp_path / "run", "sft", Identity({}), "") as run:
+    with run_directory.open_run(tmp_path / "run", "sft", Identity({}), "") as run:
         run.write_metrics(1, {"loss": float("nan"), "kl": float("inf"), "score": 0.5})
-    assert runs.read_metrics(tmp_path / "run") == [{"step": 1, "loss": "nan", "kl": "inf", "score": 0.5}]
+    assert run_directory.read_metrics(tmp_path / "run") == [{"step": 1, "loss": "nan", "kl": "inf", "score": 0.5}]
 
 
 def test_a_staged_directory_appears_whole_or_not_at_all(tmp_path):
@@ -237,7 +204,7 @@ def test_what_is_written_has_the_mode_that_the_umask_gives(tmp_path, umask, of_f
             for name in ("private", "inner/private"):
                 (staging / name).touch(0o600)
         storage.copy_directory(target, tmp_path / "copy")
-        with runs.open_run(tmp_path / "run", "sft", Identity({}), "a: 1") as run:
+        with run_directory.open_run(tmp_path / "run", "sft", Identity({}), "a: 1") as run:
             run.write_metrics(1, {"a": 1.0})
             run.write_samples("s", [{"a": 1}])
             run.finish(manifest())

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from rlhf.data.records import Message
 from rlhf.errors import RlhfError
+from rlhf.records import Message
 from rlhf.scoring.function import FunctionScorer
 from rlhf.scoring.scorer import Sample
 

@@ -23,17 +23,20 @@ from tiny import ARCHITECTURES, base, lora
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from rlhf import artifacts, cli, connection, masking, model_files, names, preflight, progress, resources, runs
-from rlhf.artifacts import BaseIdentity, Manifest
+from rlhf import cli, secrets
 from rlhf.config import load, yaml_reader
 from rlhf.config.sections import DataSection
 from rlhf.config.stages import PpoConfig, SftConfig
 from rlhf.data import hub, jsonl, sources
 from rlhf.demo import registry as demo
 from rlhf.errors import RlhfError
-from rlhf.identity import Identity
-from rlhf.models import adapters, opening
+from rlhf.hub import connection, model_files, names
+from rlhf.models import adapters, open_base
 from rlhf.models.base import Loading, load_base, load_tokenizer
+from rlhf.preflight import prepare, resources
+from rlhf.runs import artifacts, progress, run_directory
+from rlhf.runs.artifacts import BaseIdentity, Manifest
+from rlhf.runs.identity import Identity
 from rlhf.stages.registry import STAGES
 
 ROOT = Path(__file__).parents[1]
@@ -62,15 +65,15 @@ ENVIRONMENT = {"HF_TOKEN": "kcanary-0123", "DB_PASSWORD": 'p"w\\ö rd/1', "SHORT
     ],
 )
 def test_secrets_are_masked_however_they_are_written_and_nothing_else_is(text, shown):
-    assert masking.mask(text, ENVIRONMENT) == shown
-    assert (masking.holds_secret(text, ENVIRONMENT) is not None) == (text != shown) or "..." in text
+    assert secrets.mask(text, ENVIRONMENT) == shown
+    assert (secrets.holds_secret(text, ENVIRONMENT) is not None) == (text != shown) or "..." in text
 
 
 def test_what_a_logger_writes_is_masked_with_arguments_and_tracebacks(monkeypatch):
     monkeypatch.setenv("MY_API_KEY", "kcanary-4567")
     stream, logger = io.StringIO(), logging.Logger("rlhf")
     logger.addHandler(logging.StreamHandler(stream))
-    masking.guard(logger)
+    secrets.guard(logger)
     logger.addHandler(later := logging.StreamHandler(stream))
     later.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
     try:
@@ -336,7 +339,7 @@ def test_evaluation_prompts_that_are_trained_on_are_counted(tmp_path, monkeypatc
                 "evaluation": {"data": {"path": f"{evaluation}.jsonl"}},
             }
         )
-        assert preflight.prepare(config, STAGES["ppo"].needs(config)).notes() == notes
+        assert prepare.prepare(config, STAGES["ppo"].needs(config)).notes() == notes
 
 
 # Names
@@ -345,7 +348,7 @@ def test_evaluation_prompts_that_are_trained_on_are_counted(tmp_path, monkeypatc
 def prepare_sft(tmp_path, **settings):
     values = {"run_dir": str(tmp_path / "run"), "data": {"path": "demo:demonstrations?size=20"}, "steps": 1}
     config = SftConfig.model_validate(values | settings)
-    return preflight.prepare(config, STAGES["sft"].needs(config))
+    return prepare.prepare(config, STAGES["sft"].needs(config))
 
 
 TRAVERSALS = (
@@ -545,7 +548,7 @@ def test_no_secret_given_on_the_command_line_is_shown(tmp_path, arguments, code,
 def test_a_run_log_holds_no_secret(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "kcanary-log")
     progress.log_to_console()
-    with runs.open_run(tmp_path / "run", "sft", Identity({}), ""):
+    with run_directory.open_run(tmp_path / "run", "sft", Identity({}), ""):
         logging.getLogger("rlhf").warning("the token %s at %s", "kcanary-log", URLS[0])
     text = (tmp_path / "run" / "run.log").read_text("utf-8")
     assert "the token *** at https://***@host/x" in text and not holds_canary(text)
@@ -648,9 +651,9 @@ def test_the_plan_of_a_dry_run_has_the_figures_and_a_finished_run_needs_no_room(
     monkeypatch.chdir(chain)
     config = load.load(STAGES["ppo"].config_class, Path("ppo.yaml"))
     monkeypatch.setattr(resources, "free_disk", lambda _: 0)
-    preflight.prepare(config, STAGES["ppo"].needs(config))
+    prepare.prepare(config, STAGES["ppo"].needs(config))
     changed = load.load(STAGES["ppo"].config_class, Path("ppo.yaml"), ["seed=1"])
-    problems = problems_of(lambda: preflight.prepare(changed, STAGES["ppo"].needs(changed)))
+    problems = problems_of(lambda: prepare.prepare(changed, STAGES["ppo"].needs(changed)))
     assert [problem.code for problem in problems] == ["RES003"]
     monkeypatch.undo()
     done = CliRunner().invoke(cli.app, ["sft", "-c", str(chain / "sft.yaml"), "--dry-run", f"model.path={chain}/model"])
@@ -738,12 +741,12 @@ def test_whole_shards_are_read_as_one_model(tmp_path):
 def test_a_run_from_elsewhere_does_not_decide_that_code_is_run(monkeypatch):
     identity = BaseIdentity("org/m", "d", "float32", revision="a" * 40, trust_remote_code=True)
     manifest = Manifest(kind="policy", stage="sft", seed=0, identity={}, metrics={}, seconds=1.0, base=identity)
-    monkeypatch.delenv(opening.CONSENT, raising=False)
+    monkeypatch.delenv(open_base.CONSENT, raising=False)
     with pytest.raises(RlhfError, match=r"SEC010 org/m.*RLHF_TRUST_REMOTE_CODE=1|SEC010. org/m") as caught:
-        opening.model_of(manifest)
+        open_base.model_of(manifest)
     assert caught.value.exit_code == 8
-    monkeypatch.setenv(opening.CONSENT, "1")
-    assert opening.model_of(manifest).trust_remote_code
+    monkeypatch.setenv(open_base.CONSENT, "1")
+    assert open_base.model_of(manifest).trust_remote_code
 
 
 def test_a_config_of_many_values_is_refused_before_it_costs_time(tmp_path):

@@ -10,7 +10,9 @@ import torch
 from test_decoding import Recorded
 from tiny import base, lora, shake
 
-from rlhf.models import blocks, fused_lora, packing, self_checks
+from rlhf.models import packing
+from rlhf.models.fused import blocks, self_checks
+from rlhf.models.fused import lora as fused_lora
 from rlhf.models.roles import SharedBase
 
 

@@ -17,7 +17,7 @@ import sentiment  # noqa: E402
 import sentiment_report  # noqa: E402
 import sentiment_world as world  # noqa: E402
 
-from rlhf import storage  # noqa: E402
+from rlhf.runs import storage  # noqa: E402
 from rlhf.stages.registry import open_config  # noqa: E402
 
 

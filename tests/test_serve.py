@@ -21,10 +21,11 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from rlhf import artifacts, installed
 from rlhf.config.rewards import ServiceReward
-from rlhf.data.records import Message
 from rlhf.errors import Problem, RlhfError
+from rlhf.hub import installed
+from rlhf.records import Message
+from rlhf.runs import artifacts
 from rlhf.scoring.scorer import Sample, Scores
 from rlhf.scoring.service import TOKEN, ServiceScorer
 from rlhf.serving.requests import RANK_BODY, SCORE_BODY, Limits, Refused, candidates_of, samples_of
@@ -62,8 +63,8 @@ class Letters:
 @contextmanager
 def service(scorer, token=None, **settings):
     """A running service: its port and its batcher."""
+    from rlhf.commands.serve import _bind, make_server
     from rlhf.serving.batcher import Batcher
-    from rlhf.stages.serve import _bind, make_server
 
     taken = _bind("127.0.0.1", 0)
     server = make_server(Batcher(scorer, Limits(**settings)), {"rewards": ["letters"]}, token)

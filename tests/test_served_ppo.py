@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from test_reward_training import PPO, fingerprint, home, rlhf, train  # noqa: F401
 
-from rlhf import artifacts, installed
+from rlhf.hub import installed
+from rlhf.runs import artifacts
 from rlhf.scoring.service import SECONDS, ServiceScorer
 
 MORTAL = """

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import tiny
 
+from rlhf.commands import inspection, token_view
+from rlhf.commands.reader import Reading
 from rlhf.config import load
 from rlhf.config.sections import DataSection, ModelSection
 from rlhf.config.stages import PpoConfig, SftConfig
@@ -16,11 +18,10 @@ from rlhf.config.train_rm import RewardConfig
 from rlhf.data import sources
 from rlhf.data.chat import ChatFormat
 from rlhf.errors import RlhfError
-from rlhf.identity import Identity
-from rlhf.needs import Input, Needs
-from rlhf.preflight import Checked, Plan
-from rlhf.stages import inspection, registry, showing, starting
-from rlhf.stages.reading import Reading
+from rlhf.preflight.needs import Input, Needs
+from rlhf.preflight.prepare import Checked, Plan
+from rlhf.runs.identity import Identity
+from rlhf.stages import registry, starting
 from rlhf.stages.registry import STAGES
 
 TWO_TURNS = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, "abcd", strict=True)]
@@ -29,7 +30,7 @@ TWO_TURNS = [{"role": role, "content": text} for role, text in zip(["user", "ass
 @pytest.fixture
 def chat(monkeypatch):
     found = ChatFormat(tiny.tokenizer())
-    monkeypatch.setattr(showing.opening, "open_chat", lambda model: found)
+    monkeypatch.setattr(token_view.opening, "open_chat", lambda model: found)
     return found
 
 
@@ -44,7 +45,7 @@ def rows_of(tmp_path, config_class, rows, kind, count=3, **options):
     (rows_of_stage,) = {item.rows for item in stage.needs(config).inputs}
     needs = Needs(inputs=(Input(key, section, read, rows_of_stage),), model=ModelSection())
     checked = Checked("none", config, needs, Plan({}, {key: read(section)}, Identity({}), ()))
-    return showing.rows(checked, count, Reading(needs.model))[key]
+    return token_view.rows(checked, count, Reading(needs.model))[key]
 
 
 def marked(row):

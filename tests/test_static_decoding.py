@@ -11,8 +11,9 @@ import torch
 from test_models import bias_and_norms, two_roles
 from tiny import base, build, exact, lora, shake
 
-from rlhf.models import decoding, packing
+from rlhf.models import packing
 from rlhf.models.base import Loading, load_base
+from rlhf.models.fused import decoding
 from rlhf.models.roles import SharedBase
 from rlhf.rollouts import hf, static
 from rlhf.rollouts.engine import Sampling

@@ -14,23 +14,24 @@ from tiny import build
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from rlhf import artifacts, identity, origins
-from rlhf.artifacts import Manifest
 from rlhf.config import load
 from rlhf.config.rewards import ClassifierSection
 from rlhf.config.sections import ModelSection
 from rlhf.config.stages import SftConfig
 from rlhf.data import rendering
 from rlhf.data.chat import ChatFormat
-from rlhf.data.records import Message
 from rlhf.data.rendering import Rendering
 from rlhf.data.tokenised import PromptRow
 from rlhf.errors import RlhfError
 from rlhf.evaluation.policy import respond
-from rlhf.models import opening
-from rlhf.needs import Needs
-from rlhf.preflight import Plan
+from rlhf.models import open_base
+from rlhf.preflight import origins
+from rlhf.preflight.needs import Needs
+from rlhf.preflight.prepare import Plan
+from rlhf.records import Message
 from rlhf.rollouts.engine import Rollout, Sampling
+from rlhf.runs import artifacts, identity
+from rlhf.runs.artifacts import Manifest
 from rlhf.stages.registry import STAGES
 from rlhf.stages.starting import Ready, Start
 
@@ -187,17 +188,17 @@ def test_a_chain_keeps_the_date_of_its_first_day(tmp_path, day, caplog):
     own.save_pretrained(path)
     section = ModelSection(path=str(path))
     day("2026-03-04")
-    drawn = opening.with_date(section, None)
+    drawn = open_base.with_date(section, None)
     assert drawn.template_date == "2026-03-04" and "every stage of this chain reads 2026-03-04" in caplog.text
-    base = opening.open_base(drawn, CPU)
-    manifest = Manifest("policy", "sft", 0, {}, {}, 1.0, base=opening.identity_of(base, drawn))
+    base = open_base.open_base(drawn, CPU)
+    manifest = Manifest("policy", "sft", 0, {}, {}, 1.0, base=open_base.identity_of(base, drawn))
     day("2027-05-06")
-    assert opening.with_date(section, "2026-03-04") == drawn, "an earlier start of the same run has kept it"
+    assert open_base.with_date(section, "2026-03-04") == drawn, "an earlier start of the same run has kept it"
     artifacts.write(tmp_path, manifest)
-    later = opening.reopen_base(artifacts.read(tmp_path), CPU).chat
+    later = open_base.reopen_base(artifacts.read(tmp_path), CPU).chat
     assert later.prompt_ids(USER) == base.chat.prompt_ids(USER)
     assert "04 March 2026 " in later.render_prompt(USER) and "none is recorded" not in caplog.text
-    assert opening.open_base(section, CPU).chat.date == "2027-05-06" and "none is recorded" in caplog.text
+    assert open_base.open_base(section, CPU).chat.date == "2027-05-06" and "none is recorded" in caplog.text
     assert origins.model_of(manifest).template_date == "2026-03-04"
     config = {"data": {"path": "d.jsonl"}, "run_dir": str(tmp_path / "r"), "epochs": 1}
     both = [SftConfig.model_validate({**config, "model": one.model_dump()}) for one in (section, drawn)]
@@ -211,7 +212,7 @@ def test_a_chain_keeps_the_date_of_its_first_day(tmp_path, day, caplog):
     going_on = replace(unfinished, plan=replace(plan, parents={"adapter": manifest}))
     assert going_on._with_date(Start()).model.template_date == "2026-03-04", "and so does one from a run's adapter"
     plain = ModelSection(path=str(build(tmp_path / "plain")), template_date="2026-03-04")
-    assert opening.with_date(plain, None) == plain and opening.open_base(plain, CPU).chat.date is None
+    assert open_base.with_date(plain, None) == plain and open_base.open_base(plain, CPU).chat.date is None
     assert "model.template_date makes no difference" in caplog.text
 
 
@@ -298,10 +299,10 @@ def test_thinking_settings_change_nothing_where_a_template_does_not_think(name, 
 def test_thinking_is_inherited_and_what_makes_no_difference_is_said(tmp_path, caplog):
     caplog.set_level("INFO", "rlhf")
     section = ModelSection(path=str(build(tmp_path / "m")), thinking="off", template_kwargs={"effort": "low"})
-    base = opening.open_base(section, CPU)
+    base = open_base.open_base(section, CPU)
     assert "marks no thinking: model.thinking makes no difference" in caplog.text
     assert "does not read effort of model.template_kwargs" in caplog.text
-    artifacts.write(tmp_path, Manifest("policy", "sft", 0, {}, {}, 1.0, base=opening.identity_of(base, section)))
+    artifacts.write(tmp_path, Manifest("policy", "sft", 0, {}, {}, 1.0, base=open_base.identity_of(base, section)))
     later = origins.model_of(artifacts.read(tmp_path))
     assert (later.thinking, later.template_kwargs) == ("off", {"effort": "low"})
 

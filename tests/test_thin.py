@@ -7,7 +7,7 @@ import platform
 import pytest
 import torch
 
-from rlhf.models import thin
+from rlhf.models.fused import few_rows
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -18,18 +18,18 @@ def test_a_product_has_its_value_whatever_the_weights_order(dtype, shape, rows):
     x, weight, bias = (
         torch.randn(*size, generator=generator, dtype=torch.float64) for size in ((rows, shape[1]), shape, shape[:1])
     )
-    ordered = thin.in_order(weight.to(dtype))
+    ordered = few_rows.in_order(weight.to(dtype))
     on_this_machine = platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
     assert ordered.is_mkldnn == (on_this_machine and dtype == torch.float32 and weight.numel() >= 1 << 17)
     limit = {torch.float32: 1e-5, torch.float64: 1e-13, torch.bfloat16: 2e-2}[dtype] * shape[1] ** 0.5
     for added in (bias, None):
-        found = thin.product(x.to(dtype), ordered, None if added is None else added.to(dtype))
+        found = few_rows.product(x.to(dtype), ordered, None if added is None else added.to(dtype))
         wanted = x @ weight.t() + (0 if added is None else added)
         assert found.dtype == dtype and float((found.double() - wanted).abs().max()) < 4 * limit
 
 
 def test_without_onednn_the_weight_stays_a_tensor_of_torch(monkeypatch):
-    monkeypatch.setattr(thin, "ONEDNN", None)
+    monkeypatch.setattr(few_rows, "ONEDNN", None)
     weight = torch.randn(512, 512)
-    assert not thin.in_order(weight).is_mkldnn
-    assert torch.equal(thin.in_order(weight), weight)
+    assert not few_rows.in_order(weight).is_mkldnn
+    assert torch.equal(few_rows.in_order(weight), weight)

@@ -10,12 +10,13 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from rlhf import preflight, runs
 from rlhf.config import load
 from rlhf.config.stages import SftConfig
 from rlhf.errors import RlhfError
+from rlhf.preflight import prepare
+from rlhf.runs import run_directory
+from rlhf.runs.tracking import Tracker
 from rlhf.stages.registry import STAGES
-from rlhf.tracking import Tracker
 
 SERVICES = ("wandb", "trackio", "mlflow")
 
@@ -66,7 +67,7 @@ def train(run_dir, report_to, steps, value=float):
     tracker = Tracker(run_dir, report_to)
     with (run_dir / "metrics.jsonl").open("a") as file:
         for step in steps:
-            file.write(json.dumps({"step": step, "loss": runs.plain(value(step))}) + "\n")
+            file.write(json.dumps({"step": step, "loss": run_directory.plain(value(step))}) + "\n")
             file.flush()
             tracker.write(step, {"loss": value(step)})
     return tracker
@@ -163,7 +164,7 @@ def test_a_tracker_that_is_not_installed_is_refused_before_any_row_is_read(tmp_p
     path.write_text("data: {path: nowhere.jsonl}\nepochs: 1\nreport_to: [tensorboard, wandb, mlflow, wandb]\n")
     config = load.load(SftConfig, path)
     with pytest.raises(RlhfError) as caught:
-        preflight.prepare(config, STAGES["sft"].needs(config))
+        prepare.prepare(config, STAGES["sft"].needs(config))
     first, second, *_ = caught.value.problems
     assert (first.code, first.where, first.fix) == ("RES021", "report_to: wandb", "pip install wandb")
     assert second.where == "report_to: mlflow" and caught.value.exit_code == 6

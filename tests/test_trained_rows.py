@@ -9,7 +9,8 @@ from test_decoding import Recorded
 from tiny import base, both_ways, lora, shake
 
 from rlhf.data.batches import collate
-from rlhf.models import forward, logits, packing
+from rlhf.models import forward, packing
+from rlhf.models.fused import logits
 from rlhf.models.roles import SharedBase
 from rlhf.rollouts.engine import Sampling
 from rlhf.rollouts.hf import HfEngine

@@ -15,16 +15,16 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from tiny import ARCHITECTURES, base, build, lora, shake
 
-from rlhf import artifacts, storage
-from rlhf.artifacts import Manifest
 from rlhf.config.sections import LoraSection, ModelSection, RoleLoraSection
 from rlhf.config.stages import SftConfig
 from rlhf.data.batches import collate
-from rlhf.models import adapters, forward, merged, opening, whole
+from rlhf.models import adapters, forward, merged, open_base, whole
 from rlhf.models.base import load_base, weights_checksum
 from rlhf.models.heads import ScalarHead
 from rlhf.models.roles import SeparateModels, SharedBase
-from rlhf.optimizer import Optimizer
+from rlhf.runs import artifacts, storage
+from rlhf.runs.artifacts import Manifest
+from rlhf.training.optimizer import Optimizer
 
 CPU = torch.device("cpu")
 SEQUENCES = collate([[70, 71, 72, 73], [80, 81]], [[90, 91, 2], [95, 2]], 0, CPU)
@@ -118,7 +118,7 @@ def adapter_run(home, architecture="llama", **settings):
     roles.add("policy", adapter=lora(opened, **settings))
     shake(roles, "policy", size=0.2)
     roles.save("policy", home / "run")
-    identity = opening.identity_of(opened, ModelSection(path=str(home / "m")))
+    identity = open_base.identity_of(opened, ModelSection(path=str(home / "m")))
     return artifacts.write(home / "run", Manifest("policy", "sft", 0, {}, {}, 1.0, base=identity)), roles
 
 

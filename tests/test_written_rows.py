@@ -15,11 +15,11 @@ import pytest
 import tiny
 
 from rlhf import cli
+from rlhf.commands import filter as filtering
+from rlhf.commands import score
 from rlhf.config import load
 from rlhf.data import lines, sources
 from rlhf.errors import RlhfError
-from rlhf.stages import filter as filtering
-from rlhf.stages import score
 from rlhf.stages.registry import STAGES
 
 REWARD = "runs/train-rm"

@@ -23,14 +23,14 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from rlhf import artifacts
-from rlhf.artifacts import BaseIdentity, Manifest
 from rlhf.config.rewards import AnyReward
 from rlhf.config.sections import LoraSection
 from rlhf.models import adapters
 from rlhf.models.base import Base, load_base
 from rlhf.models.heads import ScalarHead
 from rlhf.models.roles import SharedBase
+from rlhf.runs import artifacts
+from rlhf.runs.artifacts import BaseIdentity, Manifest
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

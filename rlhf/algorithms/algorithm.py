@@ -13,7 +13,7 @@ from typing import Any, Protocol, cast
 from torch import Tensor
 
 from rlhf.config.ppo import UpdateSection
-from rlhf.ppo.objective import PolicyLoss
+from rlhf.losses.policy import PolicyLoss
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from rlhf.algorithms.algorithm import PolicyTerms, Rewarded
 from rlhf.config.ppo import PpoUpdateSection
-from rlhf.ppo import objective
-from rlhf.ppo.objective import PolicyLoss
+from rlhf.losses import policy
+from rlhf.losses.policy import PolicyLoss
 
 
 def advantages(batch: Rewarded, settings: PpoUpdateSection) -> Tensor:
@@ -16,7 +16,7 @@ def advantages(batch: Rewarded, settings: PpoUpdateSection) -> Tensor:
     Reference: Schulman et al. 2016, https://arxiv.org/abs/1506.02438, eq. 16.
     """
     assert batch.values is not None, "PPO's settings ask for a critic"
-    return objective.gae_advantages(batch.rewards, batch.values, batch.mask, settings.gamma, settings.lam)
+    return policy.gae_advantages(batch.rewards, batch.values, batch.mask, settings.gamma, settings.lam)
 
 
 def loss(terms: PolicyTerms, settings: PpoUpdateSection) -> PolicyLoss:
@@ -24,6 +24,6 @@ def loss(terms: PolicyTerms, settings: PpoUpdateSection) -> PolicyLoss:
 
     Reference: Schulman et al. 2017, https://arxiv.org/abs/1707.06347, eq. 7.
     """
-    return objective.policy_loss(
+    return policy.policy_loss(
         terms.logprobs, terms.old_logprobs, terms.advantages, terms.mask, settings.clip_range, terms.num_tokens
     )

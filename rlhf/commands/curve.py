@@ -9,9 +9,9 @@ from typing import Annotated
 
 import typer
 
-from rlhf import progress
 from rlhf.commands.options import Bare, ConfigFile, Json, Sets
 from rlhf.errors import Problem, RlhfError
+from rlhf.runs import progress
 
 
 def learning_curve(
@@ -32,7 +32,7 @@ def learning_curve(
 ) -> None:
     """Train reward models on growing shares of the data: would more labels help? Without -c, configs/train-rm.yaml."""
     path = config or Path("configs/train-rm.yaml")
-    module = progress.load("rlhf.stages.learning_curve")
+    module = progress.load("rlhf.commands.learning_curve")
     report = module.run(
         path,
         [*(sets or []), *(bare or [])],

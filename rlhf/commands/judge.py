@@ -10,10 +10,10 @@ from typing import Annotated
 
 import typer
 
-from rlhf import progress
 from rlhf.commands.options import Json
 from rlhf.commands.use import NewTokens, Policy, Seed, StopTokens, Temperature, Template, TopP, sampling
 from rlhf.errors import Problem, RlhfError
+from rlhf.runs import progress
 
 REWARDS = typer.Option(
     "--reward",
@@ -59,7 +59,7 @@ def compare(
 ) -> None:
     """Compare two policies on the same prompts under a reward. Win rates, slices, worst regressions."""
     asked = sampling("compare", seed, max_new_tokens, temperature, stop_token, top_p)
-    module = progress.load("rlhf.stages.compare")
+    module = progress.load("rlhf.commands.compare")
     options = module.Options(samples, slice_by or [], chat_template, asked, micro_batch_size, worst, resamples)
     found = module.compare((baseline, candidate), prompts, reward, options, out, suite)
     if as_json:
@@ -94,7 +94,7 @@ def rank(
     """Sample n responses a prompt and rank them by a reward. The worth of the best of 1 to n is said."""
     _refuse_two_on_stdout(as_json, out)
     asked = sampling("rank", seed, max_new_tokens, temperature, stop_token, top_p)
-    module = progress.load("rlhf.stages.rank")
+    module = progress.load("rlhf.commands.rank")
     options = module.Options(judge, samples, top, chat_template, asked, micro_batch_size)
     found = module.rank(run, prompts, reward, options, out)
     if as_json:
@@ -136,7 +136,7 @@ def filter_rows(
 ) -> None:
     """Keep the rows of a data set that are worth training on. What is dropped is counted."""
     _refuse_two_on_stdout(as_json, out)
-    module = progress.load("rlhf.stages.filter")
+    module = progress.load("rlhf.commands.filter")
     rules = module.Rules(near_duplicates, length_outliers, max_disagreement, min_score, keep_share)
     counts = module.filter_rows(data, reward or [], rules, micro_batch_size, out)
     if as_json:
@@ -165,12 +165,12 @@ def serve(
     """Serve a reward over HTTP: POST /score and /rank, GET /health. SIGTERM lets requests finish."""
     if max_rows > max_batch:
         raise RlhfError(Problem("CFG003", "--max-rows", f"{max_rows} is more than --max-batch, {max_batch}."))
-    if missing := importlib.import_module("rlhf.installed").missing_for_serving():
+    if missing := importlib.import_module("rlhf.hub.installed").missing_for_serving():
         raise RlhfError(*missing)
     limits = importlib.import_module("rlhf.serving.requests").Limits(
         max_body, max_rows, read_seconds, score_seconds, max_waiting, max_batch
     )
-    progress.load("rlhf.stages.serve").serve(rewards, host, port, limits)
+    progress.load("rlhf.commands.serve").serve(rewards, host, port, limits)
 
 
 def _refuse_two_on_stdout(as_json: bool, out: str) -> None:

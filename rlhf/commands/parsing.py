@@ -8,7 +8,7 @@ from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
 
-from rlhf import masking
+from rlhf import secrets
 from rlhf.config import foreign, load
 from rlhf.config.yaml_reader import shown
 from rlhf.errors import Problem, RlhfError
@@ -106,8 +106,8 @@ def _foreign(args: Sequence[str], own: set[str], stage: str) -> Iterator[Problem
         names = (flag.removeprefix("--"), flag.removeprefix("--").replace("-", "_"))
         found = next((told for name in names if (told := foreign.answer(name, value, keys, stage))), None)
         if found is not None:
-            given = flag if masking.is_secret_name(names[1]) else masking.mask(f"{flag} {value}")
-            yield Problem("CFG013", shown(given), f"{masking.mask(found)}.")
+            given = flag if secrets.is_secret_name(names[1]) else secrets.mask(f"{flag} {value}")
+            yield Problem("CFG013", shown(given), f"{secrets.mask(found)}.")
 
 
 def _flags(args: Sequence[str]) -> Iterator[tuple[str, str]]:

@@ -12,10 +12,10 @@ from typing import Annotated
 
 import typer
 
-from rlhf import progress, storage
+from rlhf.commands import inspection
 from rlhf.commands.options import Json, Sets
 from rlhf.errors import Problem, RlhfError
-from rlhf.stages import inspection
+from rlhf.runs import progress, storage
 
 Files = Annotated[list[Path] | None, typer.Argument(help="Config files; none: all of configs/.")]
 MoreFiles = Annotated[
@@ -177,7 +177,7 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Predict memory and time of stages from their configs. What would make them fit is said."""
-    module = importlib.import_module("rlhf.stages.plan")
+    module = importlib.import_module("rlhf.commands.plan")
     device = module.Device(gpu, flops, bandwidth, measure)
     outcome = module.plans([*(files or []), *(config or [])], stage, sets or [], device)
     if as_json:

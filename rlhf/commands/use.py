@@ -9,11 +9,11 @@ from typing import Annotated
 
 import typer
 
-from rlhf import progress
 from rlhf.commands.options import Json
 from rlhf.config.sections import SamplingSection
 from rlhf.errors import Problem, RlhfError
-from rlhf.policy_sampling import Asked
+from rlhf.runs import progress
+from rlhf.runs.policy_sampling import Asked
 
 Policy = Annotated[str, typer.Argument(help="Policy run, or directory or hub id of a causal language model.")]
 THE_RUNS = "Default: the run's own; for a model that is not a run,"
@@ -63,7 +63,7 @@ def generate(
 ) -> None:
     """Sample responses from a policy run or any model."""
     asked = sampling("generate", seed, max_new_tokens, temperature, stop_token, top_p)
-    progress.load("rlhf.stages.generate").generate(run, prompts, out, samples, chat_template, asked)
+    progress.load("rlhf.commands.generate").generate(run, prompts, out, samples, chat_template, asked)
 
 
 def chat(
@@ -81,7 +81,7 @@ def chat(
 ) -> None:
     """Talk with a policy run or any model. /again, /reset and /quit are commands."""
     asked = sampling("chat", seed, max_new_tokens, temperature, stop_token, top_p)
-    progress.load("rlhf.stages.chat").chat(run, reward, system, chat_template, asked)
+    progress.load("rlhf.commands.chat").chat(run, reward, system, chat_template, asked)
 
 
 def sampling(
@@ -93,7 +93,7 @@ def sampling(
     top_p: float,
 ) -> Asked:
     """What a command line asks for; imports torch."""
-    derived = progress.load("rlhf.runtime").derived_seed(seed, command)
+    derived = progress.load("rlhf.runs.runtime").derived_seed(seed, command)
     named = [token for token in stop_tokens if token] if stop_tokens else None
     return Asked(derived, max_new_tokens, temperature, named, top_p)
 
@@ -112,7 +112,7 @@ def score(
     label: Annotated[str | None, typer.Option("--label", help="Label of a classifier that has several.")] = None,
 ) -> None:
     """Score responses with a reward run or any classifier."""
-    progress.load("rlhf.stages.score").score(run, data, out, micro_batch_size, label)
+    progress.load("rlhf.commands.score").score(run, data, out, micro_batch_size, label)
 
 
 def export(
@@ -129,7 +129,7 @@ def export(
     """Write a run as a plain Hugging Face directory."""
     if public and push_to_hub is None:
         raise RlhfError(Problem("CFG040", "--public", "nothing is uploaded.", "--push-to-hub OWNER/NAME"))
-    module = progress.load("rlhf.stages.export")
+    module = progress.load("rlhf.commands.export")
     outcome = module.export(run, target, adapter_only, push_to_hub, public, head)
     if as_json:
         typer.echo(json.dumps(outcome))

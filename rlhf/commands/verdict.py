@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from rlhf import artifacts
 from rlhf.errors import Problem, RlhfError
+from rlhf.runs import artifacts
 
 BEYOND = {"warn": ("warn", "fail"), "fail": ("fail",)}
 

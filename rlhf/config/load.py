@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from rlhf import masking
+from rlhf import secrets
 from rlhf.config import fields, foreign, recorded, yaml_reader
 from rlhf.config.sections import KIND, Section
 from rlhf.errors import Problem, RlhfError
@@ -34,7 +34,7 @@ class _Source:
 
     def where(self, path: Path_) -> tuple[tuple[int, int, int], str]:
         """A key for sorting by appearance, and the place as a message says it."""
-        key = yaml_reader.shown(masking.mask(".".join(map(str, path))))
+        key = yaml_reader.shown(secrets.mask(".".join(map(str, path))))
         for index, (set_path, text) in enumerate(self.origins.items()):
             if path and path[: len(set_path)] == set_path:
                 return (1, index, 0), f"{text} ({key})"
@@ -90,7 +90,7 @@ def dump(config: Section) -> str:
 
 def _override(config: dict[str, Any], item: str, origins: dict[Path_, str]) -> None:
     key, equals, text = item.partition("=")
-    where = f"--set {yaml_reader.shown(key if masking.is_secret_name(key) else masking.mask(item))}"
+    where = f"--set {yaml_reader.shown(key if secrets.is_secret_name(key) else secrets.mask(item))}"
     if not equals or not all(key.split(".")):
         fix = f"-c {item}" if item.endswith((".yaml", ".yml")) else "for instance --set steps=10"
         raise RlhfError(Problem("CFG005", where, "not of the form key.subkey=value.", fix))
@@ -120,8 +120,8 @@ def _secrets(source: _Source, config_class: type[Section]) -> Iterator[Problem]:
     """A key that asks for a secret and is none of ours, and text that holds one; the message never shows it."""
     known = {key.rpartition(".")[2] for key in keys_of(config_class)}
     for path, value in _leaves((), source.value):
-        asks = value is not None and any(masking.is_secret_name(str(part)) and part not in known for part in path)
-        if asks or any(masking.holds_secret(str(part)) for part in (*path, value)):
+        asks = value is not None and any(secrets.is_secret_name(str(part)) and part not in known for part in path)
+        if asks or any(secrets.holds_secret(str(part)) for part in (*path, value)):
             fix = "remove it, and set the variable that the tool reads, such as HF_TOKEN, in the environment"
             yield Problem("SEC008", source.where(path)[1], "a secret in a config is refused.", fix)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from rlhf import masking
+from rlhf import secrets
 from rlhf.config import load
 from rlhf.config.migrations import ELSEWHERE, IN_STAGE
 from rlhf.config.sections import Section
@@ -82,4 +82,4 @@ def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 def plain(value: Any) -> str:
     """A value fit for one line of a message."""
-    return shown(masking.mask(str(value)))
+    return shown(secrets.mask(str(value)))

@@ -150,7 +150,7 @@ class Limit(Section):
 
 
 class GuardSection(Section):
-    """What PPO is watched by; see rlhf/guards.py."""
+    """What PPO is watched by; see rlhf/training/guards.py."""
 
     patience: Count = Field(3, description="steps in a row beyond a stop limit that end the run")
     kl_nats: Limit = Field(

@@ -13,7 +13,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
 from rlhf.config.sections import GATE, Count, Finite, HeadName, NonNegative, Section, TemplateKwargs, Text, tag
-from rlhf.data.thinking import Thinking
+from rlhf.config.thinking import Thinking
 
 
 class ClassifierSection(Section):

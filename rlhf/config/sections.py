@@ -16,7 +16,7 @@ from pydantic import (
     model_validator,
 )
 
-from rlhf.data.thinking import Thinking
+from rlhf.config.thinking import Thinking
 
 Text = Annotated[str, StringConstraints(min_length=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]

@@ -10,8 +10,8 @@ from pydantic import Field, model_validator
 
 from rlhf.config import load
 from rlhf.config.sections import NonNegative, Section, Text
-from rlhf.data.records import Message, Messages
 from rlhf.errors import Problem, RlhfError
+from rlhf.records import Message, Messages
 
 Texts = Annotated[list[Text], Field(min_length=1)]
 

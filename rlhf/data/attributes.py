@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from rlhf.data.records import Comparison
 from rlhf.errors import Problem
+from rlhf.records import Comparison
 
 MAX_NAMED = 5
 

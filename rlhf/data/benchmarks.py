@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf.data import rankings, trl
-from rlhf.data.records import Comparison, Judgement
 from rlhf.data.rows import Row, RowError, need, text_of
 from rlhf.data.turns import Answered, prompt_of
+from rlhf.records import Comparison, Judgement
 
 STYLES = 3
 

@@ -9,11 +9,11 @@ from typing import Any
 
 from jinja2.exceptions import TemplateError
 
+from rlhf.config import thinking as thoughts
 from rlhf.data import rendering as renderings
-from rlhf.data import thinking as thoughts
-from rlhf.data.records import Message, Messages
 from rlhf.data.rendering import Rendering
 from rlhf.errors import Problem, RlhfError
+from rlhf.records import Message, Messages
 
 log = logging.getLogger("rlhf")
 SENTINEL = "zebra quartz"

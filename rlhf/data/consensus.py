@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from rlhf.data import agreement
-from rlhf.data.records import Comparison, Judgement, prompt_key
 from rlhf.errors import Problem, RlhfError
+from rlhf.records import Comparison, Judgement, prompt_key
 
 Pair = tuple[int, int, int, str | None]  # number of the merged comparison, two of its responses, attribute
 

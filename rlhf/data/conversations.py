@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from rlhf.data import turns
-from rlhf.data.records import Message, Messages
 from rlhf.data.rows import EMPTY_ANSWER, EMPTY_TEXT, SPEAKER, Row, RowError, need, text_of
+from rlhf.records import Message, Messages
 
 SPEAKERS = {
     "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant",

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
-from rlhf import installed
 from rlhf.data import agreement, consensus
-from rlhf.data.records import Comparison, Message, prompt_key
+from rlhf.hub import installed
+from rlhf.records import Comparison, Message, prompt_key
 
 MUCH_BY_LENGTH = 0.6
 FEWEST_LETTERS = 10

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rlhf import storage
 from rlhf.config.sections import SourceSection
 from rlhf.data import jsonl, tables
 from rlhf.data.rows import BadLine
@@ -16,6 +15,7 @@ from rlhf.data.settings import refuse_settings
 from rlhf.data.tables import ATTRIBUTE
 from rlhf.demo import registry as demo
 from rlhf.findings import Findings
+from rlhf.runs import storage
 
 LINES, ARRAYS = (".jsonl", ".jsonl.gz", ".ndjson"), (".json", ".json.gz")
 TABLES = (".csv", ".csv.gz", ".tsv", ".tsv.gz")

@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 
 from rlhf.data.chat import ChatFormat
 from rlhf.data.dropped import DroppedRows
-from rlhf.data.records import Record, texts_of
 from rlhf.data.rows import EQUAL, SPECIAL_TOKEN, TOO_LONG
 from rlhf.data.sources import Loaded
 from rlhf.errors import Problem, RlhfError
+from rlhf.records import Record, texts_of
 
 Found = TypeVar("Found")
 Judged = tuple[int, str | None]

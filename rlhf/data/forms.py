@@ -10,7 +10,6 @@ from typing import Any
 
 from rlhf.data import benchmarks, conversations, rankings, trl, turns
 from rlhf.data.labelled import Labelled
-from rlhf.data.records import Comparison, Demonstration, Message, Messages, Prompt
 from rlhf.data.rows import (
     EMPTY_ANSWER,
     NO_PREFERENCE,
@@ -23,6 +22,7 @@ from rlhf.data.rows import (
     need,
     text_of,
 )
+from rlhf.records import Comparison, Demonstration, Message, Messages, Prompt
 
 UNTURNED = (
     "'text': one text without turns (language modelling): training is on responses, so a row needs prompt and "

@@ -9,10 +9,10 @@ from typing import Any
 import datasets
 from datasets import packaged_modules
 
-from rlhf import connection, names
 from rlhf.config.sections import SourceSection
 from rlhf.data.settings import NOT_REACHED, refuse_settings
 from rlhf.errors import Problem, RlhfError
+from rlhf.hub import connection, names
 
 FILE_SUFFIXES = {".parquet", ".csv", ".json", ".tsv", ".txt", ".arrow", ".gz", ".zst", ".zip"}
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rlhf.data import opening
+from rlhf.data import open_file
 from rlhf.data.rows import NOT_UTF8, BadLine, EndOfReading
 from rlhf.errors import Problem, RlhfError
 from rlhf.findings import Findings
@@ -30,7 +30,7 @@ def read(path: Path, findings: Findings) -> Iterator[tuple[int, Item]]:
     Raises:
         RlhfError: DAT010 if the file cannot be opened, or is another format under a JSONL name.
     """
-    with opening.binary(path, "JSONL") as stream:
+    with open_file.binary(path, "JSONL") as stream:
         yield from _lines(stream, findings)
 
 
@@ -41,7 +41,7 @@ def read_array(path: Path, findings: Findings) -> Iterator[tuple[str, Item]]:
     Raises:
         RlhfError: as ``read``; DAT011 for an array whose elements cannot be told apart.
     """
-    with opening.binary(path, "JSON") as stream:
+    with open_file.binary(path, "JSON") as stream:
         head = stream.peek(1).removeprefix(BOM).lstrip()
         if head[:1] != b"[":
             yield from ((f"{path}:{number}", item) for number, item in _lines(stream, findings))

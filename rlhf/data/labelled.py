@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rlhf.data.records import Comparison, Judgement, Messages, prompt_key
 from rlhf.data.rows import EqualResponses
+from rlhf.records import Comparison, Judgement, Messages, prompt_key
 
 
 @dataclass(frozen=True)

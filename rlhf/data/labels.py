@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from rlhf import installed
 from rlhf.config.sections import DataSection
 from rlhf.config.train_rm import Combination, Objective
 from rlhf.data import attributes, consensus, sources
-from rlhf.data.records import Comparison, Judgement
 from rlhf.data.sources import Loaded
 from rlhf.errors import Problem, RlhfError
+from rlhf.hub import installed
+from rlhf.records import Comparison, Judgement
 
 MAX_NAMED = 5
 

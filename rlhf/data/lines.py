@@ -11,12 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rlhf import storage
 from rlhf.config.sections import DataSection
 from rlhf.data.reading import FIX, OR_DROP
 from rlhf.data.rows import names
 from rlhf.data.sources import Loaded, raw_rows
 from rlhf.errors import Problem, RlhfError
+from rlhf.runs import storage
 
 log = logging.getLogger("rlhf")
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from rlhf.config.sections import MixtureSource
-from rlhf.data.records import Record, count_shared_prompts, prompt_key
 from rlhf.errors import Problem, RlhfError
+from rlhf.records import Record, count_shared_prompts, prompt_key
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlhf.data import trl
-from rlhf.data.records import Comparison, Judgement, Message, Messages
 from rlhf.data.rows import EMPTY_ANSWER, NO_PREFERENCE, EqualResponses, Row, RowError, need, text_of
 from rlhf.data.turns import Answered, answered, prompt_of, transcript
+from rlhf.records import Comparison, Judgement, Message, Messages
 
 OF_A_PAIR = ("chosen", "rejected", "margin", "probability", "votes")
 NOT_A_TRANSCRIPT = "'{}': need a conversation that begins with '\\n\\nHuman:'."

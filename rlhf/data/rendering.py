@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from datetime import date, datetime, time
 from typing import Any
 
-from rlhf.data.thinking import SWITCH, Thinking
+from rlhf.config.thinking import SWITCH, Thinking
 from rlhf.errors import Problem, RlhfError
 
 CALL = "strftime_now"

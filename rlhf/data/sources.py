@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf import storage
 from rlhf.config.sections import DataSection, MixtureSource
 from rlhf.data import files, mixture, reading
 from rlhf.data.consensus import Annotated
@@ -16,6 +15,7 @@ from rlhf.data.mixture import Drawn
 from rlhf.data.rows import BadLine
 from rlhf.errors import Problem, RlhfError
 from rlhf.findings import Findings
+from rlhf.runs import storage
 
 COLLECTED = "preferences.jsonl"
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rlhf.data import opening
+from rlhf.data import open_file
 from rlhf.data.rows import NOT_UTF8, BadLine, names
 from rlhf.errors import Problem, RlhfError
 from rlhf.findings import Findings
@@ -34,7 +34,7 @@ def read(path: Path, columns: Mapping[str, str], findings: Findings) -> Iterator
     csv.field_size_limit(LONGEST_CELL)
     ours = {theirs: name for name, theirs in columns.items()}
     separator = "\t" if ".tsv" in path.suffixes else ","
-    with opening.binary(path, "TSV" if separator == "\t" else "CSV") as stream:
+    with open_file.binary(path, "TSV" if separator == "\t" else "CSV") as stream:
         text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
         found = csv.reader(text, delimiter=separator, strict=True)
         header: list[str] = []

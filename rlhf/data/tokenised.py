@@ -9,10 +9,10 @@ from typing import TypeVar
 from rlhf.data.chat import ChatFormat
 from rlhf.data.dropped import DroppedRows
 from rlhf.data.fitting import Fitting, Judged, Limit
-from rlhf.data.records import Comparison, Demonstration, Judgement, Messages, Prompt, Record
 from rlhf.data.rows import EQUAL, TOO_LONG
 from rlhf.errors import Problem, RlhfError
-from rlhf.progress import track
+from rlhf.records import Comparison, Demonstration, Judgement, Messages, Prompt, Record
+from rlhf.runs.progress import track
 
 Found = TypeVar("Found")
 

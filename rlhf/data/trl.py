@@ -6,9 +6,9 @@ import reprlib
 import sys
 from typing import Any
 
-from rlhf.data.records import Comparison, Demonstration, Judgement, Message, Messages, Prompt
 from rlhf.data.rows import EMPTY_ANSWER, NO_SHARED_PROMPT, EqualResponses, Row, RowError, need, text_of
 from rlhf.data.turns import ASSISTANT, HUMAN, Answered, answered, in_turn, messages, prompt_of, transcript
+from rlhf.records import Comparison, Demonstration, Judgement, Message, Messages, Prompt
 
 NO_HEAD = f"'prompt': missing, and 'chosen' and 'rejected' share no head from {HUMAN!r} to {ASSISTANT!r}."
 

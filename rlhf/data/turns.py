@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf.data.records import ROLES, Message, Messages
 from rlhf.data.rows import (
     EMPTY_ANSWER,
     EMPTY_TEXT,
@@ -19,6 +18,7 @@ from rlhf.data.rows import (
     RowError,
     text_of,
 )
+from rlhf.records import ROLES, Message, Messages
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 BETWEEN_JOINED = "\n\n"

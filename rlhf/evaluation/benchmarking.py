@@ -8,10 +8,10 @@ from typing import Any
 import numpy
 
 from rlhf.data.benchmarks import STYLES, BenchmarkRow
-from rlhf.data.records import prompt_key
 from rlhf.errors import Problem, RlhfError
 from rlhf.evaluation.figures import FigureSettings, interval
 from rlhf.metrics import benchmarks, intervals
+from rlhf.records import prompt_key
 
 Scored = Sequence[tuple[BenchmarkRow, Sequence[float]]]
 

@@ -9,10 +9,10 @@ from typing import Any
 import numpy
 from numpy.typing import NDArray
 
-from rlhf.data.records import Messages, plain_text, prompt_key
 from rlhf.evaluation import contradictions
 from rlhf.metrics import intervals, winrate
 from rlhf.metrics.intervals import Interval
+from rlhf.records import Messages, plain_text, prompt_key
 from rlhf.scoring.scorer import Sample
 
 Array = NDArray[numpy.float64]

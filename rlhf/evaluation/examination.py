@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from rlhf.progress import grid, table
+from rlhf.runs.progress import grid, table
 
 
 def figures_table(report: Mapping[str, Any]) -> Table:

@@ -16,8 +16,8 @@ from rlhf.data.chat import ChatFormat
 from rlhf.data.tokenised import PromptRow, Turn
 from rlhf.models import forward
 from rlhf.models.roles import Roles
-from rlhf.progress import track
 from rlhf.rollouts.engine import RolloutEngine, Sampling
+from rlhf.runs.progress import track
 from rlhf.scoring.ensemble import Answer
 from rlhf.scoring.scorer import Sample, Scorer
 

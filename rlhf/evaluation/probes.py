@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from rlhf.config.examination import ProbesSection
-from rlhf.data.records import Comparison, Messages, prompt_key
+from rlhf.records import Comparison, Messages, prompt_key
 
 WORDS_OF = 400
 

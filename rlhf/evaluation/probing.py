@@ -9,10 +9,10 @@ from typing import Any
 import numpy
 
 from rlhf.config.examination import ProbesSection
-from rlhf.data.records import Comparison, prompt_key
 from rlhf.evaluation.figures import FigureSettings, interval
 from rlhf.evaluation.probes import Change, Exchange, Material, materials, probes_of
 from rlhf.metrics import intervals
+from rlhf.records import Comparison, prompt_key
 from rlhf.scoring.scorer import Sample, Scorer
 
 

@@ -8,11 +8,11 @@ from typing import Any
 import numpy
 
 from rlhf.data.labels import levels
-from rlhf.data.records import prompt_key
 from rlhf.data.tokenised import Group
 from rlhf.evaluation import figures
 from rlhf.evaluation.figures import FigureSettings
 from rlhf.metrics import intervals, ranking
+from rlhf.records import prompt_key
 from rlhf.scoring.scorer import Scores
 
 FEWEST = 3

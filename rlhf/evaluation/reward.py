@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy
 from numpy.typing import NDArray
 
-from rlhf.data.records import prompt_key
 from rlhf.data.tokenised import Group
 from rlhf.metrics import calibration, intervals
 from rlhf.metrics.intervals import Interval
+from rlhf.records import prompt_key
 from rlhf.scoring.scorer import Sample, Scorer, Scores
 
 Array = NDArray[numpy.float64]

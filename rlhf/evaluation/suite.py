@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlhf.config.suite import CaseSection
-from rlhf.data.records import Prompt
 from rlhf.errors import Problem, RlhfError
+from rlhf.records import Prompt
 from rlhf.scoring.scorer import Sample, Scorer
 
 log = logging.getLogger("rlhf")

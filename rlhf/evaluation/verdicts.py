@@ -103,7 +103,8 @@ def _figures(report: Mapping[str, Any], thresholds: ThresholdSection) -> list[tu
             report["accuracy_when_sure"],
             False,
             "accuracy where it is surest",
-            "read the comparisons that are most at odds with the scores: wrong labels, or a blind spot",
+            "read the comparisons that are most at odds with the scores: labels that no score explains, "
+            "or a blind spot",
         ),
         (
             "over_length",

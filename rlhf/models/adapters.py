@@ -17,13 +17,13 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from rlhf import artifacts
 from rlhf.config.sections import LoraSection, RoleLoraSection
 from rlhf.errors import Problem, RlhfError
 from rlhf.models.base import Base
 from rlhf.models.ends import token_ids
-from rlhf.snapshots import require_finite
-from rlhf.storage import staged_directory, write_bytes, write_json
+from rlhf.runs import artifacts
+from rlhf.runs.snapshots import require_finite
+from rlhf.runs.storage import staged_directory, write_bytes, write_json
 
 FIRST_FACTOR = re.compile(r"(base_model\.model\.)?(?P<module>.+)\.lora_(?P<kind>embedding_)?A(\.weight)?")
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"

@@ -17,12 +17,15 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import cached_file
 
-from rlhf import artifacts, connection, masking, model_files, names
+from rlhf import secrets
 from rlhf.data.chat import ChatFormat
 from rlhf.data.rendering import Rendering
 from rlhf.demo import registry as demo
 from rlhf.errors import Problem, RlhfError, of_the_machine
-from rlhf.models import ends, packing, quantised, self_checks
+from rlhf.hub import connection, model_files, names
+from rlhf.models import ends, packing, quantised
+from rlhf.models.fused import self_checks
+from rlhf.runs import artifacts
 
 log = logging.getLogger("rlhf")
 NO_LIMIT = 1 << 30
@@ -222,7 +225,7 @@ def cannot_load(source: str, what: str, error: Exception) -> RlhfError:
     if "trust_remote_code" in str(error):
         fix = "another model, or model.trust_remote_code: true with model.revision at a commit whose code you have read"
         return RlhfError(Problem("SEC007", source, f"the {what} needs Python code of its own, which is refused.", fix))
-    first = " ".join(masking.mask(str(error)).split())[:160]
+    first = " ".join(secrets.mask(str(error)).split())[:160]
     fix = "download the model again" if Path(source).is_dir() else "name a model directory, or another hub id"
     return RlhfError(Problem("MOD001", source, f"the {what} cannot be loaded: {first}", fix))
 

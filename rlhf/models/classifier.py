@@ -12,14 +12,15 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForSequenceClassification
 
-from rlhf import model_files, storage
+from rlhf.config import thinking as thoughts
 from rlhf.config.rewards import ClassifierSection
-from rlhf.data import thinking as thoughts
 from rlhf.data.chat import ChatFormat
-from rlhf.data.records import Message, Messages, plain_text
 from rlhf.data.rendering import Rendering
 from rlhf.errors import Problem, RlhfError
+from rlhf.hub import model_files
 from rlhf.models import base as bases
+from rlhf.records import Message, Messages, plain_text
+from rlhf.runs import storage
 
 log = logging.getLogger("rlhf")
 PROOF = "rlhf_export.json"

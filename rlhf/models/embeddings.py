@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from rlhf import model_files
+from rlhf.hub import model_files
 
 NEAR = 0.05
 ROWS = 8192

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 
-from rlhf import runtime
 from rlhf.planning import clock, phases
 from rlhf.planning.phases import Spec
+from rlhf.runs import runtime
 
 log = logging.getLogger("rlhf")
 

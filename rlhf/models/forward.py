@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from rlhf.data.batches import Sequences
-from rlhf.models import logits as head_logits
+from rlhf.losses import tensors
 from rlhf.models import packing
+from rlhf.models.fused import logits as head_logits
 from rlhf.models.roles import Roles
-from rlhf.ppo import tensors
 
 CHUNK_VALUES = 1 << 25
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from rlhf.errors import Problem, RlhfError
-from rlhf.storage import staged_directory, write_bytes, write_text
+from rlhf.runs.storage import staged_directory, write_bytes, write_text
 
 CONFIG, WEIGHTS = "head.json", "head.safetensors"
 

@@ -11,13 +11,13 @@ import torch
 from peft import get_peft_model
 from transformers import AutoModelForSequenceClassification, GenerationConfig
 
-from rlhf import artifacts
-from rlhf.artifacts import Manifest
 from rlhf.config.train_rm import COMBINED
 from rlhf.errors import Problem, RlhfError
-from rlhf.models import adapters, opening
+from rlhf.models import adapters, open_base
 from rlhf.models.base import Base
 from rlhf.models.heads import ScalarHead
+from rlhf.runs import artifacts
+from rlhf.runs.artifacts import Manifest
 
 
 def policy(base: Base, adapter: Path | None) -> Any:
@@ -36,8 +36,8 @@ def policy(base: Base, adapter: Path | None) -> Any:
 def copy_of(run_dir: str | Path, manifest: Manifest, device: torch.device) -> Base:
     """A model of its own, in float32, that is the function of a finished run's: where a role whose every weight is
     trained starts."""
-    section = opening.model_of(manifest).model_copy(update={"dtype": "float32", "quantize": None})
-    base = opening.require_same(opening.open_base(section, device), manifest)
+    section = open_base.model_of(manifest).model_copy(update={"dtype": "float32", "quantize": None})
+    base = open_base.require_same(open_base.open_base(section, device), manifest)
     model = policy(base, artifacts.adapter_of(run_dir))
     model.generation_config = GenerationConfig()
     return replace(base, model=model.eval().requires_grad_(False))

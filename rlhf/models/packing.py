@@ -12,8 +12,9 @@ from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from rlhf.models import blocks, decoding, grouped, quantised, self_checks
-from rlhf.progress import waiting
+from rlhf.models import grouped, quantised
+from rlhf.models.fused import blocks, decoding, self_checks
+from rlhf.runs.progress import waiting
 
 log = logging.getLogger("rlhf")
 ATTENTION = "rlhf_sdpa"

@@ -12,8 +12,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
-from rlhf import model_files, resources
 from rlhf.errors import RlhfError
+from rlhf.hub import model_files
+from rlhf.preflight import resources
 
 
 def settings(kind: str, dtype: torch.dtype) -> BitsAndBytesConfig:

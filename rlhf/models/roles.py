@@ -16,11 +16,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from rlhf import artifacts
-from rlhf.models import adapters, fused_lora, packing, trained_rows, whole
+from rlhf.models import adapters, packing, whole
+from rlhf.models.adapter_part import AdapterPart
 from rlhf.models.base import Base
+from rlhf.models.fused import lora, token_rows
 from rlhf.models.heads import ScalarHead
-from rlhf.models.part import AdapterPart
+from rlhf.runs import artifacts
 
 # transformers announces a new name for a method that peft still calls by its old one.
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
@@ -194,8 +195,8 @@ class SharedBase(_Slots):
         self._wrappers = [module for module in modules if isinstance(module, AuxiliaryTrainingWrapper)]
         inside = {id(wrapper.token_adapter) for wrapper in self._wrappers}
         self._layers = [m for m in modules if isinstance(m, BaseTunerLayer) and id(m) not in inside]
-        fused_lora.install(self.base.model)
-        trained_rows.install(self.base.model)
+        lora.install(self.base.model)
+        token_rows.install(self.base.model)
         self.base.model.eval()  # PEFT makes its dropout layers in train mode
         self._active = "?"
         self._switch(None)

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch.nn.functional import linear
 
-from rlhf.models import logits
-from rlhf.models.thin import in_order, product
+from rlhf.models.fused import logits
+from rlhf.models.fused.few_rows import in_order, product
 from rlhf.planning.clock import Speed
 
 TOKENS, READ_BYTES, SECONDS = 512, 1 << 28, 0.4

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from rlhf import storage
-from rlhf.progress import waiting
-from rlhf.snapshots import require_finite
+from rlhf.runs import storage
+from rlhf.runs.progress import waiting
+from rlhf.runs.snapshots import require_finite
 
 
 def weights(model: Any) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from rlhf.planning import memory
 from rlhf.planning.phases import Spec
 
 # Operations a block and sampled token, with LoRA on all linear layers, counted on Llama: by the model's own blocks; by
-# rlhf.models.decoding; and there with base and adapter summed up.
+# rlhf.models.fused.decoding; and there with base and adapter summed up.
 LAUNCHES, LAUNCHES_FUSED, LAUNCHES_SUMMED = 146, 50, 34
 FORWARD, BACKWARD = 2, 2  # operations a parameter and token; a frozen base needs its inputs' gradients alone
 

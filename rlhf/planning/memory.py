@@ -42,11 +42,11 @@ FLOAT32 = 4
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a code, a scale every 64, the scale of the scales every 256 of these
 DRAWN_VALUES = {"cpu": 1 << 19, "cuda": 1 << 23}  # from which a token is chosen at once: rlhf.rollouts.engine
 CHUNK_VALUES = 1 << 25  # logits of ours that exist at once: rlhf.models.forward
-CAST_VALUES = 1 << 19  # of the head in half precision that exist in float32 at once: rlhf.models.logits
+CAST_VALUES = 1 << 19  # of the head in half precision that exist in float32 at once: rlhf.models.fused.logits
 SFT_TILE = (4096, 32768)  # tokens and vocabulary of TRL's fused head
 FEATURES, ROWS = 1024, 1024  # of the critic by least squares, and states whose features exist at once
-FUSED = ("llama", "mistral", "qwen2", "qwen3")  # rlhf.models.blocks
-SUMMED_BYTES = 1 << 28  # up to here sampling keeps W + s B A: rlhf.models.decoding
+FUSED = ("llama", "mistral", "qwen2", "qwen3")  # rlhf.models.fused.blocks
+SUMMED_BYTES = 1 << 28  # up to here sampling keeps W + s B A: rlhf.models.fused.decoding
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def saved_per_token(shape: Shape, held: Numbers, rank: int) -> float:
 
 
 def saved_by_fused(shape: Shape, held: Numbers, rank: int) -> tuple[float, float]:
-    """The same of a block of ``rlhf.models.blocks``: bytes a token up to attention, and behind it.
+    """The same of a block of ``rlhf.models.fused.blocks``: bytes a token up to attention, and behind it.
 
         up to attention: e (d + 2 q + 2 k + 3 r) + 4 heads + 4        behind it: e (d + q + 2 f + 4 r) + 4
 
@@ -118,7 +118,7 @@ def saved_by_fused(shape: Shape, held: Numbers, rank: int) -> tuple[float, float
 
 
 def fuses(shape: Shape, held: Numbers) -> bool:
-    """Whether ``rlhf.models.blocks`` runs in the model's place."""
+    """Whether ``rlhf.models.fused.blocks`` runs in the model's place."""
     return shape.family in FUSED and held.quantize is None
 
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf import model_files, names
 from rlhf.demo import registry as demo
 from rlhf.errors import Problem, RlhfError
+from rlhf.hub import model_files, names
 
 GATED = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma")
 KNOWN = (*GATED, "gpt2")

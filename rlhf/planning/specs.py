@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlhf import artifacts, policy_sampling
-from rlhf.artifacts import Manifest
 from rlhf.config.sections import LoraSection, ModelSection, RoleLoraSection, RuntimeSection, SamplingSection
 from rlhf.config.stages import HeldOutSection
 from rlhf.errors import Problem, RlhfError
 from rlhf.planning import shape as shapes
 from rlhf.planning.memory import Numbers
 from rlhf.planning.phases import Spec
+from rlhf.runs import artifacts, policy_sampling
+from rlhf.runs.artifacts import Manifest
 
 WIDTH = {"float32": 4, "bfloat16": 2}
 ADAPTER_CONFIG = f"{artifacts.ADAPTER}/adapter_config.json"

@@ -9,17 +9,17 @@ from typing import Any
 
 import numpy
 
-from rlhf import artifacts, storage
 from rlhf.data import fitting, tokenised
 from rlhf.data.consensus import Annotated
 from rlhf.data.dropped import DroppedRows
 from rlhf.data.fitting import Limit
-from rlhf.data.records import Comparison, prompt_key
 from rlhf.evaluation import reward as examine
 from rlhf.metrics import intervals
-from rlhf.progress import show, table
+from rlhf.records import Comparison, prompt_key
 from rlhf.reward.outcome import RewardRoles
-from rlhf.runs import Run
+from rlhf.runs import artifacts, storage
+from rlhf.runs.progress import show, table
+from rlhf.runs.run_directory import Run
 
 log = logging.getLogger("rlhf")
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf import artifacts, storage
 from rlhf.data.tokenised import Group
 from rlhf.reward.outcome import RewardRoles
-from rlhf.runs import Run
+from rlhf.runs import artifacts, storage
+from rlhf.runs.run_directory import Run
 from rlhf.scoring.scorer import Sample
 
 log = logging.getLogger("rlhf")

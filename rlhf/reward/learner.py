@@ -13,11 +13,11 @@ from rlhf.config.train_rm import RewardConfig
 from rlhf.data.batches import collate
 from rlhf.data.tokenised import Group
 from rlhf.errors import Problem, RlhfError
+from rlhf.losses.heads import Heads
 from rlhf.models import forward
 from rlhf.models.base import Base
 from rlhf.models.roles import Roles
 from rlhf.reward import objective, training
-from rlhf.reward.several import Heads
 from rlhf.reward.teacher import Teacher
 from rlhf.reward.training import Member
 

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from rlhf.config.train_rm import Combination, Objective
 from rlhf.data import labels
-from rlhf.data.records import Comparison
 from rlhf.data.tokenised import Group
-from rlhf.reward import loss, several
-from rlhf.reward.loss import Judged, Preference, bradley_terry, distilled, outcome, plackett_luce
-from rlhf.reward.several import Heads, scales
+from rlhf.losses import heads as several
+from rlhf.losses import preference as loss
+from rlhf.losses.heads import Heads, scales
+from rlhf.losses.preference import Judged, Preference, bradley_terry, distilled, outcome, plackett_luce
+from rlhf.records import Comparison
 from rlhf.reward.teacher import Teacher
 
 log = logging.getLogger("rlhf")

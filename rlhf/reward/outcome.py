@@ -13,7 +13,6 @@ import numpy
 import torch
 from torch import Tensor
 
-from rlhf import runtime
 from rlhf.config.sections import RewardBatchSection, SamplingSection
 from rlhf.data.batches import PassSize
 from rlhf.data.tokenised import Group, PromptRow
@@ -29,8 +28,9 @@ from rlhf.models.base import Base
 from rlhf.models.heads import ScalarHead
 from rlhf.models.roles import Roles
 from rlhf.reward import length
-from rlhf.rollouts.opening import open_engine
-from rlhf.runs import Run
+from rlhf.rollouts.open_engine import open_engine
+from rlhf.runs import runtime
+from rlhf.runs.run_directory import Run
 from rlhf.scoring.ensemble import EnsembleScorer
 from rlhf.scoring.scorer import Sample, Scorer, Scores
 from rlhf.scoring.shared import SharedScorer

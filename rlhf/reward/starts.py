@@ -7,17 +7,17 @@ from pathlib import Path
 
 import torch
 
-from rlhf import artifacts
 from rlhf.config.train_rm import COMBINED, RewardConfig
 from rlhf.errors import Problem, RlhfError
 from rlhf.models import adapters, merged
+from rlhf.models.adapter_part import AdapterPart, of_member
 from rlhf.models.base import Base
 from rlhf.models.heads import ScalarHead
-from rlhf.models.part import AdapterPart, of_member
 from rlhf.models.roles import Roles, SeparateModels, SharedBase
-from rlhf.origins import START
-from rlhf.preflight import Plan
+from rlhf.preflight.origins import START
+from rlhf.preflight.prepare import Plan
 from rlhf.reward.training import member_seeds
+from rlhf.runs import artifacts
 
 
 def roles(

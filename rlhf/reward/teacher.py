@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 from rlhf.data.batches import PassSize
-from rlhf.data.records import Comparison
 from rlhf.data.tokenised import Group
 from rlhf.evaluation import members as together
 from rlhf.evaluation import reward as examine
 from rlhf.metrics.pairs import pair_accuracy
-from rlhf.models import opening
+from rlhf.models import open_base
 from rlhf.models.roles import SharedBase
-from rlhf.preflight import Plan
+from rlhf.preflight.prepare import Plan
+from rlhf.records import Comparison
+from rlhf.scoring.open_scorer import open_run
 from rlhf.scoring.rerendered import Rerendered
 from rlhf.scoring.scorer import Sample, Scores
-from rlhf.scoring.sources import open_run
 
 log = logging.getLogger("rlhf")
 
@@ -69,7 +69,7 @@ def learn(
     samples = [Sample(record.prompt, text, [], [], True, []) for record in records for text in record.responses]
     columns, parameters = [], 0
     for index, run in enumerate(runs):
-        base = opening.reopen_base(plan.parents[f"teachers.{index}"], device)
+        base = open_base.reopen_base(plan.parents[f"teachers.{index}"], device)
         parameters += sum(parameter.numel() for parameter in base.model.parameters())
         raw = open_run(run, SharedBase(base), PassSize(micro_batch_size), raw=True)
         columns.append(Rerendered(raw, base.chat, run).score(samples).mean.double())

@@ -6,17 +6,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from rlhf import runtime
-from rlhf.checkpoints import Position
 from rlhf.config.train_rm import RewardConfig
 from rlhf.data.batches import DataOrder, micro_batches
-from rlhf.data.records import prompt_key
 from rlhf.data.tokenised import Group
 from rlhf.models.roles import Roles
-from rlhf.optimizer import Optimizer
+from rlhf.records import prompt_key
 from rlhf.reward import members
 from rlhf.reward.length import LengthPenalty
-from rlhf.snapshots import Stateful
+from rlhf.runs import runtime
+from rlhf.runs.checkpoints import Position
+from rlhf.runs.snapshots import Stateful
+from rlhf.training.optimizer import Optimizer
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from rlhf.errors import Problem, RlhfError
-from rlhf.models import decoding, packing
+from rlhf.models import packing
+from rlhf.models.fused import decoding
 from rlhf.rollouts.engine import Rollout, Sampling
 from rlhf.rollouts.hf import HfEngine
 

@@ -17,13 +17,14 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from rlhf.data.chat import ChatFormat
 from rlhf.errors import Problem, RlhfError
-from rlhf.models import decoding, packing
+from rlhf.models import packing
 from rlhf.models.ends import token_ids
+from rlhf.models.fused import decoding
 from rlhf.models.roles import Roles
-from rlhf.progress import track
 from rlhf.rollouts import static
 from rlhf.rollouts.cache import roomy
 from rlhf.rollouts.engine import Rollout, Sampling, draw, uniforms
+from rlhf.runs.progress import track
 
 log = logging.getLogger("rlhf")
 GROWING = ("cpu",)  # types of device on which the cache grows

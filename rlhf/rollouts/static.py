@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rlhf.models import grouped
-from rlhf.models.decoding import Decoder, Rows
+from rlhf.models.fused.decoding import Decoder, Rows
 
 log = logging.getLogger("rlhf")
 EVERY = 16  # tokens between two looks at which rows have ended

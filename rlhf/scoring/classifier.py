@@ -11,7 +11,7 @@ from torch import Tensor
 from rlhf.data.batches import micro_batches
 from rlhf.errors import Problem, RlhfError
 from rlhf.models.classifier import Classifier, Reading
-from rlhf.progress import track
+from rlhf.runs.progress import track
 from rlhf.scoring.scorer import Sample, Scores
 
 log = logging.getLogger("rlhf")

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf.data.records import prompt_key
-from rlhf.reward import aggregate
+from rlhf.records import prompt_key
+from rlhf.scoring import aggregate
 from rlhf.scoring.scorer import Sample, Scorer, Scores, WeightedScorer
 
 log = logging.getLogger("rlhf")

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from rlhf.data.records import plain_text
 from rlhf.errors import Problem, RlhfError
+from rlhf.records import plain_text
 from rlhf.scoring.scorer import Sample, Scores
 
 Function = Callable[[list[str], list[str]], Sequence[float]]

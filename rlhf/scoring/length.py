@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from rlhf.examined import LengthCalibration
+from rlhf.preflight.examined import LengthCalibration
 from rlhf.scoring.scorer import Sample, Scorer, Scores
 
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from rlhf.data.chat import ChatFormat
-from rlhf.data.records import Message
-from rlhf.models import opening
+from rlhf.models import open_base
+from rlhf.records import Message
 from rlhf.scoring.scorer import Sample, Scorer, Scores
 
 log = logging.getLogger("rlhf")
@@ -40,7 +40,7 @@ class Rerendered:
             scored = [*ids, self.chat.end_id] if sample.finished else ids
             if not scored:  # cut off before any text: the head reads the end of the prompt
                 prompt_ids, scored = prompt_ids[:-1], prompt_ids[-1:]
-            opening.require_context(self.chat, len(prompt_ids), len(scored), self.where)
+            open_base.require_context(self.chat, len(prompt_ids), len(scored), self.where)
             rendered.append(replace(sample, prompt_ids=prompt_ids, response_ids=scored, scored_ids=scored))
         if num_cleaned:
             log.warning("%s: special tokens of its own in %d conversations were left out.", self.where, num_cleaned)

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from rlhf.data.records import Messages
 from rlhf.errors import Problem, RlhfError
+from rlhf.records import Messages
 
 
 @dataclass(frozen=True)

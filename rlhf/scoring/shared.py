@@ -9,7 +9,7 @@ import torch
 from rlhf.data.batches import PassSize, collate
 from rlhf.models import forward
 from rlhf.models.roles import Roles
-from rlhf.progress import track
+from rlhf.runs.progress import track
 from rlhf.scoring.scorer import Sample, Scores
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from rlhf import artifacts
 from rlhf.config import recognition
 from rlhf.errors import Problem, RlhfError
 from rlhf.planning import specs
 from rlhf.planning.specs import Origin
+from rlhf.runs import artifacts
 from rlhf.stages.registry import STAGES, stage_of
 
 MAKERS = {stage.id: stage.config_class for stage in STAGES.values() if stage.makes in ("policy", "reward")}

@@ -6,18 +6,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf.artifacts import Manifest
 from rlhf.config.stages import StageConfig
 from rlhf.errors import Problem
-from rlhf.needs import Needs
 from rlhf.planning.phases import Spec
 from rlhf.planning.specs import Origin
+from rlhf.preflight.needs import Needs
+from rlhf.runs.artifacts import Manifest
 
 
 @dataclass(frozen=True)
 class Stage:
     """The torch-free half of a stage. Every function takes the stage's config; nothing else tells one stage's config
-    from another's. The other half is the module ``rlhf.stages.<module>``, imported when the stage starts, which has
+    from another's. The other half is ``run.py`` in the stage's folder, imported when the stage starts, which has
     ``run(config, plan, run) -> Manifest`` and ``dry_run(config, plan) -> list[str]``.
 
     Args:
@@ -47,7 +47,7 @@ class Stage:
 
     @property
     def module(self) -> str:
-        return f"rlhf.stages.{self.id.replace('-', '_')}"
+        return f"rlhf.stages.{self.id.replace('-', '_')}.run"
 
     @property
     def default_config(self) -> str:

@@ -13,9 +13,13 @@ from rlhf.config.sections import Section
 from rlhf.config.stages import PipelineConfig, StageConfig
 from rlhf.errors import Problem, RlhfError
 from rlhf.findings import Findings
-from rlhf.neighbours import Nearby, Neighbour
-from rlhf.stages import collect_spec, eval_rm_spec, ppo_spec, sft_spec, train_rm_spec
+from rlhf.preflight.neighbours import Nearby, Neighbour
 from rlhf.stages.base import Stage
+from rlhf.stages.collect import spec as collect_spec
+from rlhf.stages.eval_rm import spec as eval_rm_spec
+from rlhf.stages.ppo import spec as ppo_spec
+from rlhf.stages.sft import spec as sft_spec
+from rlhf.stages.train_rm import spec as train_rm_spec
 
 log = logging.getLogger("rlhf")
 

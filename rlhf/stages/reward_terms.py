@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from rlhf.config.rewards import ClassifierSection, RewardSource
-from rlhf.needs import Parent
+from rlhf.preflight.needs import Parent
 
 Rewards = Mapping[str, RewardSource]
 

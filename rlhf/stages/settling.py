@@ -7,14 +7,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from rlhf import artifacts, examined, identity, runs
-from rlhf.artifacts import FAILED_GATES, Manifest
 from rlhf.config import load
 from rlhf.config.stages import StageConfig
 from rlhf.data.dropped import excess
 from rlhf.errors import Problem, RlhfError
-from rlhf.needs import Input, Needs
-from rlhf.preflight import Plan
+from rlhf.preflight import examined
+from rlhf.preflight.needs import Input, Needs
+from rlhf.preflight.prepare import Plan
+from rlhf.runs import artifacts, identity, run_directory
+from rlhf.runs.artifacts import FAILED_GATES, Manifest
 from rlhf.stages.registry import stage_of
 
 TOO_MANY_DROPPED = "GRD021"
@@ -51,7 +52,7 @@ def settle(config: StageConfig, needs: Needs, plan: Plan) -> None:
     has_other_gates = _recorded_gates(config) != identity.gates(config)
     now = complete(config, needs, plan, replace(manifest, parents=plan.parents_table(needs)))
     if now != manifest or has_other_gates:
-        with runs.locked(run_dir):
+        with run_directory.locked(run_dir):
             if has_other_gates:
                 now = stage_of(config).judged_again(config, now)
             artifacts.rewrite(run_dir, now)

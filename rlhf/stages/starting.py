@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from rlhf import artifacts, preflight, progress, runs
 from rlhf.config import load
 from rlhf.config.stages import StageConfig
 from rlhf.errors import Problem, RlhfError
-from rlhf.needs import Needs
-from rlhf.preflight import Plan
+from rlhf.preflight import prepare
+from rlhf.preflight.needs import Needs
+from rlhf.preflight.prepare import Plan
+from rlhf.runs import artifacts, progress, run_directory
 from rlhf.stages import settling
 from rlhf.stages.base import Stage
 from rlhf.stages.registry import around, open_config
@@ -62,7 +63,7 @@ class Ready:
     def settle(self) -> None:
         """Judge the finished run by the gates of its config, and mark it as newer than its inputs."""
         settling.settle(self.config, self.needs, self.plan)
-        runs.mark_current(self.run_dir)
+        run_directory.mark_current(self.run_dir)
 
     def run(self, start: Start) -> None:
         """Train, measure or examine, unless the run is up to date; then judge by the gates of its config."""
@@ -71,7 +72,7 @@ class Ready:
             log.info("%s is up to date.", self.run_dir)
             return
         config = self._with_date(start)
-        with runs.open_run(
+        with run_directory.open_run(
             self.run_dir,
             self.stage.id,
             self.plan.inputs,
@@ -95,7 +96,7 @@ class Ready:
         kept = self._kept_date() if start.resume and self.reasons == ["unfinished run"] else None
         parent = self.plan.parents.get("adapter")
         kept = kept or (parent.base.template_date if parent and parent.base else None)
-        model = progress.load("rlhf.models.opening").with_date(own.model, kept)
+        model = progress.load("rlhf.models.open_base").with_date(own.model, kept)
         return self.config.model_copy(update={"model": model})
 
     def _kept_date(self) -> str | None:
@@ -121,8 +122,8 @@ def ready(
     """
     config: StageConfig = open_config(stage.id, path, overrides)
     needs = stage.needs(config)
-    plan = preflight.prepare(config, needs, parents_may_be_missing, around(path, others))
-    return Ready(stage, config, needs, plan, runs.status(Path(config.run_dir), plan.inputs))
+    plan = prepare.prepare(config, needs, parents_may_be_missing, around(path, others))
+    return Ready(stage, config, needs, plan, run_directory.status(Path(config.run_dir), plan.inputs))
 
 
 def limits(stage: Stage, path: Path, overrides: Sequence[str], limit: int) -> list[str]:

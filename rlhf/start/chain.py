@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rlhf.config.stages import SftConfig
-from rlhf.data.records import split_by_prompt
+from rlhf.records import split_by_prompt
 from rlhf.start import choose
 from rlhf.start.basis import Basis
 from rlhf.start.choose import Size

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rlhf import missing_ends
+from rlhf.preflight import missing_ends
 from rlhf.start.facts import ModelFacts
 
 QUANTILE, SLACK, MULTIPLE = 0.99, 1.5, 8

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from rlhf.config.sections import DataSection
-from rlhf.data.records import Comparison, Demonstration, Prompt
+from rlhf.records import Comparison, Demonstration, Prompt
 
 
 @dataclass(frozen=True)

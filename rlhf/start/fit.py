@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rlhf.data.chat import ChatFormat
-from rlhf.data.records import Comparison, Demonstration, Prompt
 from rlhf.data.rows import EQUAL, SPECIAL_TOKEN, TOO_LONG
 from rlhf.errors import Problem, RlhfError
-from rlhf.progress import track
+from rlhf.records import Comparison, Demonstration, Prompt
+from rlhf.runs.progress import track
 from rlhf.start import choose
 from rlhf.start.basis import Basis
 from rlhf.start.facts import Lengths, Limit, Options, Tokens

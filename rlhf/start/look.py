@@ -11,11 +11,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlhf.data.chat import TEMPLATES, ChatFormat
-from rlhf.data.records import Message
 from rlhf.demo import registry as demo
 from rlhf.errors import Problem, RlhfError
 from rlhf.models import embeddings, ends
 from rlhf.models.base import load_context_length, load_tokenizer, refuse_unknown
+from rlhf.records import Message
 from rlhf.start.facts import ModelFacts
 
 

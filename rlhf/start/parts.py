@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rlhf.data.records import Comparison, Demonstration, Message, Messages, Prompt, prompt_key
 from rlhf.errors import Problem, RlhfError
+from rlhf.records import Comparison, Demonstration, Message, Messages, Prompt, prompt_key
 from rlhf.start.facts import Rows
 
 # Labelled pairs teach the reward model, and it needs the most; PPO answers a prompt many times over.

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from rlhf import names, storage
-from rlhf import resources as machine
 from rlhf.demo import registry as demo
 from rlhf.errors import DISK, Problem, RlhfError
+from rlhf.hub import names
+from rlhf.preflight import resources as machine
+from rlhf.runs import storage
 from rlhf.start import chain, choose, fit, look, parts, reading, told
 from rlhf.start.basis import basis
 from rlhf.start.facts import Options

@@ -13,10 +13,10 @@ from rlhf.config.sections import DataSection
 from rlhf.data import files as rows_of
 from rlhf.data import forms, sources
 from rlhf.data.dropped import DroppedRows
-from rlhf.data.records import Comparison
 from rlhf.data.rows import BadLine, RowError, names
 from rlhf.errors import Problem, RlhfError
 from rlhf.findings import Findings
+from rlhf.records import Comparison
 from rlhf.start.facts import Options, Rows
 
 READERS = {

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy
 
-from rlhf import progress
 from rlhf.metrics.intervals import Interval, grouped_bootstrap
+from rlhf.runs import progress
 
 TARGET = 0.75
 OURS, PEER = "ours", "peer"

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from rlhf.algorithms.algorithm import Rewarded
+from rlhf.losses import policy
 from rlhf.models import forward
-from rlhf.ppo import objective
-from rlhf.ppo.collector import kl_penalty
-from rlhf.ppo.critics import ValueTargets
-from rlhf.ppo.experience import Experience
-from rlhf.ppo.training import Training
-from rlhf.ppo.value_role import ValueRole
+from rlhf.training.collector import kl_penalty
+from rlhf.training.critics import ValueTargets
+from rlhf.training.experience import Experience
+from rlhf.training.loop import Training
+from rlhf.training.value_role import ValueRole
 
 EPS, VALUE_COEF = 1e-8, 0.1  # of transformers' AdamW and of TRL's PPOConfig
 
@@ -65,7 +65,7 @@ class LikeTrl(Measured):
                 found = forward.state_values(model, head, sequences)
             values[rows, : found.shape[1]] = found.float().cpu()
         penalty = kl_penalty(settings.kl, vars(batch))
-        rewards = objective.token_rewards(penalty, batch.scores, late, self.progress.kl_coef)
+        rewards = policy.token_rewards(penalty, batch.scores, late, self.progress.kl_coef)
         rewarded = Rewarded(rewards, batch.scores, late, settings.samples_per_prompt, values)
         advantages = collector.algorithm.advantages(rewarded, settings.update)
         returns = ValueTargets(*settings.update.value_targets()).returns(rewards, values, late)

@@ -26,10 +26,11 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from rlhf.ppo import least_squares, objective, tensors
-from rlhf.ppo.least_squares import LeastSquares, ridge
-from rlhf.ppo.update import minibatches
-from rlhf.ppo.value_role import RIDGE
+from rlhf.losses import policy, tensors
+from rlhf.training import least_squares
+from rlhf.training.least_squares import LeastSquares, ridge
+from rlhf.training.update import minibatches
+from rlhf.training.value_role import RIDGE
 
 HIDDEN, NUISANCES, NOISE, FEATURES = 32, 5, 0.3, 128
 PROMPT, WALK, UNSEEN = 0.3, 0.4, 0.3  # shares of the outcome's variance
@@ -51,7 +52,7 @@ class Responses:
 
     @property
     def rewards(self) -> Tensor:
-        return objective.token_rewards(torch.zeros(self.right.shape), self.outcome, self.mask, 0.0)
+        return policy.token_rewards(torch.zeros(self.right.shape), self.outcome, self.mask, 0.0)
 
 
 def draw(num: int, length: int, generator: torch.Generator, foretold: bool = True) -> Responses:
@@ -127,7 +128,7 @@ class Trained(torch.nn.Module):
         old = self.values(hidden.flatten(0, 1)).view(returns.shape)
         for epoch in range(EPOCHS):
             for chosen in minibatches(len(returns), MINIBATCH, number, epoch):
-                loss = objective.value_loss(
+                loss = policy.value_loss(
                     self(hidden[chosen]), old[chosen], returns[chosen], mask[chosen], CLIP, returns[chosen].numel()
                 ).loss
                 self.optimizer.zero_grad()
@@ -147,8 +148,8 @@ class Figures:
 def figures(values: Tensor, responses: Responses, value_lam: float) -> Figures:
     """What is said of ``values`` [B, T]."""
     rewards, mask = responses.rewards, responses.mask
-    returns = objective.returns_from(objective.gae_advantages(rewards, values, mask, 1.0, value_lam), values, mask)
-    outcomes = objective.outcomes(rewards, mask, 1.0)
+    returns = policy.returns_from(policy.gae_advantages(rewards, values, mask, 1.0, value_lam), values, mask)
+    outcomes = policy.outcomes(rewards, mask, 1.0)
     of_both = (float(tensors.explained_variance(values, target, mask)) for target in (returns, outcomes))
     return Figures(*of_both)
 
@@ -173,8 +174,8 @@ def learning(
         yield number, found
         rewards, mask, before = responses.rewards, responses.mask, critic.values(responses.hidden.flatten(0, 1))
         before = before.view(mask.shape)
-        raw = objective.gae_advantages(rewards, before, mask, 1.0, value_lam)
-        critic.learn(responses, objective.returns_from(raw, before, mask), number)
+        raw = policy.gae_advantages(rewards, before, mask, 1.0, value_lam)
+        critic.learn(responses, policy.returns_from(raw, before, mask), number)
 
 
 def fixed(length: int, value_lam: float, seed: int) -> dict[str, Figures]:

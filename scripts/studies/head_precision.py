@@ -3,7 +3,7 @@
     python scripts/studies/head_precision.py [--model DIR] [--tokens 200]
 
 The same hidden states go through the head twice: as the model does it, rounded to bfloat16, and as training, rescoring
-and sampling do it here (``rlhf.models.logits``). Both are compared with the head in float64. Without ``--model``,
+and sampling do it here (``rlhf.models.fused.logits``). Both are compared with the head in float64. Without ``--model``,
 random states and weights of two sizes, at logits with a standard deviation of 6. One thread.
 """
 
@@ -17,9 +17,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from rlhf.models import logits
 from rlhf.models.base import Loading, load_base
-from rlhf.models.self_checks import TEXT
+from rlhf.models.fused import logits
+from rlhf.models.fused.self_checks import TEXT
 
 SIZES = ((576, 49_152), (1_536, 151_936))
 DEVIATION, REPEATS = 6.0, 5

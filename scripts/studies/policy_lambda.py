@@ -22,7 +22,7 @@ import torch
 from critic_length import BATCH, HIDDEN, NOISE, Responses, Solved
 from torch import Tensor
 
-from rlhf.ppo import objective, tensors
+from rlhf.losses import policy, tensors
 
 KINDS, THIRDS, FRESH, LATE_NOISE = 8, 3, 2048, 2.0
 EARLY, LATE, PROMPT, CHANCE = 0.3, 0.3, 0.2, 0.2  # shares of the outcome's variance
@@ -85,7 +85,7 @@ def taught(world: World, batches: int) -> Solved:
     critic, generator = Solved(), torch.Generator().manual_seed(7)
     for number in range(batches):
         responses, _ = draw(world, BATCH, generator)
-        outcomes = objective.outcomes(responses.rewards, responses.mask, 1.0)
+        outcomes = policy.outcomes(responses.rewards, responses.mask, 1.0)
         critic.learn(responses, outcomes, number)
     return critic
 
@@ -125,7 +125,7 @@ def main() -> None:
     for length in (int(length) for length in args.lengths.split(",")):
         world = build(length)
         responses, tokens = draw(world, FRESH, torch.Generator().manual_seed(3))
-        outcomes, mask = objective.outcomes(responses.rewards, responses.mask, 1.0), responses.mask
+        outcomes, mask = policy.outcomes(responses.rewards, responses.mask, 1.0), responses.mask
         critics = {name: taught(world, int(name.split()[0])) for name in CRITICS if "batch" in name}
         known = {"none": torch.full(mask.shape, float(responses.outcome.mean())), "right": responses.right}
         for name in CRITICS:
@@ -135,7 +135,7 @@ def main() -> None:
                 values = known[name]
             cells = []
             for lam in (0.95, 0.99, 1.0, 1 - 2.65 / length, 1 - 20 / length):
-                advantages = objective.gae_advantages(responses.rewards, values, mask, 1.0, lam)
+                advantages = policy.gae_advantages(responses.rewards, values, mask, 1.0, lam)
                 advantages = tensors.center(advantages, mask)
                 cells.append(cell(world, gradients(world, advantages, tokens)))
             explained = float(tensors.explained_variance(values, outcomes, mask))

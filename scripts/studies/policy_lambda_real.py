@@ -27,19 +27,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf import runtime
 from rlhf.config.sections import ModelSection, RuntimeSection
 from rlhf.data.batches import collate
-from rlhf.data.records import Message
 from rlhf.data.tokenised import PromptRow
 from rlhf.evaluation import policy as measure
-from rlhf.models import forward, opening
+from rlhf.losses import policy as objective
+from rlhf.losses import tensors
+from rlhf.models import forward, open_base
 from rlhf.models.base import Base
 from rlhf.models.roles import SharedBase
-from rlhf.ppo import objective, tensors
-from rlhf.ppo.least_squares import LeastSquares
+from rlhf.records import Message
 from rlhf.rollouts.engine import Sampling
 from rlhf.rollouts.hf import HfEngine
+from rlhf.runs import runtime
+from rlhf.training.least_squares import LeastSquares
 
 PART, BATCH, TEMPERATURE = {"reviews": 32, "stories": 256}, 64, 0.8
 LAMBDAS = (0.9, 0.95, 0.99, 1.0)
@@ -185,7 +186,7 @@ def main() -> None:
     numbers = range(args.responses // PART[args.world])
     files = [args.out / f"{args.world}-{args.tokens}-{number}.pt" for number in numbers]
     if not all(file.is_file() for file in files):
-        base = opening.open_base(ModelSection(path=args.model), runtime.set_up(RuntimeSection(), 0))
+        base = open_base.open_base(ModelSection(path=args.model), runtime.set_up(RuntimeSection(), 0))
         args.out.mkdir(parents=True, exist_ok=True)
         for number, file in enumerate(files):
             if not file.is_file():

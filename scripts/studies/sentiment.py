@@ -29,7 +29,7 @@ import sentiment_report
 import sentiment_world as world
 import yaml
 
-from rlhf import storage
+from rlhf.runs import storage
 
 TOKENS, TEMPERATURE, BEST_OF = 48, 0.7, 16
 RATES = {"sft": 5e-4, "train-rm": 3e-4, "ppo": 1.5e-4}

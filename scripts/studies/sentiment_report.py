@@ -12,9 +12,9 @@ from typing import Any
 import numpy
 import sentiment_world as world
 
-from rlhf import artifacts, progress, runs, storage
 from rlhf.metrics import best_of_n
 from rlhf.metrics.intervals import grouped_bootstrap, paired_bootstrap
+from rlhf.runs import artifacts, progress, run_directory, storage
 
 PLAN = "plan.json"
 POLICIES = {"model, not cut": "base", "SFT": "sft-answers", "PPO": "ppo-answers"}
@@ -112,7 +112,7 @@ def curve(chains: Sequence[Path]) -> list[Row]:
     """Each evaluation of PPO on the validation prompts of all seeds: gold, the reward model's score, KL, sameness."""
     points: dict[int, list[tuple[Row, list[Row]]]] = {}
     for at in chains:
-        for row in runs.read_metrics(at / "ppo"):
+        for row in run_directory.read_metrics(at / "ppo"):
             if "eval/score" in row:
                 samples = world.read(at / "ppo" / artifacts.SAMPLES / f"step-{row['step']}.jsonl")
                 points.setdefault(row["step"], []).append((row, samples))
@@ -140,11 +140,11 @@ def reward_model(at: Path) -> Row:
     gains = [policies(at)[name][0] for name in ("PPO", "SFT, mean of 16 samples")]
     correlation = numpy.corrcoef([row["score"] for row in ranked], [row["judge"] for row in ranked])[0, 1]
     return {
-        "labels_agree": runs.plain(share),
+        "labels_agree": run_directory.plain(share),
         "pairs": pairs,
         "accuracy": examined["accuracy"],
         "verdict": examined["verdict"],
-        "correlation": runs.plain(float(correlation)),
+        "correlation": run_directory.plain(float(correlation)),
         "gain": float(numpy.mean(gains[0]) - numpy.mean(gains[1])),
         "beyond": [one for one in examined["verdicts"] if one["verdict"] != "pass"],
     }
@@ -178,7 +178,7 @@ def step_seconds(run: Path, made: Row) -> float | None:
     """Of an optimizer step (SFT: the mean) or a rollout with its update (PPO: the median); None where no file says."""
     if "time/train_s" in made["metrics"]:
         return float(made["metrics"]["time/train_s"] / made["details"]["steps"])
-    rows = [row for row in runs.read_metrics(run) if "time/update_s" in row]
+    rows = [row for row in run_directory.read_metrics(run) if "time/update_s" in row]
     timed = [row["time/rollout_s"] + row["time/update_s"] for row in rows]
     return float(numpy.median(timed)) if timed else None
 

@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from rlhf import storage
+from rlhf.runs import storage
 
 Row = dict[str, Any]
 INSTRUCTION = "Continue this review: "

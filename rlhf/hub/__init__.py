@@ -1,0 +1,1 @@
+"""The hub and the libraries: names, model files, whether they are there, uploads."""

@@ -1,0 +1,1 @@
+"""What is checked before a weight is loaded."""

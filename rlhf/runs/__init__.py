@@ -1,0 +1,1 @@
+"""Everything that a run puts on the disk, and what passes between processes."""

@@ -1,0 +1,1 @@
+"""Preferences on a policy's own samples."""

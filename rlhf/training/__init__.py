@@ -1,0 +1,1 @@
+"""The loop of reinforcement learning, and what every training loop has: optimizer, guards, held-out loss."""
