@@ -14,14 +14,14 @@ from typing import Annotated, Any
 import typer
 
 from rlhf import __version__, errors, secrets
-from rlhf.commands import curve, inspection, judge, pipeline, prepare, run_list, use, verdict
+from rlhf.commands import before_a_run, curve, inspection, judge, pipeline, run_list, use, verdict
 from rlhf.commands.options import Bare, ConfigFile, Json, Sets
 from rlhf.commands.parsing import ANYWHERE, Command, Group, StageCommand, example
 from rlhf.errors import Problem, RlhfError
 from rlhf.hub import names
 from rlhf.runs import artifacts, interrupts, progress, run_directory
 from rlhf.stages import starting
-from rlhf.stages.base import Stage
+from rlhf.stages.contract import Stage
 from rlhf.stages.registry import STAGES, open_config
 from rlhf.stages.starting import Start
 
@@ -140,7 +140,7 @@ for _stage in STAGES.values():
 app.command("eval-rm", cls=StageCommand, help="Examine a reward model. Without -c, reads configs/eval-rm.yaml.")(
     _examine
 )
-for _name, _function in {**use.COMMANDS, **judge.COMMANDS, **prepare.COMMANDS, **curve.COMMANDS}.items():
+for _name, _function in {**use.COMMANDS, **judge.COMMANDS, **before_a_run.COMMANDS, **curve.COMMANDS}.items():
     app.command(_name, cls=StageCommand if _name in curve.COMMANDS else Command)(_function)
 
 

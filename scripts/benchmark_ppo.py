@@ -78,9 +78,9 @@ def ours(size: str, changes: list[str]) -> dict[str, Any]:
     from rlhf.config import load
     from rlhf.config.stages import PpoConfig
     from rlhf.data.batches import PassSize
-    from rlhf.data.chat import ChatFormat
+    from rlhf.data.chat_format import ChatFormat
     from rlhf.data.tokenised import PromptRow
-    from rlhf.evaluation.policy import SampledPolicy, sampling_of
+    from rlhf.evaluation.policy_samples import SampledPolicy, sampling_of
     from rlhf.models.base import Base, load_tokenizer, settle
     from rlhf.models.heads import ScalarHead
     from rlhf.models.roles import SharedBase
@@ -91,10 +91,10 @@ def ours(size: str, changes: list[str]) -> dict[str, Any]:
     from rlhf.training.collector import Collector, CollectorSettings
     from rlhf.training.critics import Critic
     from rlhf.training.experience import Passes
-    from rlhf.training.least_squares import LeastSquares
     from rlhf.training.optimizer import Optimizer
-    from rlhf.training.update import PolicySettings, PolicyUpdate
-    from rlhf.training.value_role import ValueRole, ValueSettings
+    from rlhf.training.policy_update import PolicySettings, PolicyUpdate
+    from rlhf.training.solved_critic import LeastSquares
+    from rlhf.training.trained_critic import ValueRole, ValueSettings
 
     torch.set_num_threads(1)
     shape, N, steps = SIZES[size], BATCH[size], STEPS[size]

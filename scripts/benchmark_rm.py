@@ -52,15 +52,15 @@ def ours(size: str) -> dict[str, float]:
 
     from rlhf.config.train_rm import RewardConfig
     from rlhf.data.batches import DataOrder
-    from rlhf.data.chat import ChatFormat
+    from rlhf.data.chat_format import ChatFormat
     from rlhf.data.tokenised import Group
     from rlhf.models.base import Base, load_tokenizer, settle
     from rlhf.models.heads import ScalarHead
     from rlhf.models.roles import SharedBase
     from rlhf.records import Comparison, Judgement, Message
-    from rlhf.reward.learner import Learner
-    from rlhf.reward.length import LengthPenalty
-    from rlhf.reward.training import Member
+    from rlhf.reward.length_penalty import LengthPenalty
+    from rlhf.reward.member_step import Learner
+    from rlhf.reward.member_turns import Member
     from rlhf.runs import runtime
     from rlhf.training.optimizer import Optimizer
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from rlhf.demo import registry as demo
+from rlhf.demo import catalogue as demo
 from rlhf.runs import artifacts, progress, run_directory
 
 SAVED = re.compile(r"Saved \S+ in ([0-9.]+) s")

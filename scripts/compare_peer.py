@@ -38,8 +38,8 @@ from rlhf.commands import export
 from rlhf.config import load
 from rlhf.config.stages import PpoConfig
 from rlhf.data.batches import DataOrder
-from rlhf.demo import gold, registry
-from rlhf.evaluation import policy as measure
+from rlhf.demo import catalogue, gold
+from rlhf.evaluation import policy_samples as measure
 from rlhf.models import adapters, open_base
 from rlhf.models.base import Base
 from rlhf.preflight import prepare
@@ -49,7 +49,7 @@ from rlhf.runs import progress, run_directory, runtime, storage
 from rlhf.runs.tracking import Tracker
 from rlhf.stages.ppo import run as ppo
 from rlhf.stages.registry import STAGES
-from rlhf.training import update as updates
+from rlhf.training import policy_update as updates
 
 VALUE_RATE = 1e-3  # the best that was found for a critic trained by gradients
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
@@ -160,7 +160,7 @@ def job_of(args: argparse.Namespace, config: PpoConfig, plan: prepare.Plan, base
     missing, kl, update, batch = config.missing_eos, config.kl, config.update, config.batch
     return {
         **models,
-        "base": str(registry.resolve_model("demo:base")),
+        "base": str(catalogue.resolve_model("demo:base")),
         "start": "adapter" if permutations else "fresh",
         "reward_constant": json.loads((Path(models["reward_model"]) / export.PROOF).read_text())["constant"],
         "critic": args.critic,

@@ -43,7 +43,7 @@ from rlhf.planning.shape import of_config
 from rlhf.rollouts.engine import Sampling
 from rlhf.rollouts.hf import HfEngine
 from rlhf.runs import runtime
-from rlhf.training.least_squares import LeastSquares
+from rlhf.training.solved_critic import LeastSquares
 
 ROOT = Path(__file__).parents[1]
 QWEN_SMALL = (896, 24, 14, 2, 4864, 151936)

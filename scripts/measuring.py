@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlhf.config.sections import LoraSection
 from rlhf.data.batches import Sequences, collate
-from rlhf.data.chat import ChatFormat
+from rlhf.data.chat_format import ChatFormat
 from rlhf.models import adapters, forward, quantised
 from rlhf.models.base import Base, load_tokenizer, settle
 from rlhf.models.heads import ScalarHead

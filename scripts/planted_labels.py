@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf.demo import registry as demo
+from rlhf.demo import catalogue as demo
 from rlhf.demo.gold import noisy_utility, ranks_of
 from rlhf.demo.replies import RUDE
 from rlhf.evaluation.probes import sentences

@@ -28,7 +28,7 @@ from typing import Any
 from rlhf import errors
 from rlhf.commands import pipeline
 from rlhf.errors import RlhfError
-from rlhf.evaluation import examination
+from rlhf.evaluation import exam_tables
 from rlhf.runs import artifacts, interrupts, progress, storage
 
 STAGES = {
@@ -118,7 +118,7 @@ def show_verdicts(run: Path) -> None:
     progress.console.print(
         f"\nExamination of the reward model: {report['verdict']}. All figures: {run / artifacts.FIGURES}"
     )
-    progress.show(examination.verdict_lines(report["verdicts"]))
+    progress.show(exam_tables.verdict_lines(report["verdicts"]))
 
 
 def show_rest(summary: dict[str, Any], out: Path) -> None:

@@ -15,8 +15,8 @@ from rlhf.data import sources, tokenised
 from rlhf.data.batches import PassSize
 from rlhf.data.fitting import Limit
 from rlhf.data.turns import prompt_of
-from rlhf.demo import gold, probes
-from rlhf.evaluation import policy as measure
+from rlhf.demo import gold, minimal_pairs
+from rlhf.evaluation import policy_samples as measure
 from rlhf.metrics.intervals import Interval, grouped_bootstrap, paired_bootstrap
 from rlhf.models import open_base
 from rlhf.models.base import Base
@@ -112,7 +112,7 @@ def open_roles(out: Path) -> tuple[Base, SharedBase]:
 def probe_accuracies(roles: SharedBase, base: Base, seed: int) -> dict[str, float]:
     """Share of minimal pairs that the reward model orders rightly (ties 1/2), by what differs."""
     hits: dict[str, list[float]] = {}
-    pairs = list(probes.minimal_pairs(PROBES, seed))
+    pairs = list(minimal_pairs.minimal_pairs(PROBES, seed))
     samples = []
     for pair in pairs:
         prompt = prompt_of(pair["prompt"])

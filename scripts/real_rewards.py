@@ -35,8 +35,8 @@ from rlhf.data import sources
 from rlhf.evaluation import figures
 from rlhf.losses.preference import bradley_terry
 from rlhf.metrics import intervals
-from rlhf.models import classifier
-from rlhf.models.classifier import Reading
+from rlhf.models import sequence_classifier
+from rlhf.models.sequence_classifier import Reading
 from rlhf.records import Comparison, prompt_key
 from rlhf.runs import artifacts, progress, run_directory, storage
 from rlhf.training.optimizer import Optimizer
@@ -181,7 +181,7 @@ def encoder(out: Path, model: Path) -> Path:
 
 
 def _train_head(target: Path, records: Sequence[Comparison]) -> None:
-    opened = classifier.load(ClassifierSection(path=str(target)), torch.device("cpu"))
+    opened = sequence_classifier.load(ClassifierSection(path=str(target)), torch.device("cpu"))
     model, kept, features = opened.model, [], []
     for record in progress.track(records, "Encoding", len(records)):
         readings = [opened.reader.read(record.prompt, text, True) for text in record.responses]

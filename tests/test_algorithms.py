@@ -11,7 +11,7 @@ from tiny import finished_sft
 
 from rlhf import algorithms
 from rlhf.config import load
-from rlhf.config.ppo import UpdateSection
+from rlhf.config.ppo_sections import UpdateSection
 from rlhf.config.stages import PpoConfig
 from rlhf.models.roles import SharedBase
 from rlhf.preflight import prepare

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 
 from rlhf import cli
 from rlhf.data import files, sources, tokenised
-from rlhf.data.chat import ChatFormat
+from rlhf.data.chat_format import ChatFormat
 from rlhf.data.dropped import DroppedRows
 from rlhf.data.fitting import Limit
 from rlhf.errors import Problem, RlhfError

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from rlhf.commands.streaming import Stream
 from rlhf.data.batches import DataOrder, collate, micro_batches
-from rlhf.data.chat import ChatFormat
+from rlhf.data.chat_format import ChatFormat
 from rlhf.errors import RlhfError
 from rlhf.records import Message
 

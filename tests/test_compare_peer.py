@@ -21,7 +21,7 @@ from rlhf.algorithms.algorithm import algorithm_of  # noqa: E402
 from rlhf.config.stages import PpoConfig  # noqa: E402
 from rlhf.data.batches import PassSize, collate  # noqa: E402
 from rlhf.data.tokenised import PromptRow  # noqa: E402
-from rlhf.evaluation.policy import SampledPolicy, sampling_of  # noqa: E402
+from rlhf.evaluation.policy_samples import SampledPolicy, sampling_of  # noqa: E402
 from rlhf.models import forward  # noqa: E402
 from rlhf.models.heads import ScalarHead  # noqa: E402
 from rlhf.models.roles import SharedBase  # noqa: E402
@@ -32,8 +32,8 @@ from rlhf.training import loop as trainings  # noqa: E402
 from rlhf.training.collector import Collector, CollectorSettings  # noqa: E402
 from rlhf.training.experience import Experience, Passes  # noqa: E402
 from rlhf.training.optimizer import Optimizer  # noqa: E402
-from rlhf.training.update import PolicySettings, PolicyUpdate  # noqa: E402
-from rlhf.training.value_role import ValueRole, ValueSettings  # noqa: E402
+from rlhf.training.policy_update import PolicySettings, PolicyUpdate  # noqa: E402
+from rlhf.training.trained_critic import ValueRole, ValueSettings  # noqa: E402
 
 
 def curve(*points):

@@ -18,7 +18,7 @@ from rlhf.config import load
 from rlhf.config.sections import ModelSection, RuntimeSection
 from rlhf.config.stages import SftConfig
 from rlhf.data import tokenised
-from rlhf.data.chat import ChatFormat
+from rlhf.data.chat_format import ChatFormat
 from rlhf.data.dropped import DroppedRows
 from rlhf.data.fitting import Limit
 from rlhf.data.tokenised import Dialogue

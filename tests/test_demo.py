@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from rlhf.demo import gold, probes, registry
+from rlhf.demo import catalogue, gold, minimal_pairs
 from rlhf.demo.replies import ABSENT, FACTS, GOOD, HABIT_OF, HABITS, WRONG, write
 from rlhf.demo.world import ACTIONS, SPLITS, split_of, tickets
 from rlhf.errors import RlhfError
@@ -18,9 +18,9 @@ PROMPT = "hi , anna here . my red kettle arrived broken . it is order #47 ."
 PERFECT = "hi anna , sorry for the trouble . we will replace your kettle from order #47 ."
 
 
-@pytest.mark.parametrize("name", registry.DATASETS)
+@pytest.mark.parametrize("name", catalogue.DATASETS)
 def test_the_same_name_gives_the_same_rows_and_another_seed_others(name):
-    rows = [list(registry.rows(f"demo:{name}?size=50&seed={seed}")) for seed in (1, 1, 2)]
+    rows = [list(catalogue.rows(f"demo:{name}?size=50&seed={seed}")) for seed in (1, 1, 2)]
     assert rows[0] == rows[1] != rows[2] and len(rows[0]) == 50
 
 
@@ -29,7 +29,7 @@ def test_splits_share_no_prompt_whatever_the_seed():
         split: {
             row["prompt"]
             for seed in (0, 1)
-            for row in registry.rows(f"demo:prompts?size=300&seed={seed}&split={split}")
+            for row in catalogue.rows(f"demo:prompts?size=300&seed={seed}&split={split}")
         }
         for split in SPLITS
     }
@@ -77,7 +77,7 @@ def test_every_ticket_has_its_facts_in_its_text_and_a_good_reply_is_perfect():
 
 
 def test_the_desks_habits_are_poor_and_the_most_likely_reply():
-    rows = list(registry.rows("demo:demonstrations?size=1500"))
+    rows = list(catalogue.rows("demo:demonstrations?size=1500"))
     mean = sum(gold.judge(row["prompt"], row["completion"])["gold"] for row in rows) / len(rows)
     assert 0.45 < mean < 0.58
     assert set(HABIT_OF) == set(ACTIONS)
@@ -90,7 +90,7 @@ def test_the_desks_habits_are_poor_and_the_most_likely_reply():
 def test_ranks_follow_gold_as_often_as_bradley_terry_says():
     """Without swaps, P(the better of two is ranked better) = sigmoid(15 * gold difference), summed over all pairs."""
     expected = found = 0.0
-    for row in registry.rows("demo:preferences?size=400&swap=0"):
+    for row in catalogue.rows("demo:preferences?size=400&swap=0"):
         values = [gold.judge(row["prompt"], text)["gold"] for text in row["responses"]]
         for i, j in itertools.combinations(range(4), 2):
             if values[i] != values[j]:
@@ -103,7 +103,7 @@ def test_ranks_follow_gold_as_often_as_bradley_terry_says():
 def test_label_noise_and_length_bias_are_options():
     def agreement(options):
         hits = total = 0
-        for row in registry.rows(f"demo:preferences?size=200{options}"):
+        for row in catalogue.rows(f"demo:preferences?size=200{options}"):
             values = [gold.judge(row["prompt"], text)["gold"] for text in row["responses"]]
             for i, j in itertools.combinations(range(4), 2):
                 hits += (values[i] > values[j]) == (row["ranks"][i] < row["ranks"][j])
@@ -116,7 +116,7 @@ def test_label_noise_and_length_bias_are_options():
 
 
 def test_minimal_pairs_differ_in_one_thing_and_gold_knows_it():
-    for pair in probes.minimal_pairs(20):
+    for pair in minimal_pairs.minimal_pairs(20):
         better, worse = (gold.judge(pair["prompt"], pair[name]) for name in ("chosen", "rejected"))
         assert better["gold"] > worse["gold"] and split_of(pair["prompt"]) == "test"
         if pair["fact"] in FACTS:
@@ -144,9 +144,9 @@ def test_the_noisy_judge_is_the_same_for_the_same_text_and_follows_gold():
 )
 def test_unknown_names_and_options_are_refused(name):
     with pytest.raises(RlhfError, match="DAT002"):
-        list(registry.rows(name))
+        list(catalogue.rows(name))
     with pytest.raises(RlhfError, match="MOD002"):
-        registry.resolve_model(name)
+        catalogue.resolve_model(name)
 
 
 def test_wrong_and_absent_facts_cost_what_they_weigh():

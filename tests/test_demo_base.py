@@ -6,8 +6,8 @@ import itertools
 
 import torch
 
-from rlhf.data.chat import ChatFormat
-from rlhf.demo import registry
+from rlhf.data.chat_format import ChatFormat
+from rlhf.demo import catalogue
 from rlhf.demo.replies import GOOD, write
 from rlhf.demo.world import tickets
 from rlhf.models.base import load_base
@@ -15,7 +15,7 @@ from rlhf.records import Message
 
 
 def test_the_weights_are_within_four_mebibytes_and_the_pad_is_not_the_end():
-    directory = registry.resolve_model("demo:base")
+    directory = catalogue.resolve_model("demo:base")
     assert (directory / "model.safetensors").stat().st_size <= 4 << 20
     chat = load_base("demo:base").chat
     assert chat.end_token == "<eos>" and chat.pad_token == "<pad>"
@@ -23,7 +23,7 @@ def test_the_weights_are_within_four_mebibytes_and_the_pad_is_not_the_end():
 
 def test_prompt_and_response_tokenised_apart_are_the_joint_tokens():
     chat = load_base("demo:base").chat
-    for row in registry.rows("demo:demonstrations?size=300"):
+    for row in catalogue.rows("demo:demonstrations?size=300"):
         prompt = (Message("user", row["prompt"]),)
         parts = [*chat.prompt_ids(prompt), *chat.response_ids(prompt, row["completion"]), chat.end_id]
         joint = f"<user>{row['prompt']}<bot>{row['completion']}<eos>"

@@ -15,7 +15,7 @@ from rlhf.config.sections import ModelSection
 from rlhf.data.tokenised import PromptRow
 from rlhf.errors import RlhfError
 from rlhf.evaluation import stopping
-from rlhf.evaluation.policy import respond
+from rlhf.evaluation.policy_samples import respond
 from rlhf.models import open_base
 from rlhf.models.base import load_base
 from rlhf.models.roles import SharedBase

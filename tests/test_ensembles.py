@@ -18,7 +18,7 @@ from test_reward_training import REWARD, cut, fingerprint, home, rlhf, rows_of, 
 from rlhf.config.stages import EvalRmConfig
 from rlhf.config.train_rm import RewardConfig
 from rlhf.data.batches import collate
-from rlhf.evaluation.examination import figures_table
+from rlhf.evaluation.exam_tables import figures_table
 from rlhf.models import forward
 from rlhf.models.adapter_part import AdapterPart
 from rlhf.models.base import load_base

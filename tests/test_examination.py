@@ -20,7 +20,7 @@ from rlhf.data.tokenised import Group
 from rlhf.errors import RlhfError
 from rlhf.evaluation import benchmarking, figures, probes, probing, reward, verdicts
 from rlhf.findings import Findings
-from rlhf.metrics import benchmarks, calibration, correlation, curve, intervals, pairs
+from rlhf.metrics import benchmark_rules, calibration, correlation, intervals, label_noise, pairs
 from rlhf.preflight import examined
 from rlhf.records import Comparison, Judgement, Message
 from rlhf.runs import artifacts
@@ -41,22 +41,22 @@ def test_the_curve_finds_temperature_and_noise_and_its_intervals_cover_them():
     generator = numpy.random.default_rng(0)
     for temperature, noise in ((1.0, 0.0), (2.0, 0.1), (0.5, 0.25)):
         d = draw(generator, 3000, temperature, noise)
-        found = curve.fit(d, [i // 2 for i in range(3000)], num_resamples=200)
+        found = label_noise.fit(d, [i // 2 for i in range(3000)], num_resamples=200)
         assert found.noise.low - 0.011 <= noise <= found.noise.high + 0.011
         assert found.temperature.low / 1.1 <= temperature <= found.temperature.high * 1.1
         assert abs(found.noise.estimate - noise) < 0.04
-        scaled = curve.fit(d * 10, [i // 2 for i in range(3000)], num_resamples=100)
+        scaled = label_noise.fit(d * 10, [i // 2 for i in range(3000)], num_resamples=100)
         assert scaled.temperature.estimate == pytest.approx(10 * found.temperature.estimate)
 
 
 def test_the_likeliest_temperature_equals_one_found_by_search():
     d = draw(numpy.random.default_rng(1), 400, 1.7, 0.0)
-    found = curve.fit(d, list(range(400)), curve.NO_NOISE, 601, 100).temperature
+    found = label_noise.fit(d, list(range(400)), label_noise.NO_NOISE, 601, 100).temperature
     tried = numpy.linspace(0.5, 4, 3501)
     losses = [numpy.log1p(numpy.exp(-d / t)).sum() for t in tried]
     assert found.estimate == pytest.approx(tried[int(numpy.argmin(losses))], rel=0.01)
     with pytest.raises(ValueError, match="no two scores differ"):
-        curve.fit(numpy.zeros(3), [0, 1, 2])
+        label_noise.fit(numpy.zeros(3), [0, 1, 2])
 
 
 def test_partial_correlation_by_hand():
@@ -437,8 +437,8 @@ def test_an_examination_belongs_to_a_run_or_a_model():
 
 
 def test_rewardbench_by_hand_strict_and_weighted_by_its_own_counts():
-    assert benchmarks.is_right([1.0, 0.5]) == 1 and benchmarks.is_right([1.0, 1.0]) == 0
-    found = benchmarks.sections(
+    assert benchmark_rules.is_right([1.0, 0.5]) == 1 and benchmark_rules.is_right([1.0, 1.0]) == 0
+    found = benchmark_rules.sections(
         {"alpacaeval-easy": 0.9, "mt-bench-med": 0.5, "math-prm": 0.2, "hep-go": 0.8, "else": 0}
     )
     chat, reasoning = (100 * 0.9 + 40 * 0.5) / 140, (984 * 0.2 + 164 * 0.8) / (984 + 164)
@@ -447,18 +447,18 @@ def test_rewardbench_by_hand_strict_and_weighted_by_its_own_counts():
         "Reasoning": pytest.approx(reasoning),
         "overall": pytest.approx((chat + reasoning) / 2),
     }
-    found = benchmarks.sections({"donotanswer": 0.6, "shp": 0.5, "summarize": 0.7})
+    found = benchmark_rules.sections({"donotanswer": 0.6, "shp": 0.5, "summarize": 0.7})
     assert found["Prior Sets"] == pytest.approx(0.6) and found["overall"] == pytest.approx(0.6)
-    found = benchmarks.sections({"donotanswer": 0.9, "shp": 0.5, "summarize": 0.7})
+    found = benchmark_rules.sections({"donotanswer": 0.9, "shp": 0.5, "summarize": 0.7})
     assert found["overall"] == pytest.approx((0.9 + 0.5 * 0.6) / 1.5)
-    totals = {name: sum(weights.values()) for name, weights in benchmarks.SECTIONS.items()}
+    totals = {name: sum(weights.values()) for name, weights in benchmark_rules.SECTIONS.items()}
     assert totals == {"Chat": 358, "Chat Hard": 456, "Safety": 740, "Reasoning": 984 + 984}
 
 
 def test_best_of_four_shares_a_tie_at_the_top():
-    assert benchmarks.best_of([2.0, 1.0, 0.0, -1.0]) == 1
-    assert benchmarks.best_of([1.0, 2.0, 0.0, -1.0]) == 0
-    assert benchmarks.best_of([2.0, 2.0, 0.0, 2.0]) == pytest.approx(1 / 3)
+    assert benchmark_rules.best_of([2.0, 1.0, 0.0, -1.0]) == 1
+    assert benchmark_rules.best_of([1.0, 2.0, 0.0, -1.0]) == 0
+    assert benchmark_rules.best_of([2.0, 2.0, 0.0, 2.0]) == pytest.approx(1 / 3)
 
 
 def test_the_score_of_ties_by_hand():
@@ -469,23 +469,23 @@ def test_the_score_of_ties_by_hand():
         ("tied:2", [4.0, 3.0, 2.5], 2),  # gap 0.5, spread 1
         ("tied:3", [1.0, 1.0, 2.0], 2),  # no ref: counts for the accuracy of tied alone
     ]
-    found = benchmarks.ties(rows)
+    found = benchmark_rules.ties(rows)
     margin = (math.tanh(1 / 0.5 - 1) + math.tanh(-1 / 1 - 1)) / 2
     assert found["tied_accuracy"] == pytest.approx(2 / 3) and found["ref_accuracy"] == 0.5
     assert found["gap_over_spread"] == 0.5 and found["least_gap_over_spread"] == 0.5
     assert found["score"] == pytest.approx(0.3 * 2 / 3 + 0.3 * 0.5 + 0.2 * 0.5 + 0.2 * 0.5 + 0.01 * margin)
     perfect = [("ref:0", [1.0, 0.0], 1), ("tied:0", [1.0, 1.0, 0.0], 2)]
-    assert benchmarks.ties(perfect)["score"] == pytest.approx(1.01)
+    assert benchmark_rules.ties(perfect)["score"] == pytest.approx(1.01)
     nothing = [("ref:0", [0.0, 0.0], 1), ("tied:0", [0.0, 0.0, 0.0], 2)]
-    assert benchmarks.ties(nothing)["score"] == 0
+    assert benchmark_rules.ties(nothing)["score"] == 0
     for wrong in ([("odd:1", [1.0, 0.0], 1)], [("ref:1", [1.0], 1)], [("ref:1", [1.0, 0.0], 1)]):
         with pytest.raises(ValueError, match="ref"):
-            benchmarks.ties(wrong)
+            benchmark_rules.ties(wrong)
 
 
 def test_the_style_matrix_by_hand():
     # chosen concise beats only the concise rejected one, the detailed one ties with markdown, markdown beats all
-    found = benchmarks.style_matrix([[1.0, 2.0, 4.0], [9.0, 9.0, 9.0]], [[0.0, 1.5, 2.0], [0.0, 0.0, 0.0]])
+    found = benchmark_rules.style_matrix([[1.0, 2.0, 4.0], [9.0, 9.0, 9.0]], [[0.0, 1.5, 2.0], [0.0, 0.0, 0.0]])
     assert found["matrix"] == [[1, 0.5, 0.5], [1, 1, 0.5], [1, 1, 1]]
     assert found["hard"] == pytest.approx(1.5 / 3) and found["normal"] == 1 and found["easy"] == 1
     assert found["overall"] == pytest.approx(7.5 / 9)

@@ -24,7 +24,7 @@ from rlhf.config.rewards import ClassifierSection, RunReward
 from rlhf.config.sections import ModelSection
 from rlhf.data.batches import PassSize
 from rlhf.errors import RlhfError
-from rlhf.models import classifier, open_base
+from rlhf.models import open_base, sequence_classifier
 from rlhf.models.heads import ScalarHead
 from rlhf.models.roles import SharedBase
 from rlhf.records import Message
@@ -261,7 +261,7 @@ def test_standardised_scores_have_mean_0_and_standard_deviation_1_on_the_samples
 
 def test_the_reader_of_a_model_without_weights_is_that_of_the_loaded_one(tmp_path):
     section = ClassifierSection(path=str(encoder(tmp_path / "rm")))
-    reader = classifier.open_reader(section)
+    reader = sequence_classifier.open_reader(section)
     assert reader.context_length == 48 and reader.form == "a pair of texts"
     assert reader.read(SAMPLES[0].prompt, "x", True).prompt_tokens == (1, 3)
 
@@ -276,8 +276,8 @@ def test_a_model_from_elsewhere_reads_the_answer_without_thinking_unless_it_is_k
         ("keep", thought, thought),
         ("strip", "say </think> twice", "say </think> twice"),
     ):
-        reader = classifier.open_reader(ClassifierSection(path=path, thinking=thinking))
+        reader = sequence_classifier.open_reader(ClassifierSection(path=path, thinking=thinking))
         turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": read}]
         assert reader.read(messages, response, True).ids == own.apply_chat_template(turns, return_dict=False)
     section = ClassifierSection(path=path, template_kwargs={"enable_thinking": False})
-    assert classifier.open_reader(section).rendering.given_to(thinks) == {"enable_thinking": False}
+    assert sequence_classifier.open_reader(section).rendering.given_to(thinks) == {"enable_thinking": False}

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rlhf import errors
-from rlhf.config.ppo import GuardSection, Limit
+from rlhf.config.ppo_sections import GuardSection, Limit
 from rlhf.errors import RlhfError
 from rlhf.models import adapters
 from rlhf.runs.tracking import Tracker

@@ -17,14 +17,14 @@ from rlhf.config.sections import DataSection
 from rlhf.config.train_rm import RewardConfig
 from rlhf.data import attributes, forms, sources
 from rlhf.data.rows import RowError
-from rlhf.demo import gold, registry
+from rlhf.demo import catalogue, gold
 from rlhf.errors import RlhfError
-from rlhf.losses.heads import Heads, centering, objective, rating_error, scales
+from rlhf.losses.attribute_heads import Heads, centering, objective, rating_error, scales
 from rlhf.losses.preference import bradley_terry
 from rlhf.models.heads import ScalarHead
 from rlhf.records import Comparison, Judgement, Message
-from rlhf.reward import objective as asked
-from rlhf.reward.combination import fit_gate, fit_weights
+from rlhf.reward import group_objective as asked
+from rlhf.reward.head_weights import fit_gate, fit_weights
 from rlhf.runs import run_directory
 from rlhf.runs.identity import Identity
 
@@ -361,8 +361,8 @@ def test_a_rubric_names_heads_and_weights_and_its_mistakes_are_told_by_line(tmp_
 
 
 def test_the_embedded_world_labels_its_axes_and_is_the_same_without_them():
-    plain = list(registry.rows("demo:preferences?size=12&seed=5"))
-    rated = list(registry.rows("demo:preferences?size=12&seed=5&ratings=safe,helpful"))
+    plain = list(catalogue.rows("demo:preferences?size=12&seed=5"))
+    rated = list(catalogue.rows("demo:preferences?size=12&seed=5&ratings=safe,helpful"))
     assert [{key: row[key] for key in ("prompt", "responses", "ranks")} for row in rated] == plain
     assert all(set(row["ratings"]) == {"safe", "helpful"} for row in rated)
     own = [
@@ -371,13 +371,13 @@ def test_the_embedded_world_labels_its_axes_and_is_the_same_without_them():
         for text, rating in zip(row["responses"], row["ratings"]["helpful"], strict=True)
     ]
     assert numpy.corrcoef(*zip(*own, strict=True))[0, 1] > 0.8
-    judged = list(registry.rows("demo:preferences?size=12&attribute=safe&swap=0"))
+    judged = list(catalogue.rows("demo:preferences?size=12&attribute=safe&swap=0"))
     assert len(judged) == 12
     for row in judged:
         axis = [gold.judge(row["prompt"], text)["safe"] for text in row["responses"]]
         assert row["ranks"] == [1 + sum(other > one for other in axis) for one in axis] and row["attribute"] == "safe"
     with pytest.raises(RlhfError, match="gold has no axis 'kind'"):
-        list(registry.rows("demo:preferences?attribute=kind"))
+        list(catalogue.rows("demo:preferences?attribute=kind"))
 
 
 def test_a_run_of_which_only_the_rubric_was_copied_has_not_begun(tmp_path):

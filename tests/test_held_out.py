@@ -16,14 +16,14 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from rlhf.commands import plan as planning
-from rlhf.config.ppo import MissingEosSection
+from rlhf.config.ppo_sections import MissingEosSection
 from rlhf.config.stages import HeldOutSection, SftConfig
 from rlhf.config.train_rm import RewardConfig
 from rlhf.data.sources import load_comparisons, load_demonstrations
 from rlhf.data.tokenised import Group
 from rlhf.errors import RlhfError
 from rlhf.hub.model_files import StoredTensor
-from rlhf.losses.heads import Heads
+from rlhf.losses.attribute_heads import Heads
 from rlhf.models.base import load_base
 from rlhf.models.heads import ScalarHead
 from rlhf.models.roles import SharedBase
@@ -31,7 +31,7 @@ from rlhf.planning import clock
 from rlhf.planning.clock import Speed
 from rlhf.preflight import missing_ends, resources
 from rlhf.records import Comparison, Judgement, Message, split_by_prompt
-from rlhf.reward.learner import Learner
+from rlhf.reward.member_step import Learner
 from rlhf.reward.teacher import Teacher
 from rlhf.runs import artifacts
 from rlhf.runs.artifacts import Manifest

@@ -30,7 +30,7 @@ from rlhf.models import adapters, embeddings
 from rlhf.records import Comparison, Demonstration, Judgement, Message, Prompt, prompt_key
 from rlhf.runs import storage
 from rlhf.stages.registry import STAGES
-from rlhf.start import chain, choose, fit, look, parts, project, reading, render
+from rlhf.start import chain, choose, fit, look, parts, project, read_files, render
 from rlhf.start.basis import basis
 from rlhf.start.facts import Lengths, Limit, ModelFacts, Options, Rows, Tokens
 from rlhf.start.render import Choice
@@ -118,7 +118,7 @@ def test_too_few_prompts_and_prompts_alone_are_refused(tmp_path):
         parts.split(rows(range(8)))
     paths = [lines(tmp_path / "p.jsonl", [{"prompt": f"q{n}", "best one": "an answer"} for n in range(9)])]
     with pytest.raises(RlhfError, match="DAT032.*nothing to learn from.*collect.*--columns 'completion=best one'"):
-        reading.files(paths, Options())
+        read_files.files(paths, Options())
     alone = parts.split(rows(demonstrated=range(5), asked=range(9)))
     assert len(alone.sft) == 5 and not alone.reward and alone.left_out == 9
 
@@ -381,13 +381,13 @@ def test_a_rendered_config_is_read_as_the_values_that_it_was_made_of(text, numbe
     ],
 )
 def test_the_kind_of_a_file_is_seen_in_its_rows(row, kind):
-    assert reading.kind_of([row], "f") == kind
+    assert read_files.kind_of([row], "f") == kind
 
 
 def test_the_kind_of_a_file_is_that_of_most_rows_whatever_the_first_one_is():
     empty = {"prompt": "a", "completion": ""}
-    assert reading.kind_of([empty, *[{"prompt": "a", "completion": "b"}] * 2], "f") == "demonstrations"
-    assert reading.kind_of([{"id": 1}, {"prompt": "a", "chosen": "b", "rejected": "c"}], "f") == "comparisons"
+    assert read_files.kind_of([empty, *[{"prompt": "a", "completion": "b"}] * 2], "f") == "demonstrations"
+    assert read_files.kind_of([{"id": 1}, {"prompt": "a", "chosen": "b", "rejected": "c"}], "f") == "comparisons"
 
 
 @pytest.mark.parametrize(
@@ -407,7 +407,7 @@ def test_the_kind_of_a_file_is_that_of_most_rows_whatever_the_first_one_is():
 )
 def test_an_unknown_form_is_answered_with_its_columns_and_an_example_made_of_them(row, wanted):
     with pytest.raises(RlhfError) as error:
-        reading.kind_of([row], "f")
+        read_files.kind_of([row], "f")
     assert f"its columns are {', '.join(row)}." in str(error.value) and wanted in str(error.value)
 
 
@@ -660,7 +660,7 @@ def test_memory_bounds_a_large_model_only_where_the_data_are_kept(tmp_path, monk
 
     def limit_of(num_long):
         rows_ = [pair(n) | ({"rejected": "x" * 60} if n < num_long else {}) for n in range(100)]
-        files = reading.files([lines(tmp_path / "p.jsonl", rows_)], Options())
+        files = read_files.files([lines(tmp_path / "p.jsonl", rows_)], Options())
         return fit.fitting(files, chat, Options(), is_large=True).limit
 
     assert limit_of(5).tokens == 48 and limit_of(5).note == "5 of 100 rows are longer and were left out"
@@ -670,10 +670,10 @@ def test_memory_bounds_a_large_model_only_where_the_data_are_kept(tmp_path, monk
 
 def test_answers_that_a_column_calls_wrong_are_not_demonstrations_unnoticed(tmp_path):
     rows_ = [{"prompt": f"q{n // 2}", "response": f"a{n}", "is_right": n % 2 == 0} for n in range(4)]
-    (file,) = reading.files([lines(tmp_path / "d.jsonl", rows_)], Options())
+    (file,) = read_files.files([lines(tmp_path / "d.jsonl", rows_)], Options())
     assert file.kind == "demonstrations"
     assert file.notes[-1].endswith("not read: --columns label=is_right --columns completion=response reads it")
-    (file,) = reading.files([str(tmp_path / "d.jsonl")], Options({"label": "is_right", "completion": "response"}, 3))
+    (file,) = read_files.files([str(tmp_path / "d.jsonl")], Options({"label": "is_right", "completion": "response"}, 3))
     assert file.kind == "comparisons" and file.dropped.num_rows == 3
 
 

@@ -14,8 +14,8 @@ import tiny
 
 from rlhf import cli
 from rlhf.commands import learning_curve, pipeline
-from rlhf.metrics import learning_curve as curve
-from rlhf.metrics.learning_curve import Held
+from rlhf.metrics import learning_curve_fit as curve
+from rlhf.metrics.learning_curve_fit import Held
 from rlhf.records import Message, Prompt, first_share, split_by_prompt
 from rlhf.runs import artifacts
 

@@ -17,7 +17,7 @@ from rlhf.data.batches import PassSize
 from rlhf.errors import RlhfError
 from rlhf.evaluation import figures, lengths
 from rlhf.evaluation.reward import Pairs, Responses
-from rlhf.metrics import length
+from rlhf.metrics import length_effect
 from rlhf.models import open_base
 from rlhf.models.roles import SharedBase
 from rlhf.preflight import examined
@@ -25,7 +25,7 @@ from rlhf.preflight.examined import LengthCalibration
 from rlhf.records import Message
 from rlhf.runs import artifacts
 from rlhf.scoring import open_scorer
-from rlhf.scoring.length import LengthCorrected
+from rlhf.scoring.length_correction import LengthCorrected
 from rlhf.scoring.open_scorer import Host
 from rlhf.scoring.scorer import Sample, Scores
 
@@ -50,18 +50,22 @@ def test_the_excess_is_that_of_a_logistic_regression_without_intercept():
     model = LogisticRegression(fit_intercept=False, C=100.0, tol=1e-10)
     model.fit(numpy.vstack([rows, -rows]), [1] * 400 + [0] * 400, sample_weight=[0.5] * 800)
     a, b = model.coef_[0] / scales
-    assert length.excess(d, g, numpy.ones(400)) == pytest.approx(-b / a, rel=1e-3)
+    assert length_effect.excess(d, g, numpy.ones(400)) == pytest.approx(-b / a, rel=1e-3)
     twice = numpy.repeat(numpy.arange(400), 2)
     weights = 2 * numpy.ones(400)
-    assert length.excess(d, g, weights) == pytest.approx(length.excess(d[twice], g[twice], numpy.ones(800)))
-    assert math.isnan(length.excess(-d, 0 * g, numpy.ones(400))) and math.isnan(length.excess(-d, g, numpy.ones(400)))
+    assert length_effect.excess(d, g, weights) == pytest.approx(
+        length_effect.excess(d[twice], g[twice], numpy.ones(800))
+    )
+    assert math.isnan(length_effect.excess(-d, 0 * g, numpy.ones(400))) and math.isnan(
+        length_effect.excess(-d, g, numpy.ones(400))
+    )
 
 
 @pytest.mark.parametrize("asked, paid", [(0.0, 0.05), (0.02, 0.05), (0.03, 0.0)])
 def test_what_people_ask_for_stays_and_what_is_paid_beyond_it_goes(asked, paid):
     scores, tokens, sign = draw(6000, asked, paid)
     d, g = sign * (scores[:, 0] - scores[:, 1]), sign * (tokens[:, 0] - tokens[:, 1])
-    assert length.excess(d, g, numpy.ones(len(d))) == pytest.approx(paid - asked, abs=0.005)
+    assert length_effect.excess(d, g, numpy.ones(len(d))) == pytest.approx(paid - asked, abs=0.005)
 
 
 def test_the_effect_is_measured_on_prompts_that_it_was_not_fitted_on():
@@ -74,7 +78,7 @@ def test_the_effect_is_measured_on_prompts_that_it_was_not_fitted_on():
     responses = Responses(scores.ravel(), tokens.ravel(), preferences, both)
     report = lengths.report(found, responses, 2.0, HOW)
     fitted = figures.split(keys, 0.4, 0)
-    coef = length.excess(d[fitted], g[fitted], numpy.ones(fitted.sum()))
+    coef = length_effect.excess(d[fitted], g[fitted], numpy.ones(fitted.sum()))
     assert report["coef"] == pytest.approx(coef / 2) and report["ci95"][0] < 0.025 < report["ci95"][1]
     assert (report["fitted_on"], report["measured_on"]) == (fitted.sum(), (~fitted).sum())
     assert report["mean_length"] == pytest.approx(tokens[fitted].mean())

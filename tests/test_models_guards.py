@@ -11,7 +11,7 @@ from tiny import ARCHITECTURES, base, build, lora, shake, tokenizer
 from transformers import BertConfig, BertLMHeadModel, Llama4ForCausalLM, Llama4TextConfig, LlamaForCausalLM
 
 from rlhf.data.batches import collate
-from rlhf.data.chat import ChatFormat
+from rlhf.data.chat_format import ChatFormat
 from rlhf.errors import RlhfError
 from rlhf.models import forward
 from rlhf.models.base import load_base

@@ -32,7 +32,7 @@ from rlhf.planning.clock import Speed
 from rlhf.planning.memory import Numbers
 from rlhf.planning.phases import Spec
 from rlhf.preflight import resources
-from rlhf.training import least_squares
+from rlhf.training import solved_critic
 
 ROOT = Path(__file__).parents[1]
 QWEN = {
@@ -326,10 +326,10 @@ def test_the_speed_of_the_machine_is_measured_without_a_random_number_of_the_run
 def test_the_fit_of_the_critic_takes_what_is_predicted(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "scripts"))
     peak_of = importlib.import_module("measuring").Peak
-    assert (memory.FEATURES, memory.ROWS) == (least_squares.FEATURES, least_squares.ROWS)
+    assert (memory.FEATURES, memory.ROWS) == (solved_critic.FEATURES, solved_critic.ROWS)
     for hidden, count in ((64, 3000), (1024, 200)):
         wide = replace(shape.of_config(QWEN, ""), d=hidden)
-        critic = least_squares.LeastSquares(hidden, torch.device("cpu"))
+        critic = solved_critic.LeastSquares(hidden, torch.device("cpu"))
         states = [(list(range(count // 10)), torch.randn(count, hidden))]
         returns = torch.randn(count // 10, 10)
         batch = SimpleNamespace(states=states, returns=returns, mask=torch.ones_like(returns, dtype=torch.bool))

@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import planted_defects as study  # noqa: E402
 from planted_labels import ANNOTATORS, PLANTS, Case, rankings  # noqa: E402
 
-from rlhf.demo import registry as demo  # noqa: E402
+from rlhf.demo import catalogue as demo  # noqa: E402
 from rlhf.demo.gold import judge  # noqa: E402
 
 CLEAN = list(demo.rows("demo:preferences?split=test&size=300&seed=3"))

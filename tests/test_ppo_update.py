@@ -15,7 +15,7 @@ from rlhf.algorithms.algorithm import algorithm_of
 from rlhf.config.stages import PpoConfig
 from rlhf.data.batches import PassSize
 from rlhf.data.tokenised import PromptRow
-from rlhf.evaluation.policy import SampledPolicy, sampling_of
+from rlhf.evaluation.policy_samples import SampledPolicy, sampling_of
 from rlhf.losses import tensors
 from rlhf.models import forward, packing
 from rlhf.models.base import weights_checksum
@@ -26,15 +26,15 @@ from rlhf.rollouts.engine import Rollout
 from rlhf.rollouts.hf import HfEngine
 from rlhf.runs import runtime
 from rlhf.scoring.function import FunctionScorer
-from rlhf.training import least_squares, value_role
 from rlhf.training import loop as trainings
-from rlhf.training import update as updates
+from rlhf.training import policy_update as updates
+from rlhf.training import solved_critic, trained_critic
 from rlhf.training.collector import Collector, CollectorSettings
 from rlhf.training.experience import Passes
-from rlhf.training.least_squares import LeastSquares
 from rlhf.training.optimizer import Optimizer
-from rlhf.training.update import PolicySettings, PolicyUpdate
-from rlhf.training.value_role import ValueRole, ValueSettings
+from rlhf.training.policy_update import PolicySettings, PolicyUpdate
+from rlhf.training.solved_critic import LeastSquares
+from rlhf.training.trained_critic import ValueRole, ValueSettings
 
 
 def lengths(prompts, responses):
@@ -290,14 +290,14 @@ def test_ridge_is_least_squares_with_rows_for_the_penalty():
     x = torch.randn(40, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + 2
     y = x @ torch.tensor([1.0, -2.0, 0.5, 0.0, 3.0]).double() + 0.3 * x[:, 0] ** 2
     rows = torch.cat([x, y[:, None], torch.ones(40, 1)], 1)
-    weight, bias = least_squares.ridge(rows.t() @ rows, 0.7)
+    weight, bias = solved_critic.ridge(rows.t() @ rows, 0.7)
     penalty = 0.7 * float((x - x.mean(0)).square().sum(0).mean())
     more = torch.cat([penalty**0.5 * torch.eye(5), torch.zeros(5, 1)], 1).double()
     stacked = torch.cat([torch.cat([x, torch.ones(40, 1)], 1), more])
     wanted = torch.linalg.lstsq(stacked, torch.cat([y, torch.zeros(5)])[:, None]).solution[:, 0]
     assert torch.allclose(torch.cat([weight, bias[None]]), wanted, atol=1e-10)
     alike = torch.cat([torch.full((40, 5), 2.0), y[:, None], torch.ones(40, 1)], 1).double()
-    weight, bias = least_squares.ridge(alike.t() @ alike, 0.7)
+    weight, bias = solved_critic.ridge(alike.t() @ alike, 0.7)
     assert not weight.any() and float(bias) == pytest.approx(float(y.mean()))
 
 
@@ -324,7 +324,7 @@ def test_the_start_of_a_trained_value_head_is_that_of_every_state_alone(world, s
     before = roles.state("value").state_dict()["adapter"]
     x, y, _ = states_alone(opened, roles, "value", batch)
     x = torch.cat([x, torch.ones(len(x), 1).double()], 1)
-    penalty = value_role.RIDGE * (x - x.mean(0)).square().sum(0)[:-1].mean()
+    penalty = trained_critic.RIDGE * (x - x.mean(0)).square().sum(0)[:-1].mean()
     gram = x.t() @ x + penalty * torch.eye(33).double().index_fill(1, torch.tensor([32]), 0.0)
     wanted = x @ torch.linalg.solve(gram, x.t() @ y)
     with roles.acting_as("value") as (_, head):
@@ -383,7 +383,7 @@ def test_the_critic_by_least_squares_is_at_the_minimum_of_its_cost(world):
     """Each fit against a solver of its own, on the reference's hidden states of every sequence alone."""
     opened, roles, collect = world
     critic, chosen = LeastSquares(32, opened.device), config()
-    weight, bias, mean, scale = torch.zeros(32 + least_squares.FEATURES).double(), 0.0, None, None
+    weight, bias, mean, scale = torch.zeros(32 + solved_critic.FEATURES).double(), 0.0, None, None
     for number in range(2):
         batch = collect(chosen, 0.1 + number, critic, number)
         x, y, values = states_alone(opened, roles, "reference", batch)
@@ -397,7 +397,7 @@ def test_the_critic_by_least_squares_is_at_the_minimum_of_its_cost(world):
         if number:
             assert torch.allclose(found, values, atol=1e-4), "the batch has the critic's values"
         wrong = y - found
-        penalty = least_squares.PULL * (f - f.mean(0)).square().sum(0).mean()
+        penalty = solved_critic.PULL * (f - f.mean(0)).square().sum(0).mean()
         centred = f - f.mean(0)
         # the dual: as many unknowns as states instead of features
         dual = torch.linalg.solve(centred @ centred.t() + penalty * torch.eye(len(f)).double(), wrong - wrong.mean())

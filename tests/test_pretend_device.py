@@ -16,7 +16,7 @@ from rlhf.algorithms import ppo
 from rlhf.config.stages import PpoConfig
 from rlhf.data.batches import PassSize
 from rlhf.data.tokenised import PromptRow
-from rlhf.evaluation.policy import SampledPolicy, answering, sampling_of
+from rlhf.evaluation.policy_samples import SampledPolicy, answering, sampling_of
 from rlhf.models.base import Loading, load_base
 from rlhf.models.heads import ScalarHead
 from rlhf.models.roles import SharedBase
@@ -28,10 +28,10 @@ from rlhf.scoring.ensemble import EnsembleScorer, References
 from rlhf.scoring.shared import SharedScorer
 from rlhf.training.collector import Collector, CollectorSettings
 from rlhf.training.experience import Passes
-from rlhf.training.least_squares import LeastSquares
 from rlhf.training.optimizer import Optimizer
-from rlhf.training.update import PolicySettings, PolicyUpdate
-from rlhf.training.value_role import ValueRole, ValueSettings
+from rlhf.training.policy_update import PolicySettings, PolicyUpdate
+from rlhf.training.solved_critic import LeastSquares
+from rlhf.training.trained_critic import ValueRole, ValueSettings
 
 CPU = torch.device("cpu")
 PROMPTS = [PromptRow((Message("user", "hi"),), [70 + i] * (3 + i % 3)) for i in range(4)]

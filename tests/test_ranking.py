@@ -13,7 +13,7 @@ from scipy.stats import kendalltau
 from sklearn.metrics import ndcg_score
 
 from rlhf.data.tokenised import Group
-from rlhf.evaluation import examination, figures, rankings
+from rlhf.evaluation import exam_tables, figures, ranking_figures
 from rlhf.metrics import ranking
 from rlhf.records import Comparison, Judgement, Message
 from rlhf.scoring.scorer import Scores
@@ -61,7 +61,7 @@ def test_lists_are_graded_by_ratings_or_levels_and_what_has_no_value_is_left_out
         group("e", [1, 2, 3]),
     ]
     values = [[0.0, 1.0], [1.0, 2.0, 0.0, 0.5], [1.0, 2.0, 3.0], [0.1, 0.3, 0.2], [1.0, 1.0, 1.0]]
-    found = rankings.report(groups, Scores(torch.tensor([v for own in values for v in own])), HOW)
+    found = ranking_figures.report(groups, Scores(torch.tensor([v for own in values for v in own])), HOW)
     assert (found["lists"], found["without_whole_ranking"], found["by_ratings"]) == (4, 1, 1)
     taus = [kendalltau([2, 3, 2, 0], values[1])[0], kendalltau([5, 3, 4.5], values[3])[0]]
     assert (
@@ -78,15 +78,15 @@ def test_a_ranking_in_an_attribute_is_no_overall_ranking():
     both = group("a", [1, 2, 3])
     other = tuple(replace(one, first=one.second, second=one.first, attribute="safe") for one in both.judgements)
     mixed = replace(both, record=replace(both.record, judgements=(*both.judgements, *other)))
-    assert rankings.grades_of(mixed).tolist() == rankings.grades_of(both).tolist() == [2, 1, 0]
-    assert rankings.grades_of(replace(both, record=replace(both.record, judgements=other))) is None
+    assert ranking_figures.grades_of(mixed).tolist() == ranking_figures.grades_of(both).tolist() == [2, 1, 0]
+    assert ranking_figures.grades_of(replace(both, record=replace(both.record, judgements=other))) is None
 
 
 def test_pairs_alone_have_no_figure_and_it_is_said():
-    assert rankings.report([group("a", [1, 2])], Scores(torch.tensor([1.0, 0.0])), HOW) is None
-    assert examination.ranking_rows({"ranking": None}) == [("Kendall's tau-b and NDCG", "- (pairs alone)")]
+    assert ranking_figures.report([group("a", [1, 2])], Scores(torch.tensor([1.0, 0.0])), HOW) is None
+    assert exam_tables.ranking_rows({"ranking": None}) == [("Kendall's tau-b and NDCG", "- (pairs alone)")]
     figure = {"estimate": 0.5, "ci95": [0.4, 0.6], "lists": 7}
-    rows = dict(examination.ranking_rows({"ranking": {"kendall_tau_b": figure, "ndcg": None}}))
+    rows = dict(exam_tables.ranking_rows({"ranking": {"kendall_tau_b": figure, "ndcg": None}}))
     assert rows == {
         "Kendall's tau-b, lists of three or more": "0.500 [0.400, 0.600] on 7",
         "NDCG, lists of three or more": "-",

@@ -23,15 +23,15 @@ from rlhf.config.sections import DataSection
 from rlhf.config.train_rm import RewardConfig
 from rlhf.data import sources
 from rlhf.errors import RlhfError
-from rlhf.metrics import members as shared
+from rlhf.metrics import member_errors as shared
 from rlhf.models.base import load_base
 from rlhf.models.roles import SharedBase
 from rlhf.planning import phases, specs
 from rlhf.planning.specs import Ground
 from rlhf.records import Judgement, Message, split_by_prompt
-from rlhf.reward import training
-from rlhf.reward.length import LengthPenalty, correlation
-from rlhf.reward.members import all_but_fold, bootstrapped
+from rlhf.reward import member_turns
+from rlhf.reward.length_penalty import LengthPenalty, correlation
+from rlhf.reward.member_data import all_but_fold, bootstrapped
 from rlhf.runs import artifacts, snapshots, storage
 from rlhf.runs.artifacts import BaseIdentity, Manifest
 from rlhf.scoring import aggregate
@@ -254,7 +254,7 @@ def test_the_comparisons_that_are_contradicted_most_are_held_against_members_tha
     config = load.load(RewardConfig, Path("two.yaml"))
     records = sources.load_comparisons(config.data).records
     train_records, _ = split_by_prompt(records, config.holdout_fraction, config.seed)
-    drawn = training.rows_of(config, [SimpleNamespace(record=record) for record in train_records])
+    drawn = member_turns.rows_of(config, [SimpleNamespace(record=record) for record in train_records])
     given = [{"prompt": r.prompt[0].content, "response": text} for r in records for text in r.responses]
     Path("each.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given))
     rlhf("score", ensemble, "--in", "each.jsonl", "--out", "each-scored.jsonl")

@@ -16,7 +16,7 @@ from rlhf.config.sections import SamplingSection
 from rlhf.data.batches import PassSize, collate
 from rlhf.data.tokenised import PromptRow
 from rlhf.errors import RlhfError
-from rlhf.evaluation.policy import respond
+from rlhf.evaluation.policy_samples import respond
 from rlhf.models import forward, packing
 from rlhf.models.base import load_base
 from rlhf.models.heads import ScalarHead

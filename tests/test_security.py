@@ -28,7 +28,7 @@ from rlhf.config import load, yaml_reader
 from rlhf.config.sections import DataSection
 from rlhf.config.stages import PpoConfig, SftConfig
 from rlhf.data import hub, jsonl, sources
-from rlhf.demo import registry as demo
+from rlhf.demo import catalogue as demo
 from rlhf.errors import RlhfError
 from rlhf.hub import connection, model_files, names
 from rlhf.models import adapters, open_base

@@ -16,7 +16,7 @@ from rlhf.config.sections import DataSection, ModelSection
 from rlhf.config.stages import PpoConfig, SftConfig
 from rlhf.config.train_rm import RewardConfig
 from rlhf.data import sources
-from rlhf.data.chat import ChatFormat
+from rlhf.data.chat_format import ChatFormat
 from rlhf.errors import RlhfError
 from rlhf.preflight.needs import Input, Needs
 from rlhf.preflight.prepare import Checked, Plan

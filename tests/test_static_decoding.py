@@ -15,7 +15,7 @@ from rlhf.models import packing
 from rlhf.models.base import Loading, load_base
 from rlhf.models.fused import decoding
 from rlhf.models.roles import SharedBase
-from rlhf.rollouts import hf, static
+from rlhf.rollouts import fixed_shapes, hf
 from rlhf.rollouts.engine import Sampling
 from rlhf.rollouts.hf import HfEngine
 
@@ -52,7 +52,7 @@ def test_fixed_shapes_give_the_tokens_of_a_growing_cache(tmp_path, monkeypatch, 
     """Prompts of several lengths, several ends, rows that end early and late, lengths around 16, two roles by turns,
     and several waves of which the last has one row."""
     monkeypatch.setattr(decoding, "SUMMED_BYTES", limit)
-    monkeypatch.setattr(static, "STRIDE", 16)
+    monkeypatch.setattr(fixed_shapes, "STRIDE", 16)
     opened, roles = two_roles(tmp_path, architecture)
     bias_and_norms(opened.model)
     found = {}
@@ -90,16 +90,16 @@ def trained_rows(where, tie=True, device=None):
 
 
 def test_a_graph_of_the_step_samples_the_same_in_both_roles_and_after_an_update(tmp_path, monkeypatch):
-    monkeypatch.setattr(static, "STRIDE", 16)  # 21 and 37 or 42 places are reached by two graphs
+    monkeypatch.setattr(fixed_shapes, "STRIDE", 16)  # 21 and 37 or 42 places are reached by two graphs
     wanted = sampled_by_turns(*trained_rows(tmp_path))
     with pretend_device.installed() as device:
-        monkeypatch.setitem(static.CAPTURES, device.type, pretend_device.record)
+        monkeypatch.setitem(fixed_shapes.CAPTURES, device.type, pretend_device.record)
         opened, roles = trained_rows(tmp_path, device=device)
-        own, taken = static.DecodeStep.advance, []
-        monkeypatch.setattr(static.DecodeStep, "advance", lambda step: taken.append(step) or own(step))
+        own, taken = fixed_shapes.DecodeStep.advance, []
+        monkeypatch.setattr(fixed_shapes.DecodeStep, "advance", lambda step: taken.append(step) or own(step))
         assert sampled_by_turns(opened, roles) == wanted
-    num_graphs = sum(1 + (max(map(len, rows)) > static.EVERY) for rows in wanted)
-    assert num_graphs >= 5 and len(taken) == num_graphs * (static.COMPARED + 1), "graphs took all other steps"
+    num_graphs = sum(1 + (max(map(len, rows)) > fixed_shapes.EVERY) for rows in wanted)
+    assert num_graphs >= 5 and len(taken) == num_graphs * (fixed_shapes.COMPARED + 1), "graphs took all other steps"
 
 
 def sampled_by_turns(opened, roles):
@@ -147,9 +147,9 @@ def impossible(step):
 def test_a_graph_that_does_otherwise_is_refused_once_with_a_message(tmp_path, monkeypatch, caplog, capture, why):
     opened, roles = two_roles(tmp_path)
     engine, tried = HfEngine(roles, "policy", opened.chat, 3), []
-    monkeypatch.setitem(static.CAPTURES, "cpu", lambda step: tried.append(step) or capture(step))
+    monkeypatch.setitem(fixed_shapes.CAPTURES, "cpu", lambda step: tried.append(step) or capture(step))
     with caplog.at_level(logging.WARNING, "rlhf"):
-        grown, fixed = both_ways(monkeypatch, engine, Sampling(20, 1.0, 3), Sampling(static.EVERY, 1.0, 3))
+        grown, fixed = both_ways(monkeypatch, engine, Sampling(20, 1.0, 3), Sampling(fixed_shapes.EVERY, 1.0, 3))
     assert fixed == grown
     assert (len(tried), engine.graphs.refused) == ((1, True) if why else (2, False)), "two waves, and a short answer"
     said = [record.getMessage() for record in caplog.records]
@@ -182,8 +182,8 @@ def test_other_models_are_left_to_generate_and_it_is_said(tmp_path, monkeypatch,
 def test_sampling_stops_at_the_first_look_after_all_rows_have_ended(tmp_path, monkeypatch):
     opened, roles = two_roles(tmp_path)
     engine, how = HfEngine(roles, "policy", opened.chat, 8), Sampling(90, 0.8, 3, stop_tokens=VOWELS)
-    own, taken = static.DecodeStep.advance, []
-    monkeypatch.setattr(static.DecodeStep, "advance", lambda step: taken.append(step) or own(step))
+    own, taken = fixed_shapes.DecodeStep.advance, []
+    monkeypatch.setattr(fixed_shapes.DecodeStep, "advance", lambda step: taken.append(step) or own(step))
     grown, fixed = both_ways(monkeypatch, engine, how)
     longest = max(map(len, grown[0].tokens))
     assert fixed == grown and longest < 80

@@ -9,7 +9,7 @@ import torch
 from test_external_rewards import decoder
 
 from rlhf.commands.compare import refuse_if_worse
-from rlhf.config import suite as files
+from rlhf.config import suite_file as files
 from rlhf.errors import RlhfError
 from rlhf.evaluation import suite
 from rlhf.scoring.scorer import Sample, Scores

@@ -19,11 +19,11 @@ from rlhf.config.rewards import ClassifierSection
 from rlhf.config.sections import ModelSection
 from rlhf.config.stages import SftConfig
 from rlhf.data import rendering
-from rlhf.data.chat import ChatFormat
+from rlhf.data.chat_format import ChatFormat
 from rlhf.data.rendering import Rendering
 from rlhf.data.tokenised import PromptRow
 from rlhf.errors import RlhfError
-from rlhf.evaluation.policy import respond
+from rlhf.evaluation.policy_samples import respond
 from rlhf.models import open_base
 from rlhf.preflight import origins
 from rlhf.preflight.needs import Needs

@@ -18,7 +18,7 @@ from tiny import ARCHITECTURES, base, build, lora, shake
 from rlhf.config.sections import LoraSection, ModelSection, RoleLoraSection
 from rlhf.config.stages import SftConfig
 from rlhf.data.batches import collate
-from rlhf.models import adapters, forward, merged, open_base, whole
+from rlhf.models import adapters, forward, full_weights, merged, open_base
 from rlhf.models.base import load_base, weights_checksum
 from rlhf.models.heads import ScalarHead
 from rlhf.models.roles import SeparateModels, SharedBase
@@ -98,17 +98,17 @@ def test_a_model_whose_every_weight_is_trained_has_no_second_role(tmp_path):
 
 def test_weights_hold_tied_tensors_once_and_all_of_them(tmp_path):
     model = base(tmp_path / "m", "qwen2", tie=True).model
-    held = whole.weights(model)
+    held = full_weights.weights(model)
     assert "lm_head.weight" not in held and "model.embed_tokens.weight" in held
     other = base(tmp_path / "n", "qwen2", tie=True).model
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.add_(1.0)
-    whole.load(other, held)
+    full_weights.load(other, held)
     assert weights_checksum(other) == weights_checksum(model)
     assert other.lm_head.weight is other.model.embed_tokens.weight
     with pytest.raises(AssertionError):
-        whole.load(other, {name: tensor for name, tensor in held.items() if "layers.0" not in name})
+        full_weights.load(other, {name: tensor for name, tensor in held.items() if "layers.0" not in name})
 
 
 def adapter_run(home, architecture="llama", **settings):

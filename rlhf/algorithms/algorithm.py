@@ -12,7 +12,7 @@ from typing import Any, Protocol, cast
 
 from torch import Tensor
 
-from rlhf.config.ppo import UpdateSection
+from rlhf.config.ppo_sections import UpdateSection
 from rlhf.losses.policy import PolicyLoss
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from rlhf.algorithms.algorithm import PolicyTerms, Rewarded
-from rlhf.config.ppo import PpoUpdateSection
+from rlhf.config.ppo_sections import PpoUpdateSection
 from rlhf.losses import policy
 from rlhf.losses.policy import PolicyLoss
 

@@ -17,7 +17,7 @@ from rlhf.config.sections import RuntimeSection
 from rlhf.data.batches import PassSize
 from rlhf.data.tokenised import PromptRow
 from rlhf.errors import RlhfError
-from rlhf.evaluation import policy as measure
+from rlhf.evaluation import policy_samples as measure
 from rlhf.models.base import Base
 from rlhf.models.roles import SharedBase
 from rlhf.preflight import examined

@@ -12,14 +12,14 @@ from typing import Any
 from rlhf.commands.generate import own_sampling, refuse_other_kinds, sample, settle
 from rlhf.commands.scorers import check_names, open_scorer
 from rlhf.config.sections import RuntimeSection
-from rlhf.config.suite import CaseSection
-from rlhf.config.suite import read as read_suite
+from rlhf.config.suite_file import CaseSection
+from rlhf.config.suite_file import read as read_suite
 from rlhf.data import lines, sources
 from rlhf.errors import Problem, RlhfError
 from rlhf.evaluation import comparison, suite
 from rlhf.evaluation.comparison import Side
 from rlhf.evaluation.contradictions import shown
-from rlhf.evaluation.policy import sample_rows
+from rlhf.evaluation.policy_samples import sample_rows
 from rlhf.preflight import examined
 from rlhf.rollouts.engine import Sampling
 from rlhf.runs import runtime, storage

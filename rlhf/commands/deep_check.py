@@ -8,7 +8,7 @@ from typing import Any
 
 from rlhf.commands import reader
 from rlhf.data import deep
-from rlhf.data.chat import ChatFormat
+from rlhf.data.chat_format import ChatFormat
 from rlhf.data.deep import Finding
 from rlhf.data.rows import EQUAL, SPECIAL_TOKEN, TOO_LONG
 from rlhf.data.sources import Loaded

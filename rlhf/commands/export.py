@@ -19,9 +19,9 @@ from rlhf.errors import Problem, RlhfError
 from rlhf.hub import upload
 from rlhf.models import forward, merged, open_base
 from rlhf.models.base import Base
-from rlhf.models.classifier import PROOF
 from rlhf.models.heads import ScalarHead
 from rlhf.models.roles import SharedBase
+from rlhf.models.sequence_classifier import PROOF
 from rlhf.records import Message
 from rlhf.runs import artifacts, runtime, storage
 from rlhf.runs.artifacts import Manifest

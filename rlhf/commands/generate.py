@@ -14,7 +14,7 @@ from rlhf.data import lines, sources, tokenised
 from rlhf.data.dropped import DroppedRows
 from rlhf.data.fitting import Limit
 from rlhf.errors import Problem, RlhfError
-from rlhf.evaluation import policy as measure
+from rlhf.evaluation import policy_samples as measure
 from rlhf.hub import names
 from rlhf.models import open_base
 from rlhf.models.base import Base

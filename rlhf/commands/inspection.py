@@ -14,7 +14,7 @@ from rlhf.config.migration import Migration
 from rlhf.config.sections import DataSection
 from rlhf.data import sources
 from rlhf.data.deep import FIXES
-from rlhf.demo import registry as demo
+from rlhf.demo import catalogue as demo
 from rlhf.errors import Problem, RlhfError
 from rlhf.findings import Findings
 from rlhf.hub import connection, names

@@ -14,8 +14,8 @@ import numpy
 from rlhf.commands import pipeline
 from rlhf.errors import Problem, RlhfError
 from rlhf.evaluation.figures import interval
-from rlhf.metrics import learning_curve as curve
-from rlhf.metrics.learning_curve import Held
+from rlhf.metrics import learning_curve_fit as curve
+from rlhf.metrics.learning_curve_fit import Held
 from rlhf.preflight import prepare
 from rlhf.records import first_share, prompt_key, split_by_prompt
 from rlhf.report import plots

@@ -8,7 +8,7 @@ from typing import Any
 
 from rlhf.config import rubric
 from rlhf.config.train_rm import COMBINED
-from rlhf.demo import registry as demo
+from rlhf.demo import catalogue as demo
 from rlhf.hub import names
 from rlhf.preflight import examined
 from rlhf.runs import artifacts

@@ -19,7 +19,7 @@ from rlhf.preflight.needs import Needs
 from rlhf.preflight.neighbours import Nearby, command
 from rlhf.runs import artifacts, interrupts, progress
 from rlhf.stages import starting
-from rlhf.stages.base import Stage
+from rlhf.stages.contract import Stage
 from rlhf.stages.registry import STAGES, around, open_config
 from rlhf.stages.starting import Ready
 

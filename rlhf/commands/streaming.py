@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import typer
 from torch import Tensor
 
-from rlhf.data.chat import ChatFormat
+from rlhf.data.chat_format import ChatFormat
 from rlhf.errors import Problem, RlhfError
 from rlhf.runs import interrupts
 

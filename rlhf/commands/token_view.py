@@ -9,11 +9,11 @@ from typing import Any
 
 from rlhf.commands.reader import Reading
 from rlhf.commands.text_view import Row, standing
-from rlhf.data.chat import ChatFormat
+from rlhf.data.chat_format import ChatFormat
 from rlhf.errors import RlhfError
 from rlhf.findings import Findings
 from rlhf.models import open_base
-from rlhf.models.classifier import Reader, open_reader
+from rlhf.models.sequence_classifier import Reader, open_reader
 from rlhf.preflight.needs import Rows
 from rlhf.preflight.prepare import Checked
 from rlhf.records import Demonstration, Prompt

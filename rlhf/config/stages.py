@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from rlhf.config.examination import ProbesSection, ThresholdSection
-from rlhf.config.ppo import (
+from rlhf.config.ppo_sections import (
     EvaluationSection,
     GuardSection,
     KlSection,

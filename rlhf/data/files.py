@@ -13,7 +13,7 @@ from rlhf.data import jsonl, tables
 from rlhf.data.rows import BadLine
 from rlhf.data.settings import refuse_settings
 from rlhf.data.tables import ATTRIBUTE
-from rlhf.demo import registry as demo
+from rlhf.demo import catalogue as demo
 from rlhf.findings import Findings
 from rlhf.runs import storage
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from rlhf.data.chat import ChatFormat
+from rlhf.data.chat_format import ChatFormat
 from rlhf.data.dropped import DroppedRows
 from rlhf.data.rows import EQUAL, SPECIAL_TOKEN, TOO_LONG
 from rlhf.data.sources import Loaded

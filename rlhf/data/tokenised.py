@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from rlhf.data.chat import ChatFormat
+from rlhf.data.chat_format import ChatFormat
 from rlhf.data.dropped import DroppedRows
 from rlhf.data.fitting import Fitting, Judged, Limit
 from rlhf.data.rows import EQUAL, TOO_LONG

@@ -10,7 +10,7 @@ import numpy
 from rlhf.data.benchmarks import STYLES, BenchmarkRow
 from rlhf.errors import Problem, RlhfError
 from rlhf.evaluation.figures import FigureSettings, interval
-from rlhf.metrics import benchmarks, intervals
+from rlhf.metrics import benchmark_rules, intervals
 from rlhf.records import prompt_key
 
 Scored = Sequence[tuple[BenchmarkRow, Sequence[float]]]
@@ -27,11 +27,11 @@ def report(name: str, scored: Scored, settings: FigureSettings) -> dict[str, Any
 
 
 def _rewardbench(scored: Scored, settings: FigureSettings) -> dict[str, Any]:
-    right = numpy.array([benchmarks.is_right(values) for _, values in scored])
+    right = numpy.array([benchmark_rules.is_right(values) for _, values in scored])
     subsets, keys = _columns(scored)
 
     def parts(weights: numpy.ndarray) -> dict[str, float]:
-        return benchmarks.sections(_means(subsets, right, weights))
+        return benchmark_rules.sections(_means(subsets, right, weights))
 
     def whole(name: str) -> dict[str, Any] | None:
         def of(weights: numpy.ndarray) -> float:
@@ -39,7 +39,7 @@ def _rewardbench(scored: Scored, settings: FigureSettings) -> dict[str, Any]:
 
         return interval(intervals.weighted_bootstrap(of, keys, settings.num_resamples, settings.seed))
 
-    known = {*benchmarks.PRIOR_SETS, *(subset for one in benchmarks.SECTIONS.values() for subset in one)}
+    known = {*benchmark_rules.PRIOR_SETS, *(subset for one in benchmark_rules.SECTIONS.values() for subset in one)}
     return {
         "subsets": _by_subset(subsets, keys, right, settings),
         "sections": {name: whole(name) for name in parts(numpy.ones(len(right)))},
@@ -49,22 +49,24 @@ def _rewardbench(scored: Scored, settings: FigureSettings) -> dict[str, Any]:
 
 def _rewardbench2(scored: Scored, settings: FigureSettings) -> dict[str, Any]:
     """Ties are one score over all their rows, so that it has no interval, and the overall mean none either."""
-    rest = [one for one in scored if one[0].subset.lower() != benchmarks.TIES.lower()]
+    rest = [one for one in scored if one[0].subset.lower() != benchmark_rules.TIES.lower()]
     tied = [
-        (row.id, values, row.num_correct) for row, values in scored if row.subset.lower() == benchmarks.TIES.lower()
+        (row.id, values, row.num_correct)
+        for row, values in scored
+        if row.subset.lower() == benchmark_rules.TIES.lower()
     ]
     for row, values in rest:
         if len(values) != 4 or row.num_correct != 1:
             what = f"{row.num_correct} right of {len(values)} responses."
             raise RlhfError(Problem("DAT054", row.where, what, "one right response of four outside Ties"))
     subsets, keys = _columns(rest)
-    right = numpy.array([benchmarks.best_of(values, row.num_correct) for row, values in rest])
+    right = numpy.array([benchmark_rules.best_of(values, row.num_correct) for row, values in rest])
     found = _by_subset(subsets, keys, right, settings)
     means = [one["estimate"] for one in found.values()]
     of_ties = None
     if tied:
         try:
-            of_ties = benchmarks.ties(tied)
+            of_ties = benchmark_rules.ties(tied)
         except ValueError as error:
             raise RlhfError(Problem("DAT054", "data", f"Ties: {error}.", "the rows as they are published")) from None
         means.append(of_ties["score"])
@@ -77,7 +79,7 @@ def _rm_bench(scored: Scored, settings: FigureSettings) -> dict[str, Any]:
     found = {}
     for domain in domains:
         values = [values for row, values in scored if row.subset.split("-")[0] == domain]
-        found[domain] = benchmarks.style_matrix([one[:STYLES] for one in values], [one[STYLES:] for one in values])
+        found[domain] = benchmark_rules.style_matrix([one[:STYLES] for one in values], [one[STYLES:] for one in values])
     means = {
         key: float(numpy.mean([one[key] for one in found.values()])) for key in ("hard", "normal", "easy", "overall")
     }

@@ -12,7 +12,7 @@ import numpy
 
 from rlhf.evaluation import reward
 from rlhf.evaluation.reward import Array, Pairs, Responses
-from rlhf.metrics import calibration, correlation, curve, intervals, pairs
+from rlhf.metrics import calibration, correlation, intervals, label_noise, pairs
 from rlhf.metrics.intervals import Interval
 
 NUM_PARTS = 5
@@ -238,8 +238,8 @@ def _temperature(found: Pairs, settings: FigureSettings) -> dict[str, Any] | Non
     own, rest = chosen(found, fitted), chosen(found, ~fitted)
     if not numpy.any(own.differences) or not len(rest.differences):
         return None
-    best = curve.fit(
-        own.differences, own.groups, curve.NO_NOISE, 601, settings.num_resamples, settings.seed
+    best = label_noise.fit(
+        own.differences, own.groups, label_noise.NO_NOISE, 601, settings.num_resamples, settings.seed
     ).temperature
     return {
         **(interval(best) or {}),
@@ -254,7 +254,7 @@ def _noise(found: Pairs, settings: FigureSettings) -> dict[str, Any] | None:
     if not numpy.any(found.differences):
         return None
     return interval(
-        curve.fit(found.differences, found.groups, num_resamples=settings.num_resamples, seed=settings.seed).noise
+        label_noise.fit(found.differences, found.groups, num_resamples=settings.num_resamples, seed=settings.seed).noise
     )
 
 

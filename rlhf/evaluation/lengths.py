@@ -10,7 +10,7 @@ import numpy
 from rlhf.evaluation import figures, reward
 from rlhf.evaluation.figures import FigureSettings
 from rlhf.evaluation.reward import Pairs, Responses
-from rlhf.metrics import correlation, intervals, length
+from rlhf.metrics import correlation, intervals, length_effect
 
 
 def report(found: Pairs, responses: Responses, unit: float, settings: FigureSettings) -> dict[str, Any] | None:
@@ -32,7 +32,7 @@ def report(found: Pairs, responses: Responses, unit: float, settings: FigureSett
     if not len(own.differences) or not len(rest.differences):
         return None
     best = intervals.weighted_bootstrap(
-        lambda weights: length.excess(own.differences, own.length_gaps, weights),
+        lambda weights: length_effect.excess(own.differences, own.length_gaps, weights),
         own.groups,
         settings.num_resamples,
         settings.seed,

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlhf.config.suite import CaseSection
+from rlhf.config.suite_file import CaseSection
 from rlhf.errors import Problem, RlhfError
 from rlhf.records import Prompt
 from rlhf.scoring.scorer import Sample, Scorer

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from rlhf.config.sections import ModelSection
-from rlhf.data.chat import ChatFormat
+from rlhf.data.chat_format import ChatFormat
 from rlhf.data.rendering import Rendering
 from rlhf.errors import Problem, RlhfError
 from rlhf.models.base import Base, Loading, load_base, load_context_length, load_tokenizer, resolve, with_ends

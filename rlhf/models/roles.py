@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from rlhf.models import adapters, packing, whole
+from rlhf.models import adapters, full_weights, packing
 from rlhf.models.adapter_part import AdapterPart
 from rlhf.models.base import Base
 from rlhf.models.fused import lora, token_rows
@@ -101,7 +101,7 @@ class _Slots:
         slot = self.slots[name]
         if slot.adapter is None:
             base = self.host(name).base
-            whole.save(base.model, base.tokenizer, directory / artifacts.MODEL)
+            full_weights.save(base.model, base.tokenizer, directory / artifacts.MODEL)
         else:
             adapters.save(self.peft(name), slot.adapter, directory / artifacts.ADAPTER)
         if slot.head:
@@ -262,7 +262,7 @@ class SlotState:
         slot = self.roles.slots[self.name]
         head = dict(slot.head.state_dict()) if slot.head else {}
         if slot.adapter is None:
-            return {"model": whole.weights(self.roles.host(self.name).base.model), "head": head}
+            return {"model": full_weights.weights(self.roles.host(self.name).base.model), "head": head}
         return {"adapter": adapters.weights(self.roles.peft(self.name), slot.adapter), "head": head}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -270,7 +270,7 @@ class SlotState:
         if slot.adapter is None:
             model = self.roles.host(self.name).base.model
             packing.known_blocks(model)  # of the base's own weights, as in the run that this goes on with
-            whole.load(model, state["model"])
+            full_weights.load(model, state["model"])
         else:
             adapters.load(self.roles.peft(self.name), slot.adapter, state["adapter"])
         if slot.head:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.demo import registry as demo
+from rlhf.demo import catalogue as demo
 from rlhf.errors import Problem, RlhfError
 from rlhf.hub import model_files, names
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf.data.sources import Loaded
-from rlhf.demo import registry as demo
+from rlhf.demo import catalogue as demo
 from rlhf.errors import RlhfError
 from rlhf.findings import Findings
 from rlhf.hub import model_files, names

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from rlhf.config.ppo import MissingEosSection
+from rlhf.config.ppo_sections import MissingEosSection
 from rlhf.config.stages import SftConfig
 from rlhf.runs.artifacts import Manifest
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rlhf.config.rewards import ClassifierSection, RewardSource
 from rlhf.config.sections import ModelSection
-from rlhf.demo import registry as demo
+from rlhf.demo import catalogue as demo
 from rlhf.errors import Problem, RlhfError
 from rlhf.findings import Findings
 from rlhf.hub import connection, model_files, names

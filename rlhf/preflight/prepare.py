@@ -11,7 +11,7 @@ from rlhf.config.sections import ModelSection
 from rlhf.config.stages import StageConfig
 from rlhf.data.settings import NOT_REACHED
 from rlhf.data.sources import Loaded
-from rlhf.demo import registry as demo
+from rlhf.demo import catalogue as demo
 from rlhf.errors import Problem, RlhfError
 from rlhf.findings import Findings
 from rlhf.hub import installed, names

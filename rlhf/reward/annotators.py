@@ -16,7 +16,7 @@ from rlhf.data.fitting import Limit
 from rlhf.evaluation import reward as examine
 from rlhf.metrics import intervals
 from rlhf.records import Comparison, prompt_key
-from rlhf.reward.outcome import RewardRoles
+from rlhf.reward.quality import RewardRoles
 from rlhf.runs import artifacts, storage
 from rlhf.runs.progress import show, table
 from rlhf.runs.run_directory import Run

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rlhf.data.tokenised import Group
-from rlhf.reward.outcome import RewardRoles
+from rlhf.reward.quality import RewardRoles
 from rlhf.runs import artifacts, storage
 from rlhf.runs.run_directory import Run
 from rlhf.scoring.scorer import Sample

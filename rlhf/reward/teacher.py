@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rlhf.data.batches import PassSize
 from rlhf.data.tokenised import Group
-from rlhf.evaluation import members as together
+from rlhf.evaluation import member_figures as together
 from rlhf.evaluation import reward as examine
 from rlhf.metrics.pairs import pair_accuracy
 from rlhf.models import open_base

@@ -1,7 +1,7 @@
 """The golden engine: every setting fixed and the choice of tokens our own, by one of two loops.
 
-On a GPU a model whose blocks are known is sampled by ``rlhf.rollouts.static``. transformers' ``generate``, with a cache
-that grows, samples on a CPU, other models, and what is shown token by token.
+On a GPU a model whose blocks are known is sampled by ``rlhf.rollouts.fixed_shapes``. transformers' ``generate``, with a
+cache that grows, samples on a CPU, other models, and what is shown token by token.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TopPLogitsWarper
 
-from rlhf.data.chat import ChatFormat
+from rlhf.data.chat_format import ChatFormat
 from rlhf.errors import Problem, RlhfError
 from rlhf.models import packing
 from rlhf.models.ends import token_ids
 from rlhf.models.fused import decoding
 from rlhf.models.roles import Roles
-from rlhf.rollouts import static
+from rlhf.rollouts import fixed_shapes
 from rlhf.rollouts.cache import roomy
 from rlhf.rollouts.engine import Rollout, Sampling, draw, uniforms
 from rlhf.runs.progress import track
@@ -40,7 +40,7 @@ class HfEngine:
     def __init__(self, roles: Roles, slot: str, chat: ChatFormat, concurrency: int, streamer: Any = None) -> None:
         self.roles, self.slot, self.chat, self.concurrency = roles, slot, chat, concurrency
         self.streamer = streamer
-        self.graphs = static.Graphs()
+        self.graphs = fixed_shapes.Graphs()
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, rows: Sequence[int]) -> Rollout:
         """Sample one response to each prompt. Temperature 0 is greedy.
@@ -67,11 +67,11 @@ class HfEngine:
         ids = torch.tensor([[self.chat.pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts])
         real = torch.tensor([[False] * (width - len(prompt)) + [True] * len(prompt) for prompt in prompts])
         noise, ends = uniforms(sampling.seed, rows, sampling.max_new_tokens), self._ends(sampling)
-        request = static.Request(ids, real, noise, ends, choosing(sampling))
+        request = fixed_shapes.Request(ids, real, noise, ends, choosing(sampling))
         acting = self.roles.acting_as(self.slot)
         with acting as (model, _), decoding.in_place_of(model, packing.known_blocks(model)) as decoder:
             if decoder := self._of_fixed_shapes(model, decoder):
-                found = static.sample(static.DecodeStep(model, decoder, request), self.graphs)
+                found = fixed_shapes.sample(fixed_shapes.DecodeStep(model, decoder, request), self.graphs)
             else:
                 found = self._grown(model, request)
         return [self._cut(row, ends) for row in found]
@@ -80,12 +80,12 @@ class HfEngine:
         """The decoder, where steps of fixed shapes are to sample; the one place that decides it."""
         if self.roles.device.type in GROWING or self.streamer is not None:
             return None
-        obstacle = "its blocks are not known" if decoder is None else static.obstacle(decoder)
+        obstacle = "its blocks are not known" if decoder is None else fixed_shapes.obstacle(decoder)
         if obstacle:
             _say_slow(type(model).__name__, obstacle)
         return None if obstacle else decoder
 
-    def _grown(self, model: Any, request: static.Request) -> list[list[int]]:
+    def _grown(self, model: Any, request: fixed_shapes.Request) -> list[list[int]]:
         """By transformers' ``generate``, with a cache that grows."""
         width, num_tokens = request.ids.shape[1], request.noise.shape[1]
         settings = GenerationConfig(
@@ -132,7 +132,7 @@ def _say_slow(kind: str, why: str) -> None:
     log.info("%s samples by transformers' generate, which waits for the GPU at every token: %s.", kind, why)
 
 
-def choosing(sampling: Sampling) -> static.Choose:
+def choosing(sampling: Sampling) -> fixed_shapes.Choose:
     """Gives tokens [B] from logits [B, V], which are lost, and noise [B]: at temperature 0 the likeliest."""
     keep = TopPLogitsWarper(sampling.top_p) if sampling.top_p < 1.0 else None
 
@@ -148,7 +148,7 @@ def choosing(sampling: Sampling) -> static.Choose:
 class _Choose(LogitsProcessor):
     """Chooses the token of every row by the row's own noise, and leaves ``generate`` only that one to take."""
 
-    def __init__(self, request: static.Request, device: torch.device) -> None:
+    def __init__(self, request: fixed_shapes.Request, device: torch.device) -> None:
         self.choose, self.width, self.noise = request.choose, request.ids.shape[1], request.noise.to(device)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:

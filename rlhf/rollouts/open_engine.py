@@ -9,7 +9,7 @@ import torch
 
 from rlhf.config.sections import SamplingSection
 from rlhf.data.batches import collate
-from rlhf.data.chat import ChatFormat
+from rlhf.data.chat_format import ChatFormat
 from rlhf.errors import Problem, RlhfError
 from rlhf.models import forward
 from rlhf.models.fused import logits

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlhf.data.batches import micro_batches
 from rlhf.errors import Problem, RlhfError
-from rlhf.models.classifier import Classifier, Reading
+from rlhf.models.sequence_classifier import Classifier, Reading
 from rlhf.runs.progress import track
 from rlhf.scoring.scorer import Sample, Scores
 

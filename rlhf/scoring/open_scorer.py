@@ -20,7 +20,7 @@ from rlhf.config.rewards import (
     ServiceReward,
 )
 from rlhf.data.batches import PassSize
-from rlhf.models import classifier, open_base
+from rlhf.models import open_base, sequence_classifier
 from rlhf.models.base import Base
 from rlhf.models.heads import ScalarHead
 from rlhf.models.roles import SharedBase
@@ -31,7 +31,7 @@ from rlhf.runs.progress import waiting
 from rlhf.scoring.classifier import ClassifierScorer
 from rlhf.scoring.ensemble import Answer, EnsembleScorer, References
 from rlhf.scoring.function import FunctionScorer
-from rlhf.scoring.length import LengthCorrected
+from rlhf.scoring.length_correction import LengthCorrected
 from rlhf.scoring.rerendered import Rerendered
 from rlhf.scoring.scorer import Scorer
 from rlhf.scoring.service import ServiceScorer
@@ -202,7 +202,7 @@ def _add_members(roles: SharedBase, slot: str, run_dir: str, host: Host, reading
 def open_classifier(section: ClassifierSection, device: torch.device, micro_batch_size: int) -> ClassifierScorer:
     """A model from elsewhere."""
     with waiting(f"Loading the model {section.path}"):
-        loaded = classifier.load(section, device)
+        loaded = sequence_classifier.load(section, device)
     return ClassifierScorer(loaded, micro_batch_size, section.too_long, section.path)
 
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
-from rlhf.data.chat import ChatFormat
+from rlhf.data.chat_format import ChatFormat
 from rlhf.models import open_base
 from rlhf.records import Message
 from rlhf.scoring.scorer import Sample, Scorer, Scores

@@ -14,8 +14,8 @@ from rlhf.config.stages import PipelineConfig, StageConfig
 from rlhf.errors import Problem, RlhfError
 from rlhf.findings import Findings
 from rlhf.preflight.neighbours import Nearby, Neighbour
-from rlhf.stages.base import Stage
 from rlhf.stages.collect import spec as collect_spec
+from rlhf.stages.contract import Stage
 from rlhf.stages.eval_rm import spec as eval_rm_spec
 from rlhf.stages.ppo import spec as ppo_spec
 from rlhf.stages.sft import spec as sft_spec

@@ -16,7 +16,7 @@ from rlhf.preflight.needs import Needs
 from rlhf.preflight.prepare import Plan
 from rlhf.runs import artifacts, progress, run_directory
 from rlhf.stages import settling
-from rlhf.stages.base import Stage
+from rlhf.stages.contract import Stage
 from rlhf.stages.registry import around, open_config
 
 log = logging.getLogger("rlhf")

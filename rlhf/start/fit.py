@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rlhf.data.chat import ChatFormat
+from rlhf.data.chat_format import ChatFormat
 from rlhf.data.rows import EQUAL, SPECIAL_TOKEN, TOO_LONG
 from rlhf.errors import Problem, RlhfError
 from rlhf.records import Comparison, Demonstration, Prompt
@@ -17,7 +17,7 @@ from rlhf.start import choose
 from rlhf.start.basis import Basis
 from rlhf.start.facts import Lengths, Limit, Options, Tokens
 from rlhf.start.parts import SHARES, Parts, require
-from rlhf.start.reading import File
+from rlhf.start.read_files import File
 
 REFUSED = {"DAT060": SPECIAL_TOKEN, "MOD013": "turns that the chat template refuses"}  # by the chat format, in one row
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rlhf.data.chat import TEMPLATES, ChatFormat
-from rlhf.demo import registry as demo
+from rlhf.data.chat_format import TEMPLATES, ChatFormat
+from rlhf.demo import catalogue as demo
 from rlhf.errors import Problem, RlhfError
 from rlhf.models import embeddings, ends
 from rlhf.models.base import load_context_length, load_tokenizer, refuse_unknown

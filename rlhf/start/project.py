@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from rlhf.demo import registry as demo
+from rlhf.demo import catalogue as demo
 from rlhf.errors import DISK, Problem, RlhfError
 from rlhf.hub import names
 from rlhf.preflight import resources as machine
 from rlhf.runs import storage
-from rlhf.start import chain, choose, fit, look, parts, reading, told
+from rlhf.start import chain, choose, fit, look, parts, read_files, summary
 from rlhf.start.basis import basis
 from rlhf.start.facts import Options
 from rlhf.start.render import render
@@ -57,19 +57,21 @@ def own(data: Sequence[str], model: str, options: Options) -> Project:
     """The chain of a model and files of one's own; ``demo:`` stands for all data sets of the embedded world."""
     named = [name for path in data for name in ([WORLD + kind for kind in demo.DATASETS] if path == WORLD else [path])]
     facts, chat = look.model(_lasting(model))
-    fitting = fit.fitting(reading.files(named, options), chat, options, choose.size_of(facts.num_parameters).is_large)
-    rows = reading.rows(fitting.files)
+    fitting = fit.fitting(
+        read_files.files(named, options), chat, options, choose.size_of(facts.num_parameters).is_large
+    )
+    rows = read_files.rows(fitting.files)
     split = parts.split(rows)
     last_only = fit.rewrites_turns(rows.demonstrations, chat)
     whole = basis(facts, split, fit.lengths_of(split, fitting.tokens), fitting.limit, last_only)
     found = fit.with_room(whole, options)
     configs = chain.build(found)
-    files = {f"configs/{name}.yaml": render(told.TITLES[name], tree) for name, tree in configs.items()}
+    files = {f"configs/{name}.yaml": render(summary.TITLES[name], tree) for name, tree in configs.items()}
     for part, path in chain.DATA.items():
         if records := getattr(found.parts, part):
             lines = (json.dumps(parts.as_json(record), ensure_ascii=False) for record in records)
             files[path] = "".join(f"{line}\n" for line in lines)
-    return Project(files, (*told.of_data(fitting.files, split, found), *told.figures(found, configs)))
+    return Project(files, (*summary.of_data(fitting.files, split, found), *summary.figures(found, configs)))
 
 
 def embedded_world() -> Project:

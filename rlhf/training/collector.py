@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from rlhf.algorithms.algorithm import Algorithm, Rewarded
-from rlhf.config.ppo import KlSection, MissingEosSection, UpdateSection
+from rlhf.config.ppo_sections import KlSection, MissingEosSection, UpdateSection
 from rlhf.data.batches import Sequences
 from rlhf.data.tokenised import PromptRow
 from rlhf.errors import Problem, RlhfError
-from rlhf.evaluation import policy as measure
+from rlhf.evaluation import policy_samples as measure
 from rlhf.losses import policy as objective
 from rlhf.losses import tensors
 from rlhf.models import forward

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from rlhf.config.ppo import GuardSection
+from rlhf.config.ppo_sections import GuardSection
 from rlhf.errors import Problem, RlhfError
 
 log = logging.getLogger("rlhf")

@@ -10,10 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rlhf.config.ppo import EvaluationSection, GuardSection, KlSection, ValueSection
+from rlhf.config.ppo_sections import EvaluationSection, GuardSection, KlSection, ValueSection
 from rlhf.data.batches import DataOrder
 from rlhf.data.tokenised import PromptRow
-from rlhf.evaluation import policy as measure
+from rlhf.evaluation import policy_samples as measure
 from rlhf.losses import policy as objective
 from rlhf.models.roles import Roles
 from rlhf.rollouts.engine import Sampling
@@ -28,8 +28,8 @@ from rlhf.training.collector import Collector, settle
 from rlhf.training.critics import Critic
 from rlhf.training.experience import Experience
 from rlhf.training.guards import Guard
+from rlhf.training.policy_update import PolicyUpdate
 from rlhf.training.standards import Standard
-from rlhf.training.update import PolicyUpdate
 
 log = logging.getLogger("rlhf")
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rlhf.data.tokenised import PromptRow
-from rlhf.evaluation.policy import SampledPolicy
+from rlhf.evaluation.policy_samples import SampledPolicy
 from rlhf.rollouts.engine import Sampling
 from rlhf.runs.progress import waiting
 from rlhf.scoring.scorer import StandardisedScorer

@@ -16,7 +16,7 @@ from rlhf.training.collector import kl_penalty
 from rlhf.training.critics import ValueTargets
 from rlhf.training.experience import Experience
 from rlhf.training.loop import Training
-from rlhf.training.value_role import ValueRole
+from rlhf.training.trained_critic import ValueRole
 
 EPS, VALUE_COEF = 1e-8, 0.1  # of transformers' AdamW and of TRL's PPOConfig
 

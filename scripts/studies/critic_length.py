@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 
 from rlhf.losses import policy, tensors
-from rlhf.training import least_squares
-from rlhf.training.least_squares import LeastSquares, ridge
-from rlhf.training.update import minibatches
-from rlhf.training.value_role import RIDGE
+from rlhf.training import solved_critic
+from rlhf.training.policy_update import minibatches
+from rlhf.training.solved_critic import LeastSquares, ridge
+from rlhf.training.trained_critic import RIDGE
 
 HIDDEN, NUISANCES, NOISE, FEATURES = 32, 5, 0.3, 128
 PROMPT, WALK, UNSEEN = 0.3, 0.4, 0.3  # shares of the outcome's variance
@@ -84,7 +84,7 @@ class Solved:
     """The critic by least squares, as it is in PPO."""
 
     def __init__(self) -> None:
-        with mock.patch.object(least_squares, "FEATURES", FEATURES):
+        with mock.patch.object(solved_critic, "FEATURES", FEATURES):
             self.critic = LeastSquares(HIDDEN, torch.device("cpu"))
 
     def values(self, hidden: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from torch import Tensor
 from rlhf.config.sections import ModelSection, RuntimeSection
 from rlhf.data.batches import collate
 from rlhf.data.tokenised import PromptRow
-from rlhf.evaluation import policy as measure
+from rlhf.evaluation import policy_samples as measure
 from rlhf.losses import policy as objective
 from rlhf.losses import tensors
 from rlhf.models import forward, open_base
@@ -40,7 +40,7 @@ from rlhf.records import Message
 from rlhf.rollouts.engine import Sampling
 from rlhf.rollouts.hf import HfEngine
 from rlhf.runs import runtime
-from rlhf.training.least_squares import LeastSquares
+from rlhf.training.solved_critic import LeastSquares
 
 PART, BATCH, TEMPERATURE = {"reviews": 32, "stories": 256}, 64, 0.8
 LAMBDAS = (0.9, 0.95, 0.99, 1.0)

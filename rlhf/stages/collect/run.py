@@ -13,7 +13,7 @@ from rlhf.data import fitting, tokenised
 from rlhf.data.batches import PassSize
 from rlhf.data.fitting import Limit
 from rlhf.data.tokenised import LengthReport, PromptRow
-from rlhf.evaluation import policy as measure
+from rlhf.evaluation import policy_samples as measure
 from rlhf.models import open_base
 from rlhf.models.roles import SharedBase
 from rlhf.preflight.prepare import Plan

@@ -16,7 +16,7 @@ from rlhf.planning.specs import Ground
 from rlhf.preflight.needs import Input, Needs, Parent
 from rlhf.runs import policy_sampling
 from rlhf.runs.artifacts import Manifest
-from rlhf.stages.base import Stage
+from rlhf.stages.contract import Stage
 from rlhf.stages.reward_terms import calibrations, classifiers, reward_runs
 
 NO_LIMIT = 2048  # what a prompt is taken to be at most where the base sets no limit

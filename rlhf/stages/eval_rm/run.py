@@ -14,8 +14,8 @@ from torch import Tensor
 
 from rlhf.config import rubric
 from rlhf.config.stages import EvalRmConfig
-from rlhf.config.suite import CaseSection
-from rlhf.config.suite import read as read_suite
+from rlhf.config.suite_file import CaseSection
+from rlhf.config.suite_file import read as read_suite
 from rlhf.data import fitting, tokenised
 from rlhf.data.batches import PassSize
 from rlhf.data.benchmarks import BenchmarkRow
@@ -23,13 +23,13 @@ from rlhf.data.fitting import Limit
 from rlhf.data.sources import Loaded
 from rlhf.data.tokenised import Group
 from rlhf.errors import Problem, RlhfError
-from rlhf.evaluation import benchmarking, examination, figures, heads, lengths, rankings, suite
-from rlhf.evaluation import members as together
+from rlhf.evaluation import benchmarking, exam_tables, figures, head_figures, lengths, ranking_figures, suite
+from rlhf.evaluation import member_figures as together
 from rlhf.evaluation import reward as examine
 from rlhf.evaluation import verdicts as judging
 from rlhf.evaluation.probing import probe
 from rlhf.evaluation.reward import Pairs, Responses
-from rlhf.models import classifier, open_base
+from rlhf.models import open_base, sequence_classifier
 from rlhf.models.heads import ScalarHead
 from rlhf.models.roles import SharedBase
 from rlhf.preflight.prepare import Plan
@@ -83,8 +83,8 @@ def run(config: EvalRmConfig, plan: Plan, run: Run) -> Manifest:
     if config.benchmark:
         report = _benchmark(config, subject, groups)
         storage.write_json(run.path / artifacts.EXAMINATION, {**report, "tokens": vars(lengths)})
-        show(examination.benchmark_table(report))
-        metrics = examination.benchmark_metrics(report)
+        show(exam_tables.benchmark_table(report))
+        metrics = exam_tables.benchmark_metrics(report)
         return _finish(config, plan, run, started, metrics, {"rows": vars(lengths), "benchmark": config.benchmark})
     report = _report(config, plan, subject, groups)
     report["rows"] = vars(lengths)
@@ -94,16 +94,16 @@ def run(config: EvalRmConfig, plan: Plan, run: Run) -> Manifest:
     report |= judging.table(verdicts)
     storage.write_json(run.path / artifacts.EXAMINATION, report)
     _draw(report, run.path / artifacts.PLOTS)
-    tables = [examination.figures_table(report), *([examination.heads_table(report)] if "heads" in report else [])]
+    tables = [exam_tables.figures_table(report), *([exam_tables.heads_table(report)] if "heads" in report else [])]
     storage.write_text(run.path / artifacts.FIGURES, as_text(*tables))
-    show(examination.verdict_lines(report["verdicts"]))
+    show(exam_tables.verdict_lines(report["verdicts"]))
     log.info("Verdict: %s. All figures: %s", report["verdict"], run.path / artifacts.FIGURES)
     for one in verdicts:
         if one.verdict != judging.PASS:
             log.warning("%s: %s, %.3f. %s.", one.verdict, one.says, one.estimate, one.do[0].upper() + one.do[1:])
     suite.refuse_failed(report.get("suite", []), config.suite or "")
     details = {"rows": vars(lengths), "verdict": report["verdict"], "failed": judging.failed(verdicts)}
-    return _finish(config, plan, run, started, examination.metrics(report), details)
+    return _finish(config, plan, run, started, exam_tables.metrics(report), details)
 
 
 def _finish(
@@ -153,7 +153,7 @@ def _drift(
         log.info("drift: %d samples that nobody has judged: no accuracy there.", len(others.scores))
         found = {"comparisons": 0, "prompts": len(set(others.groups)), "accuracy": None, "ece": None}
     changed = figures.drift(responses, others, (pairs, other_pairs), unit, _figure_settings(config))
-    ranked = rankings.report(groups, scores, _figure_settings(config))
+    ranked = ranking_figures.report(groups, scores, _figure_settings(config))
     return {**found, **changed, "ranking": ranked, "responses": len(others.scores), "rows": vars(lengths)}
 
 
@@ -168,7 +168,10 @@ def _report(config: EvalRmConfig, plan: Plan, subject: Subject, groups: Sequence
         raise RlhfError(Problem("DAT053", "data", what, "decided comparisons, or head: one whose attribute has some"))
     with waiting("Working out the figures and their intervals"):
         report = figures.report(pairs, responses, settings)
-        report |= {"ranking": rankings.report(groups, scores, settings), **_members(config, groups, scores, pairs)}
+        report |= {
+            "ranking": ranking_figures.report(groups, scores, settings),
+            **_members(config, groups, scores, pairs),
+        }
         report |= _heads(groups, scores, settings)
         unit = subject.unit or float(responses.scores.std()) or 1.0
         standard = Scores(subject.standardised(scores))
@@ -189,10 +192,10 @@ def _report(config: EvalRmConfig, plan: Plan, subject: Subject, groups: Sequence
 
 def _heads(groups: Sequence[Group], scores: Scores, settings: figures.FigureSettings) -> dict[str, Any]:
     """What each of several heads says of its attribute, and the rows of attributes that no head is of."""
-    left_out = heads.without_a_head(groups, scores)
+    left_out = head_figures.without_a_head(groups, scores)
     for name, count in left_out.items():
         log.warning("%d rows have labels of %r, which no head is of: these labels are left out.", count, name)
-    found = heads.report(groups, scores, settings)
+    found = head_figures.report(groups, scores, settings)
     return ({"heads": found} if found else {}) | ({"without_a_head": left_out} if left_out else {})
 
 
@@ -260,7 +263,7 @@ def _first(plan: Plan) -> Manifest:
 def dry_run(config: EvalRmConfig, plan: Plan) -> list[str]:
     """Token counts, with the tokenizer but without weights."""
     if config.model:
-        chat: Any = classifier.open_reader(config.model)
+        chat: Any = sequence_classifier.open_reader(config.model)
     else:
         chat = open_base.open_chat(open_base.model_of(_first(plan)))
     groups, lengths = _tokenise(config, plan, chat, "data")

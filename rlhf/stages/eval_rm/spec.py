@@ -10,25 +10,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rlhf.config import suite
+from rlhf.config import suite_file
 from rlhf.config.stages import EvalRmConfig
 from rlhf.data import labels, sources
 from rlhf.errors import Problem, RlhfError
-from rlhf.evaluation import examination, verdicts
+from rlhf.evaluation import exam_tables, verdicts
 from rlhf.planning.phases import Spec
 from rlhf.planning.specs import Ground
 from rlhf.preflight.needs import Input, Needs, Parent, Rows
 from rlhf.runs import artifacts
 from rlhf.runs.artifacts import Manifest
 from rlhf.runs.progress import show
-from rlhf.stages.base import Stage
+from rlhf.stages.contract import Stage
 
 log = logging.getLogger("rlhf")
 
 
 def needs(config: EvalRmConfig) -> Needs:
     if config.suite:
-        suite.read(config.suite)  # its mistakes are said before any model is opened
+        suite_file.read(config.suite)  # its mistakes are said before any model is opened
     read = sources.load_benchmark(config.benchmark) if config.benchmark else labels.noted(sources.load_comparisons)
     rows = Rows(config.max_length)
     inputs = [Input("data", config.data, read, rows, held_out_from=("train-rm", "data"))]
@@ -71,7 +71,7 @@ def judged_again(config: EvalRmConfig, manifest: Manifest) -> Manifest:
     if all(report[key] == judged[key] for key in artifacts.VERDICTS):
         return manifest
     log.info("%s: judged again by other thresholds: %s, before: %s.", run_dir, judged["verdict"], report["verdict"])
-    show(examination.verdict_lines(judged["verdicts"]))
+    show(exam_tables.verdict_lines(judged["verdicts"]))
     now = artifacts.judged_again(run_dir, manifest, {**report, **judged})
     return replace(now, details={**now.details, "verdict": judged["verdict"], "failed": verdicts.failed(found)})
 

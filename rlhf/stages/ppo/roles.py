@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from rlhf.config.rewards import term_names
 from rlhf.config.stages import PpoConfig
 from rlhf.data.batches import PassSize
-from rlhf.evaluation import policy as measure
+from rlhf.evaluation import policy_samples as measure
 from rlhf.models import adapters, merged
 from rlhf.models.base import Base
 from rlhf.models.heads import ScalarHead
@@ -23,10 +23,10 @@ from rlhf.scoring.scorer import Scorer, StandardisedScorer, WeightedScorer
 from rlhf.stages.registry import STAGES
 from rlhf.training.critics import Critic, NoCritic
 from rlhf.training.experience import Passes
-from rlhf.training.least_squares import LeastSquares
 from rlhf.training.optimizer import Optimizer
+from rlhf.training.solved_critic import LeastSquares
 from rlhf.training.standards import Standard
-from rlhf.training.value_role import ValueRole, ValueSettings
+from rlhf.training.trained_critic import ValueRole, ValueSettings
 
 log = logging.getLogger("rlhf")
 

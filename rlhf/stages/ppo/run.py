@@ -11,7 +11,7 @@ from rlhf.data import fitting, tokenised
 from rlhf.data.batches import PassSize
 from rlhf.data.fitting import Limit
 from rlhf.data.tokenised import PromptRow
-from rlhf.evaluation import policy as measure
+from rlhf.evaluation import policy_samples as measure
 from rlhf.models import open_base
 from rlhf.models.base import Base
 from rlhf.models.first_step import FirstStep
@@ -33,7 +33,7 @@ from rlhf.training.collector import Collector, CollectorSettings
 from rlhf.training.critics import Critic
 from rlhf.training.experience import Passes
 from rlhf.training.loop import Prompts, Training, TrainingSettings, save_roles
-from rlhf.training.update import PolicySettings, PolicyUpdate
+from rlhf.training.policy_update import PolicySettings, PolicyUpdate
 
 log = logging.getLogger("rlhf")
 

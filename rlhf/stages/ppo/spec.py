@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from rlhf.config.ppo import GuardSection, Limit
+from rlhf.config.ppo_sections import GuardSection, Limit
 from rlhf.config.stages import PpoConfig
 from rlhf.data import sources
 from rlhf.errors import Problem, RlhfError
@@ -20,7 +20,7 @@ from rlhf.preflight.needs import Input, Needs, Parent, Rows
 from rlhf.preflight.resources import FEATURES, FLOAT32, WITH_MOMENTS, Written
 from rlhf.runs import artifacts, run_directory
 from rlhf.runs.artifacts import Manifest
-from rlhf.stages.base import Stage
+from rlhf.stages.contract import Stage
 from rlhf.stages.reward_terms import calibrations, classifiers, examinations, reward_runs
 from rlhf.training.guards import Guard
 

@@ -13,10 +13,10 @@ import torch
 from rlhf.config.stages import SftConfig
 from rlhf.data import tokenised
 from rlhf.data.batches import PassSize
-from rlhf.data.chat import ChatFormat
+from rlhf.data.chat_format import ChatFormat
 from rlhf.data.tokenised import PromptRow, Turn
 from rlhf.errors import Problem, RlhfError
-from rlhf.evaluation import policy, stopping
+from rlhf.evaluation import policy_samples, stopping
 from rlhf.evaluation.stopping import Answers
 from rlhf.models import adapters, open_base
 from rlhf.models.base import Base
@@ -68,7 +68,9 @@ def held_out_rows(config: SftConfig, records: Sequence[Demonstration], chat: Cha
 
 def loss_of(config: SftConfig, base: Base, model: Any, turns: Sequence[Turn]) -> float:
     """Of ``model``, which lives on ``base``: nats a response token, end token included."""
-    return policy.response_loss(model, turns, base.chat.pad_id, base.device, PassSize(config.batch.micro_batch_size))
+    return policy_samples.response_loss(
+        model, turns, base.chat.pad_id, base.device, PassSize(config.batch.micro_batch_size)
+    )
 
 
 def trained_tokens(config: SftConfig, base: Base) -> list[str]:
@@ -105,7 +107,7 @@ def measure(config: SftConfig, device: torch.device, rows: HeldOutRows, answers:
         roles.add("policy")
     loss = _loss(config, roles, "policy", rows.turns)
     samples = _respond(config, roles, "policy", rows.prompts)
-    run.write_samples("held_out", policy.sample_rows(samples))
+    run.write_samples("held_out", policy_samples.sample_rows(samples))
     rate = _end_rate(samples)
     log.info(
         "Held out: loss %.3f -> %.3f a token, perplexity %.2f -> %.2f; %.0f %% of %d samples end by themselves.",
@@ -143,7 +145,7 @@ def _respond(config: SftConfig, roles: SharedBase, slot: str, prompts: Sequence[
     chat = roles.base.chat
     engine = open_engine(roles, slot, chat, config.sampling)
     seed = runtime.derived_seed(config.seed, "sft", "end token")
-    return policy.respond(engine, chat, prompts, policy.sampling_of(config.sampling, seed))
+    return policy_samples.respond(engine, chat, prompts, policy_samples.sampling_of(config.sampling, seed))
 
 
 def _end_rate(samples: Sequence[Sample]) -> float:

@@ -26,7 +26,7 @@ from rlhf.data.tokenised import Dialogue, LengthReport, Turn
 from rlhf.errors import Problem, RlhfError
 from rlhf.evaluation import stopping
 from rlhf.evaluation.stopping import Answers
-from rlhf.models import adapters, open_base, whole
+from rlhf.models import adapters, full_weights, open_base
 from rlhf.models.base import Base
 from rlhf.models.first_step import FirstStep
 from rlhf.models.fused import lora
@@ -135,7 +135,7 @@ def _train(
     if config.lora:
         adapters.save(model, "default", run.path / artifacts.ADAPTER)
     else:
-        whole.save(model, base.tokenizer, run.path / artifacts.MODEL)
+        full_weights.save(model, base.tokenizer, run.path / artifacts.MODEL)
     base.tokenizer.save_pretrained(run.path / artifacts.TOKENIZER)
     saved.state = {}
     return Trained(trainer.steps_done if trainer else 0, saved, details)

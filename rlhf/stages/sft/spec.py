@@ -17,7 +17,7 @@ from rlhf.preflight.needs import Input, Needs, Parent, Rows
 from rlhf.preflight.resources import FLOAT32, WITH_MOMENTS, Written
 from rlhf.runs import artifacts
 from rlhf.runs.artifacts import Manifest
-from rlhf.stages.base import Stage
+from rlhf.stages.contract import Stage
 from rlhf.stages.sft import gates
 
 

@@ -18,7 +18,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from trl import SFTTrainer
 
 from rlhf.config.stages import SftConfig
-from rlhf.models import adapters, packing, whole
+from rlhf.models import adapters, full_weights, packing
 from rlhf.models.base import Base
 from rlhf.runs import runtime
 from rlhf.runs.snapshots import Stateful
@@ -92,7 +92,9 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
         """The present state of one part."""
         if name == "weights":
             return {
-                "weights": adapters.weights(self.model, "default") if self.is_adapter else whole.weights(self.model)
+                "weights": adapters.weights(self.model, "default")
+                if self.is_adapter
+                else full_weights.weights(self.model)
             }
         if name == "optimizer":
             return self.optimizer.state_dict()  # type: ignore[no-any-return]
@@ -145,7 +147,7 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
         if self.is_adapter:
             adapters.load(self.model, "default", state["weights"])
         else:
-            whole.load(self.model, state["weights"])
+            full_weights.load(self.model, state["weights"])
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.load_weights(self.restored["weights"])

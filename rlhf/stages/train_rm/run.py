@@ -17,17 +17,26 @@ from rlhf.config.train_rm import RewardConfig
 from rlhf.data import fitting, tokenised
 from rlhf.data.fitting import Limit
 from rlhf.data.tokenised import Group, PromptRow
-from rlhf.losses.heads import Heads
+from rlhf.losses.attribute_heads import Heads
 from rlhf.models import open_base
 from rlhf.models.base import Base
 from rlhf.models.first_step import FirstStep
 from rlhf.preflight.prepare import Plan
 from rlhf.records import Prompt, first_share, prompt_key, split_by_prompt
-from rlhf.reward import annotators, combining, contradicted, objective, outcome, starts, teacher, training
-from rlhf.reward.learner import Learner
-from rlhf.reward.outcome import RewardRoles
+from rlhf.reward import (
+    annotators,
+    contradicted,
+    group_objective,
+    head_combiner,
+    member_start,
+    member_turns,
+    quality,
+    teacher,
+)
+from rlhf.reward.member_step import Learner
+from rlhf.reward.member_turns import Turns
+from rlhf.reward.quality import RewardRoles
 from rlhf.reward.teacher import Teacher
-from rlhf.reward.training import Turns
 from rlhf.runs import artifacts, interrupts, runtime, storage
 from rlhf.runs.artifacts import Manifest
 from rlhf.runs.bars import Recent
@@ -57,9 +66,9 @@ def run(config: RewardConfig, plan: Plan, run: Run) -> Manifest:
         log.info(line)
 
     slots = slot_names("reward", config.members)
-    roles = starts.roles(config, plan, base, slots, heads.names if heads else None)
+    roles = member_start.roles(config, plan, base, slots, heads.names if heads else None)
     learner = Learner(config, base, roles, taught, heads)
-    turns = training.turns(config, roles, slots, train, partial(_num_steps, config))
+    turns = member_turns.turns(config, roles, slots, train, partial(_num_steps, config))
     curves = curves_of(config.evaluation, [member.steps for member in turns.members])
     saved = Checkpoints(run, {**turns.state(roles), **state_of(curves)}, config.save_every, config.keep_checkpoints)
     saved.resume(turns.steps)
@@ -80,7 +89,7 @@ def run(config: RewardConfig, plan: Plan, run: Run) -> Manifest:
             importlib.import_module("rlhf.report.plots").held_out(run.path, METRIC, watch.best_points())
 
     rewards = RewardRoles(roles, slots, config.batch)
-    combined = combining.combine(config.combination, heads, rewards, base, rows.fitted) if heads else {}
+    combined = head_combiner.combine(config.combination, heads, rewards, base, rows.fitted) if heads else {}
     metrics, of_members = _measured(config, plan, base, rewards, rows, taught, run)
     if label := watch.label():
         log.info("These held-out figures are %s.", label)
@@ -147,19 +156,19 @@ def _measured(
     config: RewardConfig, plan: Plan, base: Base, rewards: RewardRoles, rows: Rows, taught: Teacher | None, run: Run
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Figures on the held-out prompts, and what is told of members; the heads are standardised then."""
-    metrics, of_members, pairs = outcome.held_out(rewards, rows.held_out, config.seed, config.length_coef > 0)
+    metrics, of_members, pairs = quality.held_out(rewards, rows.held_out, config.seed, config.length_coef > 0)
     if config.train_fraction is not None:
-        outcome.write_comparisons(pairs, run)
+        quality.write_comparisons(pairs, run)
     if taught and "eval/accuracy" in metrics:
         size = sum(parameter.numel() for parameter in base.model.parameters())
         of_members |= {"distilled": taught.report(rows.held_out, metrics["eval/accuracy"], size)}
     if config.contradicted:
-        trained_on = training.rows_of(config, rows.train)
+        trained_on = member_turns.rows_of(config, rows.train)
         metrics |= contradicted.write(rewards, config.contradicted, [*rows.train, *rows.held_out], trained_on, run)
     if annotated := plan.data["data"].annotated:
         how = annotators.Unseen(base.chat, rows.limit, config.data.on_bad_row == "drop", config.seed)
         metrics |= annotators.write(rewards, annotated, rows.records, how, run)
-    metrics |= outcome.standardise(rewards, base, rows.sampled, config.sampling, config.seed, run)
+    metrics |= quality.standardise(rewards, base, rows.sampled, config.sampling, config.seed, run)
     return metrics, of_members
 
 
@@ -169,7 +178,7 @@ def dry_run(config: RewardConfig, plan: Plan) -> list[str]:
     found = _rows(config, plan, chat)
     groups, held_out = found.train, found.held_out
     judgements = sum(len(group.judgements) for group in groups)
-    rows = [len(own) for own in training.rows_of(config, groups)]
+    rows = [len(own) for own in member_turns.rows_of(config, groups)]
     each = f", for each of {config.members} members on its own draw of the prompts" if config.members > 1 else ""
     return [
         found.report.sentence("data"),
@@ -201,13 +210,13 @@ def _rows(config: RewardConfig, plan: Plan, chat: Any) -> Rows:
     loaded = fitting.usable(plan.data["data"], chat)
     records, rest = split_by_prompt(loaded.records, config.holdout_fraction, config.seed)
     used = first_share(records, config.train_fraction, config.seed)
-    measured, fitted = combining.split(config.combine, config.seed, rest, used)
-    heads = objective.heads_of(rubric.heads_of(config), config.combination, used)
+    measured, fitted = head_combiner.split(config.combine, config.seed, rest, used)
+    heads = group_objective.heads_of(rubric.heads_of(config), config.combination, used)
     limit = Limit(config.max_length, truncates=config.too_long == "truncate")
     held_out, _ = tokenised.groups(measured, chat, limit, loaded.dropped)
     fitted_groups = tokenised.groups(fitted, chat, limit, loaded.dropped)[0] if fitted else []
     others = [*loaded.records, *loaded.left_out]
-    train, report = tokenised.groups(objective.trained(heads, used), chat, limit, loaded.dropped, others)
+    train, report = tokenised.groups(group_objective.trained(heads, used), chat, limit, loaded.dropped, others)
     plan.check_dropped()
     tokenised.require_batch(len(train), config.batch.batch_size, "data")
     sampled = _prompts_to_sample(config, records, chat)

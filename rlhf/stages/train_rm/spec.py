@@ -19,7 +19,7 @@ from rlhf.preflight.origins import START
 from rlhf.preflight.resources import FLOAT32, Written
 from rlhf.runs import artifacts
 from rlhf.runs.artifacts import Manifest
-from rlhf.stages.base import Stage
+from rlhf.stages.contract import Stage
 
 
 def needs(config: RewardConfig) -> Needs:

@@ -8,7 +8,7 @@ from typing import Any
 from rlhf.start import choose
 from rlhf.start.basis import Basis
 from rlhf.start.parts import Parts
-from rlhf.start.reading import File
+from rlhf.start.read_files import File
 from rlhf.start.render import Choice, Tree
 
 OWN_LENGTH = (

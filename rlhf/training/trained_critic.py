@@ -14,9 +14,9 @@ from rlhf.losses import policy
 from rlhf.models import forward
 from rlhf.models.roles import Roles
 from rlhf.training.experience import Experience, Passes
-from rlhf.training.least_squares import ridge
 from rlhf.training.optimizer import Optimizer
-from rlhf.training.update import Totals, minibatches, place
+from rlhf.training.policy_update import Totals, minibatches, place
+from rlhf.training.solved_critic import ridge
 
 RIDGE = 0.1
 

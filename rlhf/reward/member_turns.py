@@ -11,8 +11,8 @@ from rlhf.data.batches import DataOrder, micro_batches
 from rlhf.data.tokenised import Group
 from rlhf.models.roles import Roles
 from rlhf.records import prompt_key
-from rlhf.reward import members
-from rlhf.reward.length import LengthPenalty
+from rlhf.reward import member_data
+from rlhf.reward.length_penalty import LengthPenalty
 from rlhf.runs import runtime
 from rlhf.runs.checkpoints import Position
 from rlhf.runs.snapshots import Stateful
@@ -104,9 +104,9 @@ def rows_of(config: RewardConfig, groups: Sequence[Group]) -> list[list[int]]:
         return [list(range(len(groups)))] * config.members
     prompts = [prompt_key(group.record.prompt) for group in groups]
     if config.ensemble.data == "bootstrap":
-        return [members.bootstrapped(prompts, seed) for seed in member_seeds(config)]
+        return [member_data.bootstrapped(prompts, seed) for seed in member_seeds(config)]
     shared = runtime.derived_seed(config.seed, "train-rm", "folds")
-    return [members.all_but_fold(prompts, index, config.members, shared) for index in range(config.members)]
+    return [member_data.all_but_fold(prompts, index, config.members, shared) for index in range(config.members)]
 
 
 def _member(

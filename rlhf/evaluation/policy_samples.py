@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rlhf.config.sections import SamplingSection
 from rlhf.data.batches import PassSize, Sequences, collate
-from rlhf.data.chat import ChatFormat
+from rlhf.data.chat_format import ChatFormat
 from rlhf.data.tokenised import PromptRow, Turn
 from rlhf.models import forward
 from rlhf.models.roles import Roles

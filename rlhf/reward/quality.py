@@ -17,17 +17,17 @@ from rlhf.config.sections import RewardBatchSection, SamplingSection
 from rlhf.data.batches import PassSize
 from rlhf.data.tokenised import Group, PromptRow
 from rlhf.errors import Problem, RlhfError
-from rlhf.evaluation import heads
-from rlhf.evaluation import members as together
-from rlhf.evaluation import policy as measure
+from rlhf.evaluation import head_figures
+from rlhf.evaluation import member_figures as together
+from rlhf.evaluation import policy_samples as measure
 from rlhf.evaluation import reward as examine
 from rlhf.evaluation.figures import FigureSettings
 from rlhf.evaluation.reward import Pairs
-from rlhf.metrics.members import chance_above
+from rlhf.metrics.member_errors import chance_above
 from rlhf.models.base import Base
 from rlhf.models.heads import ScalarHead
 from rlhf.models.roles import Roles
-from rlhf.reward import length
+from rlhf.reward import length_penalty
 from rlhf.rollouts.open_engine import open_engine
 from rlhf.runs import runtime
 from rlhf.runs.run_directory import Run
@@ -73,7 +73,9 @@ def held_out(
     kept = together.RecordingScorer(rewards.scorer())
     pairs, members = together.compare(kept, groups)
     labelled = _of_labels(kept, groups)
-    shared = length.correlation(pairs.length_gaps.tolist(), pairs.differences.tolist()) if has_length_coef else None
+    shared = (
+        length_penalty.correlation(pairs.length_gaps.tolist(), pairs.differences.tolist()) if has_length_coef else None
+    )
     labelled |= {} if shared is None else {"eval/length_correlation": shared}
     assert kept.found is not None
     of_heads = _of_heads(groups, kept.found, seed)
@@ -118,7 +120,7 @@ def write_comparisons(pairs: Pairs, run: Run) -> None:
 
 def _of_heads(groups: Sequence[Group], scores: Scores, seed: int) -> dict[str, Any]:
     """Each head on the labels of its attribute."""
-    found = heads.report(groups, scores, FigureSettings(10, 2000, seed, 0.0))
+    found = head_figures.report(groups, scores, FigureSettings(10, 2000, seed, 0.0))
     for name, row in found.items():
         said = []
         if row["accuracy"]:

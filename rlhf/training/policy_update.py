@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rlhf.algorithms.algorithm import Algorithm, PolicyTerms
-from rlhf.config.ppo import UpdateSection
+from rlhf.config.ppo_sections import UpdateSection
 from rlhf.losses import policy, tensors
 from rlhf.models import forward
 from rlhf.models.roles import Roles

@@ -14,13 +14,13 @@ from rlhf.config.train_rm import COMBINED, Combination
 from rlhf.data.batches import collate
 from rlhf.data.tokenised import Group
 from rlhf.errors import Problem, RlhfError
-from rlhf.losses.heads import Heads
+from rlhf.losses.attribute_heads import Heads
 from rlhf.models import forward
 from rlhf.models.base import Base
 from rlhf.records import Comparison, split_by_prompt
-from rlhf.reward.combination import Array, fit_gate, fit_weights
-from rlhf.reward.outcome import RewardRoles
-from rlhf.reward.training import micro_batches_of_groups
+from rlhf.reward.head_weights import Array, fit_gate, fit_weights
+from rlhf.reward.member_turns import micro_batches_of_groups
+from rlhf.reward.quality import RewardRoles
 
 log = logging.getLogger("rlhf")
 

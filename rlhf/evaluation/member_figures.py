@@ -10,7 +10,7 @@ import numpy
 from rlhf.data.tokenised import Group
 from rlhf.evaluation import reward as examine
 from rlhf.evaluation.reward import Pairs
-from rlhf.metrics import members as shared
+from rlhf.metrics import member_errors as shared
 from rlhf.metrics import pairs
 from rlhf.scoring.scorer import Sample, Scorer, Scores
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from rlhf.config.train_rm import Combination, Objective
 from rlhf.data import labels
 from rlhf.data.tokenised import Group
-from rlhf.losses import heads as several
+from rlhf.losses import attribute_heads as several
 from rlhf.losses import preference as loss
-from rlhf.losses.heads import Heads, scales
+from rlhf.losses.attribute_heads import Heads, scales
 from rlhf.losses.preference import Judged, Preference, bradley_terry, distilled, outcome, plackett_luce
 from rlhf.records import Comparison
 from rlhf.reward.teacher import Teacher

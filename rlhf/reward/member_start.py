@@ -16,7 +16,7 @@ from rlhf.models.heads import ScalarHead
 from rlhf.models.roles import Roles, SeparateModels, SharedBase
 from rlhf.preflight.origins import START
 from rlhf.preflight.prepare import Plan
-from rlhf.reward.training import member_seeds
+from rlhf.reward.member_turns import member_seeds
 from rlhf.runs import artifacts
 
 

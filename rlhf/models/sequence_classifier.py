@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification
 
 from rlhf.config import thinking as thoughts
 from rlhf.config.rewards import ClassifierSection
-from rlhf.data.chat import ChatFormat
+from rlhf.data.chat_format import ChatFormat
 from rlhf.data.rendering import Rendering
 from rlhf.errors import Problem, RlhfError
 from rlhf.hub import model_files

@@ -13,13 +13,13 @@ from rlhf.config.train_rm import RewardConfig
 from rlhf.data.batches import collate
 from rlhf.data.tokenised import Group
 from rlhf.errors import Problem, RlhfError
-from rlhf.losses.heads import Heads
+from rlhf.losses.attribute_heads import Heads
 from rlhf.models import forward
 from rlhf.models.base import Base
 from rlhf.models.roles import Roles
-from rlhf.reward import objective, training
+from rlhf.reward import group_objective, member_turns
+from rlhf.reward.member_turns import Member
 from rlhf.reward.teacher import Teacher
-from rlhf.reward.training import Member
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,13 @@ class Learner:
     def step(self, member: Member, groups: Sequence[Group], step: int) -> dict[str, float]:
         """One optimizer step; every prompt weighs the same, however many responses it has."""
         totals = {"train/loss": 0.0, "train/accuracy": 0.0, "train/centering": 0.0}
-        num_judged = objective.num_judged(self.heads, groups)
-        for part in training.parts(self.config, groups):
+        num_judged = group_objective.num_judged(self.heads, groups)
+        for part in member_turns.parts(self.config, groups):
             with self.roles.acting_as(member.slot) as (model, head):
                 scores = self._scores(model, head, part)
-                preference = objective.preference(self.config.objective, part, scores, self.taught, self.heads)
-                spread = objective.centering(self.heads, scores)
-                longer = member.length.penalty(part, objective.score(self.heads, scores))
+                preference = group_objective.preference(self.config.objective, part, scores, self.taught, self.heads)
+                spread = group_objective.centering(self.heads, scores)
+                longer = member.length.penalty(part, group_objective.score(self.heads, scores))
                 loss = preference.loss.sum() + self.config.centering_coef * spread.sum() + longer.sum()
                 loss = loss / len(groups)
                 loss.backward()
@@ -78,10 +78,10 @@ class Learner:
         margins, ratings and teachers included, without centering_coef and length_coef, which are not about labels.
         """
         total = 0.0
-        for part in training.parts(self.config, groups):
+        for part in member_turns.parts(self.config, groups):
             with self.roles.acting_as(slot) as (model, head):
                 scores = self._scores(model, head, part)
-            found = objective.preference(self.config.objective, part, scores, self.taught, self.heads)
+            found = group_objective.preference(self.config.objective, part, scores, self.taught, self.heads)
             total += float(found.loss.double().sum())
         return total / len(groups)
 
