@@ -102,7 +102,6 @@ class Recorded(TorchDispatchMode):
 
 @pytest.mark.parametrize(("limit", "wanted"), [(1 << 28, clock.LAUNCHES_SUMMED), (0, clock.LAUNCHES_FUSED)])
 def test_a_block_takes_the_operations_that_the_plan_counts(tmp_path, monkeypatch, limit, wanted):
-    assert memory.SUMMED_BYTES == decoding.SUMMED_BYTES
     assert tuple(kind.lower() for kind in blocks.KINDS) == memory.FUSED
     monkeypatch.setattr(decoding, "SUMMED_BYTES", limit)
     counts, run = [], decoding._block

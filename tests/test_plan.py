@@ -25,7 +25,6 @@ from rlhf.data.batches import collate
 from rlhf.errors import RlhfError
 from rlhf.models import first_step, forward, grouped, speed
 from rlhf.models.base import Loading, load_base
-from rlhf.models.fused import logits
 from rlhf.models.roles import SharedBase
 from rlhf.planning import advice, clock, memory, phases, shape, specs
 from rlhf.planning.clock import Speed
@@ -208,7 +207,6 @@ def test_time_follows_the_arithmetic_of_training_and_the_reading_of_sampling():
 
 def test_a_head_in_half_precision_is_timed_at_float32_speed_where_a_cpu_casts_it():
     config = spec("ppo", held=Numbers(2), batch=4, micro=4, concurrency=2, prompt=1, response=100)
-    assert (memory.CAST_VALUES, memory.CHUNK_VALUES) == (logits.CAST_VALUES, forward.CHUNK_VALUES)
     plain, wide = (
         {work.name: work.seconds for work in clock.step(config, Speed(1e9, 1e18, wide=each))} for each in (None, 1e8)
     )
@@ -326,7 +324,6 @@ def test_the_speed_of_the_machine_is_measured_without_a_random_number_of_the_run
 def test_the_fit_of_the_critic_takes_what_is_predicted(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "scripts"))
     peak_of = importlib.import_module("measuring").Peak
-    assert (memory.FEATURES, memory.ROWS) == (solved_critic.FEATURES, solved_critic.ROWS)
     for hidden, count in ((64, 3000), (1024, 200)):
         wide = replace(shape.of_config(QWEN, ""), d=hidden)
         critic = solved_critic.LeastSquares(hidden, torch.device("cpu"))

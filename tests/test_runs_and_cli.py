@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import structure  # noqa: E402
 
 PACKAGES = [
-    ["errors"],
+    ["errors", "limits"],
     ["secrets", "findings"],
     ["records"],
     ["demo"],

@@ -13,12 +13,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from rlhf.data.batches import Sequences
+from rlhf.limits import CHUNK_VALUES
 from rlhf.losses import tensors
 from rlhf.models import packing
 from rlhf.models.fused import logits as head_logits
 from rlhf.models.roles import Roles
-
-CHUNK_VALUES = 1 << 25
 
 
 @dataclass(frozen=True)

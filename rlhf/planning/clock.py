@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from rlhf.limits import FEATURES
 from rlhf.planning import memory
 from rlhf.planning.phases import Spec
 
@@ -80,7 +81,7 @@ def step(spec: Spec, speed: Speed) -> list[Work]:
     learnt = spec.epochs * (_reads(spec) * read + BACKWARD * head / speed.flops)
     critic = Work("value update", tokens * spec.epochs, tokens * again * body / speed.flops)
     if not spec.trains_value:
-        d, k = spec.shape.d, memory.FEATURES
+        d, k = spec.shape.d, FEATURES
         each = FORWARD * (d * k + (d + k) ** 2)
         critic = Work("value fit", states, states * each / speed.flops)
     return [

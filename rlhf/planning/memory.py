@@ -36,17 +36,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rlhf.limits import CAST_VALUES, CHUNK_VALUES, DRAWN_VALUES, FEATURE_ROWS, FEATURES, SUMMED_BYTES
 from rlhf.planning.shape import Shape
 
 FLOAT32 = 4
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a code, a scale every 64, the scale of the scales every 256 of these
-DRAWN_VALUES = {"cpu": 1 << 19, "cuda": 1 << 23}  # from which a token is chosen at once: rlhf.rollouts.engine
-CHUNK_VALUES = 1 << 25  # logits of ours that exist at once: rlhf.models.forward
-CAST_VALUES = 1 << 19  # of the head in half precision that exist in float32 at once: rlhf.models.fused.logits
 SFT_TILE = (4096, 32768)  # tokens and vocabulary of TRL's fused head
-FEATURES, ROWS = 1024, 1024  # of the critic by least squares, and states whose features exist at once
 FUSED = ("llama", "mistral", "qwen2", "qwen3")  # rlhf.models.fused.blocks
-SUMMED_BYTES = 1 << 28  # up to here sampling keeps W + s B A: rlhf.models.fused.decoding
 
 
 @dataclass(frozen=True)
@@ -277,7 +273,7 @@ def critic(shape: Shape) -> int:
 def critic_fit(shape: Shape, num_states: int, device: str) -> int:
     """The peak of its fit: four copies of the float64 moments on the CPU, which solves for the weights; on a GPU the
     moments, and the products of some features, which then exist four times."""
-    size, rows = shape.d + FEATURES + 2, min(ROWS, num_states)
+    size, rows = shape.d + FEATURES + 2, min(FEATURE_ROWS, num_states)
     return 32 * size**2 if device == "cpu" else (8 + FLOAT32) * size**2 + 4 * FLOAT32 * size * rows
 
 

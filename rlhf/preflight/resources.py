@@ -19,7 +19,6 @@ from rlhf.runs import artifacts
 from rlhf.runs.artifacts import Manifest
 
 FLOAT32 = 4
-FEATURES = 1024  # of the critic by least squares: rlhf.training.solved_critic
 WITH_MOMENTS = 3  # a trained parameter and its two Adam moments
 SPARE = 1.2  # the checkpoint that is being written stands beside those that are kept, and a margin
 BESIDES = 32 << 20  # tokenizer, log, metrics and samples

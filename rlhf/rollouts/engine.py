@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-DRAWN_VALUES = {"cpu": 1 << 19, "cuda": 1 << 23}  # probabilities in float64 at once: a CPU's caches, a GPU's launches
+from rlhf.limits import DRAWN_VALUES
+
 BLOCK, FEW = 512, 4096  # tokens of a block; vocabularies that are searched whole
 BELOW_ONE = 1 - 2**-52
 

@@ -11,11 +11,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 from rlhf.data.batches import Sequences
+from rlhf.limits import FEATURE_ROWS, FEATURES
 from rlhf.runs import storage
 from rlhf.training.experience import Experience
 
 WEIGHTS = "critic.safetensors"
-FEATURES, PULL, ROWS = 1024, 0.5, 1024
+PULL = 0.5
 PROJECTION_SEED = 0
 
 
@@ -73,7 +74,7 @@ class LeastSquares:
         moments = torch.zeros(self.size + 2, self.size + 2, dtype=torch.float64, device=self.exact)
         for rows, hidden in batch.states:
             returns = batch.returns[rows][batch.mask[rows]].float().to(self.device)
-            for features, wanted in zip(self._features(hidden), returns.split(ROWS), strict=True):
+            for features, wanted in zip(self._features(hidden), returns.split(FEATURE_ROWS), strict=True):
                 wrong = wanted - self._of(features)
                 columns = torch.cat([features, wrong[:, None], torch.ones_like(wrong)[:, None]], 1)
                 moments += (columns.t() @ columns).to(self.exact)
@@ -82,7 +83,7 @@ class LeastSquares:
     def _standardise(self, states: Sequence[Tensor]) -> None:
         """Mean and scale of the first states; a dimension that hardly varies there stays small, it is not blown up."""
         moments = torch.zeros(3, len(self.mean), dtype=torch.float64, device=self.exact)
-        for rows in (rows.to(self.exact).double() for hidden in states for rows in hidden.split(ROWS)):
+        for rows in (rows.to(self.exact).double() for hidden in states for rows in hidden.split(FEATURE_ROWS)):
             moments += torch.stack([torch.ones_like(rows).sum(0), rows.sum(0), rows.square().sum(0)])
         count, total, squares = moments
         mean = total / count
@@ -92,7 +93,7 @@ class LeastSquares:
 
     def _features(self, hidden: Tensor) -> Iterator[Tensor]:
         """[n, d + k] of some rows after the other."""
-        for rows in hidden.split(ROWS):
+        for rows in hidden.split(FEATURE_ROWS):
             standard = (rows.to(self.device).float() - self.mean) / self.scale
             yield torch.cat([standard, (standard @ self.projection).relu_()], 1)
 

@@ -14,12 +14,12 @@ from torch.nn.functional import silu
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from rlhf.limits import SUMMED_BYTES
 from rlhf.models import grouped
 from rlhf.models.fused import few_rows, logits, lora, token_rows
 from rlhf.models.fused.blocks import Layers, heads, rms_norm
 from rlhf.models.fused.lora import Adapted
 
-SUMMED_BYTES = 1 << 28
 Attend = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
 
 

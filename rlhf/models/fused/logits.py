@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from rlhf.limits import CAST_VALUES
 from rlhf.models.fused import lora, token_rows
 from rlhf.models.fused.lora import Adapted
 from rlhf.models.fused.token_rows import Rows
 
 log = logging.getLogger("rlhf")
-CAST_VALUES = 1 << 19  # of a weight in half precision that exist in float32 at once: what a core's cache holds
 
 
 def of(head: Any, x: Tensor) -> Tensor:

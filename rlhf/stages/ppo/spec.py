@@ -12,12 +12,13 @@ from rlhf.config.stages import PpoConfig
 from rlhf.data import sources
 from rlhf.errors import Problem, RlhfError
 from rlhf.hub.model_files import StoredTensor
+from rlhf.limits import FEATURES
 from rlhf.planning import specs
 from rlhf.planning.phases import Spec
 from rlhf.planning.specs import Ground
 from rlhf.preflight import resources
 from rlhf.preflight.needs import Input, Needs, Parent, Rows
-from rlhf.preflight.resources import FEATURES, FLOAT32, WITH_MOMENTS, Written
+from rlhf.preflight.resources import FLOAT32, WITH_MOMENTS, Written
 from rlhf.runs import artifacts, run_directory
 from rlhf.runs.artifacts import Manifest
 from rlhf.stages.contract import Stage
