@@ -18,6 +18,7 @@ from rlhf.data.batches import PassSize
 from rlhf.data.tokenised import PromptRow
 from rlhf.errors import RlhfError
 from rlhf.evaluation import policy_samples as measure
+from rlhf.models import packing
 from rlhf.models.base import Base
 from rlhf.models.roles import SharedBase
 from rlhf.preflight import examined
@@ -46,6 +47,8 @@ def chat(source: str, reward: str | None, system: str | None, template: str | No
     how = settle(source, sampling)
     base, roles = open_policy(source, template, runtime.set_up(RuntimeSection(), how.seed))
     scorer = _scorer(reward, base, roles) if reward else None
+    with roles.acting_as("policy") as (model, _):
+        packing.known_blocks(model)  # checked now: what the check says would stand in the middle of an answer
     is_interactive = sys.stdin.isatty()
     streaming.open_streams()
     if is_interactive:
