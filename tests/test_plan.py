@@ -250,7 +250,7 @@ def test_the_command_plans_a_chain_that_has_not_run_and_says_what_would_fit():
 
 def test_a_plan_imports_no_torch(capsys):
     code = (
-        "import sys; from pathlib import Path; from rlhf.stages import plan\n"
+        "import sys; from pathlib import Path; from rlhf.commands import plan\n"
         "plan.lines(plan.plan(Path('configs/train-rm.yaml'), 'train-rm', [], plan.Device()))\n"
         "print('torch' in sys.modules)"
     )

@@ -123,7 +123,7 @@ def lie_about(*places):
             (Path(place) / name).write_bytes(pickle.dumps(Evil()))
     opened[:] = before
 
-from rlhf import progress
+from rlhf.runs import progress
 from rlhf.cli import app
 progress.log_to_console()
 lie_about("model", ".", "runs/sft/checkpoints")
@@ -470,7 +470,7 @@ def test_a_manifest_that_lists_files_elsewhere_is_refused(tmp_path, name):
 CRASH = """
 import os, sys
 from rlhf import cli
-from rlhf.stages import inspection
+from rlhf.commands import inspection
 
 def fail(*_):
     try:

@@ -30,7 +30,7 @@ TWO_TURNS = [{"role": role, "content": text} for role, text in zip(["user", "ass
 @pytest.fixture
 def chat(monkeypatch):
     found = ChatFormat(tiny.tokenizer())
-    monkeypatch.setattr(token_view.opening, "open_chat", lambda model: found)
+    monkeypatch.setattr(token_view.open_base, "open_chat", lambda model: found)
     return found
 
 

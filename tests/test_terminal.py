@@ -38,7 +38,7 @@ CONFIGS = {
 }  # fmt: skip
 SLOW_TOKENS = """
 import time
-from rlhf.stages import streaming
+from rlhf.commands import streaming
 put = streaming.Stream.put
 def slowly(self, tokens):
     time.sleep(0.05)
