@@ -179,5 +179,8 @@ def _refuse_two_on_stdout(as_json: bool, out: str) -> None:
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
-    "compare": compare, "rank": rank, "filter": filter_rows, "serve": serve,
-}  # fmt: skip
+    "compare": compare,
+    "rank": rank,
+    "filter": filter_rows,
+    "serve": serve,
+}

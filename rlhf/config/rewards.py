@@ -149,8 +149,14 @@ def _last_part(path: str) -> str:
 
 
 CHECKED = (
-    "standardise_samples", "head", "aggregate", "disagreement_coef", "examination", "length_calibration", "accept",
-)  # fmt: skip
+    "standardise_samples",
+    "head",
+    "aggregate",
+    "disagreement_coef",
+    "examination",
+    "length_calibration",
+    "accept",
+)
 NO_SCALE = {"standardise_samples": "is not for a reward run, which is standardised already"}
 NO_MEMBERS = {
     "head": "is for run or runs: nothing else has heads",
@@ -243,8 +249,12 @@ class ServiceReward(RewardSource):
 
 
 KINDS: dict[str, type[RewardSource]] = {
-    "run": RunReward, "runs": EnsembleReward, "model": ModelReward, "function": FunctionReward, "url": ServiceReward,
-}  # fmt: skip
+    "run": RunReward,
+    "runs": EnsembleReward,
+    "model": ModelReward,
+    "function": FunctionReward,
+    "url": ServiceReward,
+}
 """The key that names a source, and its kind."""
 
 

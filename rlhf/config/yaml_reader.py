@@ -21,9 +21,15 @@ UNWRITABLE = re.compile("[\0\ud800-\udfff]")
 _INT = re.compile(r"[-+]?(0|[1-9][0-9]*)$")
 _FLOAT = re.compile(r"[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?$")
 _SPECIAL = {
-    "": None, "~": None, "null": None, "true": True, "false": False,
-    ".inf": float("inf"), "-.inf": float("-inf"), ".nan": float("nan"),
-}  # fmt: skip
+    "": None,
+    "~": None,
+    "null": None,
+    "true": True,
+    "false": False,
+    ".inf": float("inf"),
+    "-.inf": float("-inf"),
+    ".nan": float("nan"),
+}
 _PLAIN_TAGS = ("tag:yaml.org,2002:", "!")
 
 

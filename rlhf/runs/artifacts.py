@@ -21,8 +21,15 @@ FORMAT = 1
 MANIFEST, CONFIG, STARTED = recorded.MANIFEST, recorded.CONFIG, recorded.STARTED
 METRICS, LOG, LOCK = "metrics.jsonl", "run.log", ".lock"
 ADAPTER, MODEL, HEAD, MEMBERS, TOKENIZER, CHECKPOINTS, SAMPLES, PLOTS = (
-    "adapter", "model", "head", "members", "tokenizer", "checkpoints", "samples", "plots",
-)  # fmt: skip
+    "adapter",
+    "model",
+    "head",
+    "members",
+    "tokenizer",
+    "checkpoints",
+    "samples",
+    "plots",
+)
 PREFERENCES, EXAMINATION, CONTRADICTED = "preferences.jsonl", "eval.json", "contradicted.jsonl"
 FIGURES = "figures.txt"
 ANNOTATORS, RUBRIC = "annotators.json", "rubric.yaml"
