@@ -19,7 +19,6 @@ MOST_PARAMETERS, MOST_LINES_OF_A_FUNCTION, MOST_LINES_OF_A_MODULE = 7, 50, 250
 STAGE, SECTION = "StageConfig", "Section"
 COMMANDS = ("commands", "cli")
 TRANSFORMERS = ("models", "planning")  # what is called config there is a model's
-STAGES = ("sft", "train_rm", "ppo", "collect", "eval_rm")
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -143,16 +142,15 @@ def descendants(modules: list[Module], base: str) -> dict[str, str]:
 
 
 def _is_of_a_stage(module: str) -> bool:
-    """Whether a module is a stage's own: a file of its folder, or one that bears its name."""
+    """Whether a module is a file of a stage's folder."""
     parts = module.split(".")
-    flat = parts[0] == "stages" and len(parts) == 2 and parts[1].startswith(STAGES)
-    return flat or (parts[0] == "stages" and len(parts) > 2)
+    return parts[0] == "stages" and len(parts) > 2
 
 
 def _home(module: str) -> str:
     """Where a config class may be told from its kin: its package, or a stage's own folder."""
     parts = module.split(".")
-    return ".".join(parts[:2]) if parts[0] == "stages" and len(parts) > 2 else parts[0]
+    return ".".join(parts[:2]) if _is_of_a_stage(module) else parts[0]
 
 
 def switches(modules: list[Module]) -> list[str]:

@@ -47,9 +47,9 @@ def export(
     of ``head`` alone; an ensemble a directory with one for each member. A gate's sum depends on the prompt and is left
     out.
 
-    A run on a quantised base is merged into the base as its files have it: the quantised weights are no numbers to add
-    to. What is reloaded is compared with that base and the adapter beside it, and how far the run itself was from it is
-    told as ``quantisation_difference``.
+    A run on a quantised base is merged into the full-precision base from its files: an adapter cannot be added to
+    quantised weights. The reloaded model is compared with that base and its adapter. ``quantisation_difference`` says
+    how far the run itself was from it.
 
     Raises:
         RlhfError: CKP009 if ``target`` exists; CFG040 for a head that is not there, MOD040 for a gate's sum; RES012 if
@@ -116,7 +116,7 @@ def _written(
     if adapter_only:
         shutil.copytree(source / artifacts.ADAPTER, staging, dirs_exist_ok=True)
     else:
-        # The base is loaded again: what was measured above has an adapter beside it.
+        # The base is loaded again, since the one measured above carries an adapter.
         proof |= _write_model(open_base.reopen_base(manifest, device, whole=True), source, head, staging)
         if "constants" in proof:
             proof |= {"combine": manifest.details["combine"], "weights": manifest.details["weights"][member]}

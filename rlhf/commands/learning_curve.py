@@ -50,7 +50,7 @@ def run(
         seeds: none: the config's own.
 
     Raises:
-        RlhfError: CFG005 for shares that are no curve, DAT052 where the smallest one has fewer prompts than a batch;
+        RlhfError: CFG005 for shares that do not make a curve, DAT052 where the smallest has fewer prompts than a batch;
             what the stage raises, by its exit code.
     """
     config = open_config("train-rm", path, overrides)
@@ -172,7 +172,7 @@ def _held(points: Sequence[Point]) -> Held:
     """What the runs of one seed got right on each of its held-out prompts.
 
     Raises:
-        RlhfError: DAT058 where there is no comparison to be right on, CKP005 where a run's outcomes are gone.
+        RlhfError: DAT058 where no held-out comparison has a preference, CKP005 where a run's outcomes are gone.
     """
     columns = []
     for point in points:

@@ -22,7 +22,7 @@ class Reading:
 
     Args:
         classifier: a model from elsewhere, which has a reader of its own.
-        note: why there is no model, or who names it where the config and its finished parents do not; else empty.
+        note: why there is no model, or what names it if neither the config nor a finished parent does; else empty.
     """
 
     model: ModelSection | None = None

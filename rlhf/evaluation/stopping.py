@@ -1,4 +1,4 @@
-"""Why a policy does not end its responses by itself: the figures that tell the causes apart. ``gates`` reads them."""
+"""Why a policy does not end its responses by itself: the figures that tell the causes apart. SFT's gates read them."""
 
 from __future__ import annotations
 

@@ -147,7 +147,7 @@ def in_place_of(model: Any, blocks: Sequence[Layers] | None) -> Iterator[Decoder
 
 
 class Summed(NamedTuple):
-    """Layers that read the same as one: weights [all o, i] as ``thin`` orders them, biases, and each layer's o."""
+    """Layers that read the same as one: weights [all o, i] as ``few_rows`` orders them, biases, and each layer's o."""
 
     weight: Tensor
     bias: Tensor | None

@@ -43,7 +43,7 @@ class HeldOutRows:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was measured of a policy, and the identity of its base. ``ending`` is for ``gates``."""
+    """What was measured of a policy, and the identity of its base. ``ending`` is what the gates read."""
 
     metrics: dict[str, float]
     ending: dict[str, Any]
